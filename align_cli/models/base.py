@@ -1,0 +1,84 @@
+"""The base model contract: a frozen text-to-image pipeline of one family around the real library modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from align_cli.diffusion.process import NoiseProcess
+
+
+@dataclass
+class TextCond:
+    """Encoded prompts. tokens (B, L, D); pooled (B, P) or None; time_ids (B, 6) or None."""
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, index: slice | Tensor | list[int]) -> TextCond:
+        """Rows of every field."""
+        take = lambda x: None if x is None else x[index]  # noqa: E731
+        return TextCond(self.tokens[index], take(self.pooled), take(self.time_ids))
+
+    @staticmethod
+    def cat(parts: list[TextCond]) -> TextCond:
+        """Concatenate rows of every field."""
+        join = lambda xs: None if xs[0] is None else torch.cat(xs)  # noqa: E731
+        return TextCond(
+            torch.cat([p.tokens for p in parts]), join([p.pooled for p in parts]), join([p.time_ids for p in parts])
+        )
+
+
+class BaseModel(Protocol):
+    """A frozen pipeline of one family. Every module is in eval mode and requires no gradient."""
+
+    family: str
+    """sd15, sd21 (both UNets with one text encoder), sdxl or sd3."""
+    model_id: str
+    """What the user named: alias, hub id or absolute path."""
+    process: NoiseProcess
+    denoiser: nn.Module
+    """The UNet or transformer, for methods that hook into it."""
+    image_size: int
+    """Pixels of the model's own square picture."""
+    latent_channels: int
+    vae_factor: int
+    """Pixels per latent position along one side."""
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode_text(self, prompts: list[str]) -> TextCond:
+        """Encode prompts, truncated to the model's token limit. No gradient unless a text encoder requires it."""
+        ...
+
+    def uncond(self, batch: int) -> TextCond:
+        """The unconditional input of classifier-free guidance, `batch` rows (SD1.5: the encoding of "")."""
+        ...
+
+    def token_count(self, prompt: str) -> int:
+        """Tokens of the prompt including start and end, before truncation."""
+        ...
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens the text encoder reads, start and end included."""
+        ...
+
+    def encode_image(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise is None."""
+        ...
+
+    def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
+        """Scaled latents -> (B, 3, H, W) float32 in [0, 1]; differentiable; not clamped if asked."""
+        ...
+
+    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+        """eps, v or velocity as the family is trained. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w)."""
+        ...

@@ -1,0 +1,176 @@
+"""The sections of a run's configuration that do not belong to one method. Importing this costs no torch.
+
+One TOML layout serves presets, `--config` files and `config.toml` beside every artefact:
+
+    method = "softrepa"      # which method; its own section has the method's name
+    [model]  [data]  [train]  [sample]  [eval]  [softrepa]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from align_cli.errors import UserError
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `ok`."""
+    if not ok:
+        raise UserError(message)
+
+
+def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise `UserError` unless `value` is one of `allowed`."""
+    require(value in allowed, f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which base model, and how it is held."""
+
+    name: str = "tiny-sd15"
+    """Alias (tiny-sd15, sd15, sd14, sd21-base, ...), hub id, or path of a diffusers folder."""
+    dtype: str = "float32"
+    """Weights of the frozen model: float32, float16 or bfloat16."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."""
+    unet: str = ""
+    """Path or hub id of a separately tuned denoiser to use in place of the pipeline's own; empty for none."""
+
+    def __post_init__(self) -> None:
+        one_of("model.dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        require(bool(self.name), "model.name must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Training data."""
+
+    name: str = "shapes"
+    """Registered dataset: shapes or coco."""
+    path: str = ""
+    """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations); unused by shapes."""
+    image_size: int = 512
+    """Pixels of the square training image (shapes: fixed by the world)."""
+    interpolation: str = "bicubic"
+    """Resize filter: bicubic, bilinear or lanczos."""
+    num_workers: int = 4
+    """Loader processes; 0 loads in the training process."""
+    num_examples: int = 0
+    """Use only the first N examples; 0 uses all (shapes: size of the generated set)."""
+    mixture: str = "all"
+    """Shapes world only: all kinds of scenes, or pairs (two-object scenes and more)."""
+
+    def __post_init__(self) -> None:
+        one_of("data.interpolation", self.interpolation, ("bicubic", "bilinear", "lanczos"))
+        one_of("data.mixture", self.mixture, ("all", "pairs"))
+        require(self.image_size >= 8, f"data.image_size must be >= 8 pixels, got {self.image_size}")
+        require(self.num_workers >= 0, f"data.num_workers must be >= 0, got {self.num_workers}")
+        require(self.num_examples >= 0, f"data.num_examples must be >= 0, got {self.num_examples}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The training loop, the same for every method."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 4
+    """Image-caption pairs per optimiser step over all processes (one accumulation slice)."""
+    accumulation: int = 1
+    """Batches whose gradients are averaged before one optimiser step."""
+    lr: float = 1e-3
+    """AdamW learning rate."""
+    weight_decay: float = 1e-4
+    """AdamW weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW beta 1."""
+    adam_beta2: float = 0.999
+    """AdamW beta 2."""
+    adam_eps: float = 1e-8
+    """AdamW epsilon."""
+    lr_schedule: str = "constant"
+    """constant, cosine (to lr_min over all steps) or cosine-restarts (a staircase, see lr_every and lr_period)."""
+    lr_warmup: int = 0
+    """Steps of linear warm-up."""
+    lr_min: float = 0.0
+    """Learning rate at the bottom of a cosine."""
+    lr_every: int = 1
+    """cosine-restarts: optimiser steps per tread of the staircase."""
+    lr_period: int = 10
+    """cosine-restarts: treads until the rate restarts."""
+    max_grad_norm: float = 0.0
+    """Gradient norm above which gradients are scaled down; 0 leaves them alone."""
+    precision: str = "fp32"
+    """Autocast of the forward pass: fp32, fp16 (with loss scaling) or bf16."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the trained tensors; 0 keeps none."""
+    seed: int = 42
+    """The only source of randomness of a run."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    grid_every: int = 0
+    """Steps between sample grids; 0 draws none."""
+    tracker: str = "none"
+    """none, tensorboard, wandb or trackio (through accelerate); metrics.jsonl is always written."""
+    num_threads: int = 0
+    """CPU threads per process; 0 leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        one_of("train.lr_schedule", self.lr_schedule, ("constant", "cosine", "cosine-restarts"))
+        one_of("train.precision", self.precision, ("fp32", "fp16", "bf16"))
+        one_of("train.tracker", self.tracker, ("none", "tensorboard", "wandb", "trackio"))
+        for key in ("steps", "batch_size", "accumulation", "lr_every", "lr_period", "save_every", "keep_checkpoints", "log_every"):
+            require(getattr(self, key) >= 1, f"train.{key} must be >= 1, got {getattr(self, key)}")
+        for key in ("weight_decay", "lr_warmup", "lr_min", "max_grad_norm", "grid_every", "num_threads", "seed"):
+            require(getattr(self, key) >= 0, f"train.{key} must be >= 0, got {getattr(self, key)}")
+        require(self.lr > 0, f"train.lr must be > 0, got {self.lr}")
+        require(self.adam_eps > 0, f"train.adam_eps must be > 0, got {self.adam_eps}")
+        for key in ("adam_beta1", "adam_beta2", "ema_decay"):
+            require(0 <= getattr(self, key) < 1, f"train.{key} must be in [0, 1), got {getattr(self, key)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """How pictures are drawn."""
+
+    sampler: str = "ddim"
+    """ddim or ddpm."""
+    spacing: str = "leading"
+    """Timestep spacing: leading, trailing or linspace."""
+    steps: int = 30
+    """Denoiser evaluations along the path (NFE)."""
+    guidance: float = 7.0
+    """Classifier-free guidance scale s in u + s (c - u); 1 skips the unconditional pass."""
+    eta: float = 0.0
+    """DDIM eta: 0 is deterministic."""
+    image_size: int = 0
+    """Pixels of the square picture; 0 takes the model's own size."""
+    batch_size: int = 4
+    """Pictures per forward pass. Does not change the pictures."""
+
+    def __post_init__(self) -> None:
+        one_of("sample.sampler", self.sampler, ("ddim", "ddpm"))
+        one_of("sample.spacing", self.spacing, ("leading", "trailing", "linspace"))
+        require(self.steps >= 1, f"sample.steps must be >= 1, got {self.steps}")
+        require(self.batch_size >= 1, f"sample.batch_size must be >= 1, got {self.batch_size}")
+        require(self.guidance >= 0, f"sample.guidance must be >= 0, got {self.guidance}")
+        require(0 <= self.eta <= 1, f"sample.eta must be in [0, 1], got {self.eta}")
+        require(self.image_size >= 0, f"sample.image_size must be >= 0, got {self.image_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """The paired evaluation that closes a training run."""
+
+    num_prompts: int = 512
+    """Held-out prompts; 0 skips the evaluation."""
+    seed: int = 0
+    """Seed of prompts and start noise, the same for base and aligned model."""
+
+    def __post_init__(self) -> None:
+        require(self.num_prompts >= 0, f"eval.num_prompts must be >= 0, got {self.num_prompts}")
