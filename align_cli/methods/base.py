@@ -56,6 +56,9 @@ class Method(Protocol):
     config_class: ClassVar[type]
     families: ClassVar[frozenset[str]]
 
+    model: BaseModel
+    """The base model that it was made for."""
+
     def __init__(self, model: BaseModel, config: object, *, seed: int = 0) -> None: ...
 
     def trainables(self) -> dict[str, list[nn.Parameter]]:

@@ -32,7 +32,9 @@ class TextCond:
         """Concatenate rows of every field."""
         join = lambda xs: None if xs[0] is None else torch.cat(xs)  # noqa: E731
         return TextCond(
-            torch.cat([p.tokens for p in parts]), join([p.pooled for p in parts]), join([p.time_ids for p in parts])
+            torch.cat([p.tokens for p in parts]),
+            join([p.pooled for p in parts]),
+            join([p.time_ids for p in parts]),
         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from align_cli.errors import UserError
-from align_cli.shapes.world import BACKGROUNDS, COLORS, SHAPES, Kind, Scene, Thing
+from align_cli.shapes.world import BACKGROUNDS, COLORS, SHAPES, Kind, Scene, Thing, place
 
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -125,6 +125,26 @@ def hard_negative(prompt: Prompt, rng: np.random.Generator) -> Prompt:
     the number changed, or one attribute replaced."""
     options = _mutations(prompt.spec, rng)
     return _prompt(options[rng.integers(len(options))], prompt.kind, prompt.order)
+
+
+def counterfactual(scene: Scene, prompt: Prompt, rng: np.random.Generator) -> tuple[Scene, Prompt]:
+    """A hard negative that is true of another picture: the scene changed as little as its false caption says.
+
+    Returns the changed scene and its caption; the caption is false of `scene`, and `prompt` of the new one.
+    """
+    false = hard_negative(prompt, rng)
+    old, new = prompt.spec, false.spec
+    if len(new.objects) != len(old.objects):
+        kinds = [Thing(c, s, 0.0, 0.0, 0.0) for c, s in new.objects]
+        return Scene(scene.kind, place(kinds, rng), scene.background), false
+    left = list(scene.things)
+    things = [left.pop(next(i for i, t in enumerate(left) if t.kind == kind)) for kind in old.objects]
+    if old.relations != new.relations:
+        a, _, b = old.relations[0]
+        at, bt = things[a], things[b]
+        things[a], things[b] = replace(at, x=bt.x, y=bt.y), replace(bt, x=at.x, y=at.y)
+    things = [replace(t, color=c, shape=s) for t, (c, s) in zip(things, new.objects, strict=True)]
+    return Scene(scene.kind, tuple(things), scene.background), false
 
 
 def _mutations(spec: Spec, rng: np.random.Generator) -> list[Spec]:

@@ -153,6 +153,12 @@ def sample_scenes(
     ]
 
 
+def place(things: list[Thing], rng: np.random.Generator) -> tuple[Thing, ...]:
+    """The same objects at new places and in new sizes."""
+    rows = _place(1, len(things), rng)[0]
+    return tuple(Thing(t.color, t.shape, *map(float, row)) for t, row in zip(things, rows, strict=True))
+
+
 def _place(n: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """(n, size, 3) float: x, y, r of objects whose boxes keep their distance, by rejection, all scenes at once."""
     out = np.empty((n, size, 3))

@@ -1,0 +1,82 @@
+"""`t2ialign presets` and `t2ialign adapters`: look at what is there. No torch at import."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from align_cli import config
+from align_cli.cli.text import columns
+
+presets_app = typer.Typer(help="Look at the packaged presets.")
+adapters_app = typer.Typer(help="Look at trained adapters, and import officially released ones.")
+
+
+@presets_app.command("list")
+def presets_list() -> None:
+    """Every preset: its name and what it is."""
+    typer.echo(columns((name, preset_title(config.read_preset(name)[1])) for name in config.list_presets()))
+
+
+@presets_app.command("show")
+def presets_show(
+    name: Annotated[str, typer.Argument(help="Name of a preset, for example softrepa/sd15.")],
+) -> None:
+    """The text of one preset, with the source of every value."""
+    typer.echo(config.read_preset(name)[1].rstrip("\n"))
+
+
+def preset_title(text: str) -> str:
+    """First comment line of a preset."""
+    first = text.lstrip().partition("\n")[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+@adapters_app.command("info")
+def adapters_info(path: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> None:
+    """What an adapter folder holds: method, base model, tensors, and the configuration of its training."""
+    from align_cli.adapters import load_adapter
+
+    adapter = load_adapter(path)
+    facts = asdict(adapter.info)
+    saved, origin = facts.pop("config"), facts.pop("origin")
+    del facts["shapes"]  # the tensors tell
+    rows: list[tuple[str, ...]] = [
+        (key, _fact(value)) for key, value in facts.items() if value not in ("", {})
+    ]
+    rows.append(("trained values", f"{sum(t.numel() for t in adapter.state.values()):,}"))
+    for name, tensor in adapter.state.items():
+        rows.append(("tensor", name, f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"))
+    for section, content in saved.items():
+        for key, value in content.items() if isinstance(content, dict) else ():
+            name = f"{section}.{key}"
+            rows.append(("config", name, str(value), origin.get(name, "")))
+    typer.echo(columns(rows))
+
+
+@adapters_app.command("import")
+def adapters_import(
+    method: Annotated[
+        str, typer.Argument(help="Method that the file was released for, for example softrepa.")
+    ],
+    path: Annotated[Path, typer.Argument(help="The released file, or the folder that holds it.")],
+    out: Annotated[Path, typer.Option("--out", help="Adapter folder to write; must not exist.")],
+    model: Annotated[str, typer.Option("--model", help="Base model that it was trained on.")] = "sd15",
+) -> None:
+    """Turn an officially released file into an adapter folder."""
+    from align_cli.adapters import import_official
+
+    import_official(method, path, model, out)
+    typer.echo(f"wrote {out}")
+    typer.echo(f"look at it with: t2ialign adapters info {out}")
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_fact(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_fact, value))
+    return str(value)

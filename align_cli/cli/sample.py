@@ -1,0 +1,175 @@
+"""`t2ialign sample`: draw pictures, with adapters or without. No torch at import."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from align_cli.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from align_cli.cli.drawing import Plan
+    from align_cli.models.base import BaseModel
+
+SHEET = "sheet.png"
+
+
+def sample(
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; repeatable.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Text file, one prompt per line, UTF-8.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Alias, hub id or folder. Default: the adapter's, else tiny-sd15."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="Adapter folder, or FOLDER@SCALE; repeatable, stacks."),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Draw the base beside the aligned.")] = False,
+    n: Annotated[int, typer.Option("--n", min=1, help="Pictures per prompt: seeds SEED, SEED + 1, ...")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 2**20, help="Seed of the first.")] = 42,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 is off.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="ddim or ddpm.")] = None,
+    spacing: Annotated[str | None, typer.Option("--spacing", help="leading, trailing or linspace.")] = None,
+    eta: Annotated[float | None, typer.Option("--eta", help="DDIM eta; 0 is deterministic.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="Pixels per side; 0: the model's.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Pictures drawn at once.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the pictures. Default: samples.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
+) -> None:
+    """Draw pictures: one PNG each, and a contact sheet of all.
+
+    The same prompt, seed and settings give the same picture. Sampling settings come from the adapter,
+    else from the preset of the model; flags go above them.
+    """
+    from align_cli.cli.drawing import choose_folder, make_folder, make_plan
+
+    texts = _texts(prompt or [], prompts)
+    if compare and not adapter:
+        raise UserError("--compare draws the base beside the aligned model; name an adapter with --adapter")
+    flags = {
+        "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
+        "image_size": image_size, "batch_size": batch_size,
+    }  # fmt: skip
+    plan = make_plan(model, adapter or [], {"device": device, "dtype": dtype}, flags)
+    variants = ["base", "aligned"] if compare else [""]
+    jobs = [Job(k, text, seed + i, v) for k, text in enumerate(texts) for i in range(n) for v in variants]
+    folder = choose_folder(out, "samples", [SHEET, *(job.file for job in jobs)], overwrite)
+    loaded, plan = plan.load()
+    make_folder(folder)
+    typer.echo(plan.describe(), err=True)
+    for text in texts:
+        count = loaded.token_count(text)
+        if count > loaded.token_limit:
+            note = f"{count} tokens, {plan.model.name} reads {loaded.token_limit}: its end is not seen"
+            typer.echo(f"note: the prompt {shorten(text)!r} has {note}", err=True)
+    pictures = _draw(loaded, plan, jobs)
+    _write(loaded, plan, jobs, pictures, folder)
+    typer.echo(f"{len(jobs)} picture{'s' * (len(jobs) > 1)} in {folder}")
+    typer.echo(f"contact sheet: {folder / SHEET}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw. number: of its prompt. variant: base, aligned, or "" if there is only one."""
+
+    number: int
+    prompt: str
+    seed: int
+    variant: str
+
+    @property
+    def file(self) -> str:
+        """Its file name: number and words of the prompt, seed, variant."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:48].rstrip("-")
+        parts = [f"{self.number + 1:03d}", words, f"seed{self.seed}", self.variant]
+        return "-".join(part for part in parts if part) + ".png"
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _texts(given: list[str], path: Path | None) -> list[str]:
+    from align_cli.data.prompts import read_prompts
+
+    texts = [text.strip() for text in given]
+    if not all(texts):
+        raise UserError("--prompt is empty; write what to draw, for example --prompt 'a red circle'")
+    if path is not None:
+        texts += read_prompts(path)
+    if not texts:
+        raise UserError("nothing to draw; give --prompt 'a red circle' or --prompts FILE")
+    return texts
+
+
+def _draw(model: BaseModel, plan: Plan, jobs: list[Job]) -> list[np.ndarray]:
+    """(H, W, 3) uint8 per job, in the order of jobs."""
+    from align_cli import sampling
+    from align_cli.adapters import attach
+    from align_cli.cli.progress import DrawingProgress
+    from align_cli.pictures import to_uint8
+
+    pictures: dict[Job, np.ndarray] = {}
+    with DrawingProgress() as progress:
+        for variant in dict.fromkeys(job.variant for job in jobs):
+            part = [job for job in jobs if job.variant == variant]
+            name = variant or "pictures"
+
+            def report(done: int, total: int, name: str = name) -> None:
+                progress(name, done, total)
+
+            with nullcontext() if variant == "base" else attach(model, plan.adapters):
+                drawn = sampling.sample(
+                    model, [job.prompt for job in part], plan.sample, [job.seed for job in part], report
+                )
+            pictures.update(zip(part, to_uint8(drawn), strict=True))
+    return [pictures[job] for job in jobs]
+
+
+def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndarray], folder: Path) -> None:
+    """One PNG per job and the contact sheet: a row per prompt, seeds (and base, aligned) side by side."""
+    from align_cli.evaluation.benchmarks import check_pictures
+    from align_cli.pictures import contact_sheet, save_png
+
+    used = ", ".join(
+        f"{spec} sha256:{info.sha256}" for spec, info in zip(plan.adapters, plan.infos, strict=True)
+    )
+    settings = ", ".join(f"{key} {value}" for key, value in vars(plan.sample).items())
+    common = {"model": plan.model.name, "sampling": settings, "software": "t2ialign"}
+    for job, picture in zip(jobs, pictures, strict=True):
+        facts = {"prompt": job.prompt, "seed": job.seed, **common}
+        save_png(
+            picture,
+            folder / job.file,
+            facts if job.variant == "base" else {**facts, "adapter": used or "none"},
+        )
+    numbers = sorted({job.number for job in jobs})
+    rows = {k: [i for i, job in enumerate(jobs) if job.number == k] for k in numbers}
+    notes = check_pictures(model, pictures, [job.prompt for job in jobs])
+    contact_sheet(
+        [[pictures[i] for i in row] for row in rows.values()],
+        [jobs[row[0]].prompt for row in rows.values()],
+        folder / SHEET,
+        headers=[f"{job.variant or 'seed'} {job.seed}" for job in jobs if job.number == 0],
+        notes=[[notes[i] for i in row] for row in rows.values()] if notes else (),
+        title=plan.describe() + (f"; adapter {', '.join(plan.adapters)}" if plan.adapters else ""),
+        metadata=common,
+    )

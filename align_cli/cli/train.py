@@ -1,0 +1,314 @@
+"""`t2ialign train`: train an alignment method, then prove with numbers what it did. No torch at import."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from align_cli import config, registry
+from align_cli.errors import UserError
+from align_cli.training import run_folder
+
+if TYPE_CHECKING:
+    from align_cli.data.base import Dataset
+    from align_cli.methods.base import Method
+    from align_cli.models.base import BaseModel
+    from align_cli.training.loop import Grid, TrainResult
+
+GRID_PROMPTS = 4
+"""Rows of a sample grid."""
+PLAIN_WIDTH = 100
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def train(
+    method: Annotated[str, typer.Argument(help=f"Which method: {', '.join(registry.METHODS)}.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Alias, hub id or folder. Default: tiny-sd15, which is built in."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="See 't2ialign presets list'. Default: the one of the model."),
+    ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="TOML file with settings; goes above the preset.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, section.key=value; repeatable.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Pairs per step, all processes together.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The only source of randomness.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Dataset: shapes or coco.")] = None,
+    data_path: Annotated[Path | None, typer.Option("--data-path", help="Folder of the dataset.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run. Default: runs/METHOD-MODEL-seedN.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every setting with its origin; touch nothing.")
+    ] = False,
+    no_eval: Annotated[
+        bool, typer.Option("--no-eval", help="Skip the paired evaluation at the end.")
+    ] = False,
+) -> None:
+    """Train a method and measure what it changed: base against aligned, same prompts and same noise.
+
+    Settings come in layers: class defaults, preset, --config, --set, named flags. Resumed runs keep theirs.
+    """
+    flags: dict[str, object] = {
+        "model.name": model, "model.device": device, "data.name": data, "data.path": data_path,
+        "train.steps": steps, "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
+    }  # fmt: skip
+    layers = _Layers(method, preset, config_file, sets or [], flags)
+    resolved, folder = layers.resolve(out, resume=resume)
+    if dry_run:
+        typer.echo(describe(resolved))
+        typer.echo(f"\noutput folder: {folder}")
+        return
+    run_folder.check(folder, resume=resume, overwrite=overwrite)
+    try:
+        _run(resolved, folder, resume=resume, overwrite=overwrite, no_eval=no_eval)
+    except KeyboardInterrupt:
+        known = (folder / run_folder.RUN).exists()
+        hint = f"; go on with: {run_folder.resume_command(method, folder)}" if known else ""
+        typer.echo(f"stopped at once{hint}", err=True)
+        raise typer.Exit(130) from None
+
+
+class _Layers:
+    """What the user gave, and the configuration it makes."""
+
+    def __init__(
+        self, method: str, preset: str | None, file: Path | None, sets: list[str], flags: dict[str, object]
+    ) -> None:
+        self.method, self.preset, self.file, self.sets, self.flags = method, preset, file, sets, flags
+
+    def resolve(self, out: Path | None, *, resume: bool) -> tuple[config.Resolved, Path]:
+        """Configuration and output folder. A run that goes on takes its own settings in place of a preset."""
+        if out is None or not resume:
+            with warnings.catch_warnings():
+                if resume:  # it only serves to find the folder
+                    warnings.simplefilter("ignore")
+                fresh = config.resolve(
+                    self.method, preset=self.preset, config_file=self.file, sets=self.sets, flags=self.flags
+                )
+            folder = out or Path("runs") / default_name(fresh)
+            if not resume:
+                return fresh, folder
+        else:
+            folder = out
+        return self._resumed(folder), folder
+
+    def _resumed(self, folder: Path) -> config.Resolved:
+        if self.preset or self.file:
+            raise UserError("a resumed run keeps its settings: leave --preset and --config away")
+        saved = run_folder.read_run(folder)
+        where = str(folder / run_folder.RUN)
+        old = config.Resolved.from_dict(saved["config"], saved.get("origin"), where=where)
+        if old.method != self.method:
+            raise UserError(
+                f"{folder} holds a run of {old.method}, not of {self.method}; choose another --out"
+            )
+        path = folder / run_folder.CONFIG
+        from_file = f"file {path}"
+        with warnings.catch_warnings():  # an idle setting was told when the run began
+            warnings.filterwarnings("ignore", message=rf".*\(from {re.escape(from_file)}\)")
+            now = config.resolve(
+                self.method, preset=config.NO_PRESET, config_file=path, sets=self.sets, flags=self.flags
+            )
+        origin = {key: old.origin[key] if text == from_file else text for key, text in now.origin.items()}
+        return replace(now, origin=origin)
+
+
+def default_name(resolved: config.Resolved) -> str:
+    """softrepa-tiny-sd15-seed42."""
+    tail = Path(resolved.model.name.rstrip("/")).name.removeprefix("embedded:")
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", tail).strip("-.") or "model"
+    return f"{resolved.method}-{slug}-seed{resolved.train.seed}"
+
+
+def describe(resolved: config.Resolved) -> str:
+    """Every setting with its value and its origin, in columns."""
+    from align_cli.cli.text import columns
+
+    rows = [("setting", "value", "origin")]
+    rows += [(key, json.dumps(value), origin) for key, value, origin in resolved.values()]
+    return f"method: {resolved.method}\n\n{columns(rows)}"
+
+
+def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool, no_eval: bool) -> None:
+    """Load, train, save, evaluate."""
+    dataset: Dataset = registry.load(registry.DATASETS, resolved.data.name)(
+        resolved.data, seed=resolved.train.seed, split="train"
+    )
+    method_class = registry.load(registry.METHODS, resolved.method)
+
+    from rich.console import Console
+
+    from align_cli.models.loading import load_model
+    from align_cli.training.distributed import is_main, leave_group, rank_device
+    from align_cli.training.loop import tracker_available
+    from align_cli.training.loop import train as train_loop
+
+    tracker_available(resolved.train.tracker)
+    model = load_model(replace(resolved.model, device=rank_device(resolved.model.device)))
+    if model.family not in method_class.families:
+        raise UserError(
+            f"{resolved.method} does not train models of the family {model.family} ({resolved.model.name}); "
+            f"it trains {', '.join(sorted(method_class.families))}"
+        )
+    if resolved.data.name != "shapes" and resolved.data.image_size % model.vae_factor:
+        raise UserError(
+            f"data.image_size {resolved.data.image_size} is no multiple of {model.vae_factor}, the pixels "
+            f"per latent "
+            f"position of {resolved.model.name}"
+        )
+    method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
+    result = train_loop(
+        method,
+        dataset,
+        resolved.train,
+        folder,
+        config=resolved.to_dict(),
+        origin=resolved.origin,
+        config_text=resolved.to_toml(),
+        resume=resume,
+        overwrite=overwrite,
+        num_workers=resolved.data.num_workers,
+        grid=_grid(model, method, dataset, resolved) if resolved.train.grid_every else None,
+        console=Console(stderr=True),
+    )
+    leave_group()
+    if not is_main():
+        return
+    if result.signal:
+        typer.echo(f"stopped after step {result.step} of {resolved.train.steps}; saved: {result.checkpoint}")
+        typer.echo(f"go on with: {run_folder.resume_command(resolved.method, folder)}")
+        raise typer.Exit(128 + result.signal)
+    _conclude(resolved, folder, model, method, dataset, result, no_eval=no_eval)
+
+
+def _grid(model: BaseModel, method: Method, dataset: Dataset, resolved: config.Resolved) -> Grid:
+    """Draws base beside aligned for the first training prompts, always from the same noise."""
+    from align_cli.pictures import contact_sheet
+    from align_cli.sampling import picture_seeds, sample
+    from align_cli.training.order import item_rng
+
+    seed = resolved.train.seed
+    count = min(GRID_PROMPTS, len(dataset))
+    prompts = [dataset.get(i, item_rng(seed, 0, i)).prompt for i in range(count)]
+
+    def draw() -> Any:
+        return sample(model, prompts, resolved.sample, picture_seeds(seed, count))
+
+    base: list[Any] = []
+
+    def grid(step: int, path: Path) -> None:
+        if not base:
+            base.append(draw())
+        with method.attach(model, 1.0):
+            aligned = draw()
+        rows = [list(pair) for pair in zip(base[0], aligned, strict=True)]
+        title = f"{resolved.method} on {resolved.model.name}, step {step}"
+        contact_sheet(rows, prompts, path, headers=["base", "aligned"], title=title)
+
+    return grid
+
+
+def _conclude(
+    resolved: config.Resolved,
+    folder: Path,
+    model: BaseModel,
+    method: Method,
+    dataset: Dataset,
+    result: TrainResult,
+    *,
+    no_eval: bool,
+) -> None:
+    """Save the adapter, evaluate, write result.json, print."""
+    from align_cli.adapters import save_adapter
+    from align_cli.evaluation.paired import peak_memory
+    from align_cli.training.checkpoint import file_errors, write_text
+    from align_cli.training.log import duration_text
+
+    adapter = folder / run_folder.ADAPTER
+    save_adapter(
+        adapter,
+        method,
+        config=resolved.to_dict(),
+        origin=resolved.origin,
+        step=result.step,
+        seed=resolved.train.seed,
+        data_fingerprint=dataset.fingerprint(),
+    )
+    typer.echo(f"trained {result.step} steps in {duration_text(result.seconds)}: {adapter}", err=True)
+    memory, gpu = peak_memory()
+    numbers: dict[str, Any] = {
+        "method": resolved.method,
+        "model": resolved.model.name,
+        "step": result.step,
+        "train_seconds": round(result.seconds, 2),
+        "train_peak_memory_bytes": memory,
+        "train_peak_gpu_memory_bytes": gpu,
+        "last_metrics": result.metrics,
+        "adapter": run_folder.ADAPTER,
+        "evaluation": None,
+    }
+    show = _evaluate(resolved, folder, model, method) if not no_eval and resolved.eval.num_prompts else None
+    if show is not None:
+        numbers["evaluation"] = show[0]
+    path = folder / run_folder.RESULT
+    with file_errors(f"cannot write {path}", f"the adapter is saved in {adapter}"):
+        write_text(path, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+    if show is not None:
+        show[1]()
+    gpu_text = f", {gpu / 2**30:.2f} GiB on the GPU" if gpu else ""
+    typer.echo(
+        f"training: {result.step} steps, {result.seconds:.1f} s, peak memory {memory / 2**20:,.0f} "
+        f"MiB{gpu_text}"
+    )
+    typer.echo(f"adapter: {adapter}")
+    if show is not None:
+        typer.echo(f"picture: {folder / run_folder.PICTURE}")
+    typer.echo(f"numbers: {path}")
+
+
+def _evaluate(
+    resolved: config.Resolved, folder: Path, model: BaseModel, method: Method
+) -> tuple[dict[str, object], Callable[[], None]] | None:
+    """The paired evaluation of the shapes world: its numbers, and what prints its table; or None."""
+    from align_cli.cli.progress import DrawingProgress
+    from align_cli.evaluation.benchmarks import ShapesBenchmark
+    from align_cli.evaluation.paired import evaluate_alignment
+
+    bench = ShapesBenchmark()
+    if resolved.data.name != "shapes" or not bench.suits(model):
+        typer.echo("note: no paired evaluation, it measures pictures of the shapes world only", err=True)
+        return None
+    prompts = bench.prompts(resolved.eval.num_prompts, resolved.eval.seed, split="test")
+    with DrawingProgress() as progress:
+        found = evaluate_alignment(model, method, prompts, resolved.sample, resolved.eval.seed, progress)
+    found.save_picture(folder / run_folder.PICTURE)
+
+    def show() -> None:
+        from rich.console import Console
+
+        console = Console()
+        width = console.width if console.is_terminal else PLAIN_WIDTH
+        Console(width=width).print(found.to_table(width))
+
+    return found.to_json(), show

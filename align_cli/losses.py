@@ -1,0 +1,90 @@
+"""Loss functions of the methods: pure, float32, each under its formula and its source.
+
+Shape letters: I images, T texts (candidates of an image), B batch, C h w latent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---------------------------------------------------------------- denoising
+
+
+def denoising_error(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each prediction, (B, C, h, w) twice -> (B,) float32, in latent units squared."""
+    return (pred.float() - target.float()).square().flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------- SoftREPA
+
+
+class SoftREPATerms(NamedTuple):
+    """Terms of the loss per image, float32.
+
+    ce_I: (I,) nats. own_I: (I,) denoising error under the own text. logits_IT: (I, T).
+    """
+
+    ce_I: Tensor
+    own_I: Tensor
+    logits_IT: Tensor
+
+
+def softrepa_logits(err_IT: Tensor, temperature: float = 0.07, logit_scale: float = 4.0) -> Tensor:
+    """L_ij = logit_scale * exp(-E_ij / temperature): a similarity in (0, logit_scale], flat where E >> temperature.
+
+    Args:
+        err_IT: (I, T) mean squared denoising errors of image i under text j.
+    Returns:
+        (I, T) float32.
+    Source: SoftREPA train.py, ContrastiveLoss (0.07 and 4.0 are never trained there).
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    return logit_scale * torch.exp(-err_IT.float() / temperature)
+
+
+def softrepa_terms(
+    err_IT: Tensor, own: Tensor | None = None, *, temperature: float = 0.07, logit_scale: float = 4.0
+) -> SoftREPATerms:
+    """Cross-entropy over texts for each image: it should be denoised best under its own text.
+
+        ce_i = -log softmax_j(L_ij) at j = own_i,  L as in `softrepa_logits`
+
+    Args:
+        err_IT: (I, T) errors, T >= 2. own: (I,) int64 column of each image's own text; None: column i for row i.
+    Raises:
+        ValueError: err_IT is no matrix, or own is not given where it needs to be.
+    Source: SoftREPA train.py and train_dist.py, ContrastiveLoss. No text-side softmax there, nor here.
+    """
+    if err_IT.ndim != 2:
+        raise ValueError(f"err_IT must be a matrix, got shape {tuple(err_IT.shape)}")
+    if own is None:
+        if err_IT.shape[0] > err_IT.shape[1]:
+            raise ValueError(f"{err_IT.shape[0]} images with {err_IT.shape[1]} texts: give the own columns")
+        own = torch.arange(err_IT.shape[0], device=err_IT.device)
+    logits = softrepa_logits(err_IT, temperature, logit_scale)
+    ce = F.cross_entropy(logits, own, reduction="none")
+    return SoftREPATerms(ce, err_IT.float().gather(1, own[:, None])[:, 0], logits)
+
+
+def softrepa_loss(
+    err_IT: Tensor,
+    own: Tensor | None = None,
+    *,
+    temperature: float = 0.07,
+    logit_scale: float = 4.0,
+    dweight: float = 0.0,
+) -> Tensor:
+    """mean_i ce_i + dweight * mean_i E_i,own.
+
+    Returns:
+        () float32. The first term lies in [log(1 + (T - 1) exp(-logit_scale)), log(1 + (T - 1) exp(logit_scale))] and is
+        log T where all errors are equal.
+    Source: SoftREPA train.py, class SoftREPA.
+    """
+    terms = softrepa_terms(err_IT, own, temperature=temperature, logit_scale=logit_scale)
+    return terms.ce_I.mean() + dweight * terms.own_I.mean()

@@ -1,0 +1,264 @@
+"""SoftREPA: learn a few soft text tokens so that each image is denoised best under its own caption.
+
+Source: arXiv 2503.08250 and github.com/softrepa/SoftREPA (commit ff92f4b). Deviations, each deliberate:
+- A batch cut into chunks of rows gives the gradient of the whole batch. train_dist.py divides the mean of every chunk by
+  the batch size, so that its gradient is 1 / nrows of that and a shorter last chunk weighs more.
+- dweight works with chunks too (train_dist.py drops it).
+- Captions are contrasted over all processes: n processes give the loss of one. There, each process sees its own only.
+- Sampling uses the trained table (sample.py loads it into a name that nothing reads, and so uses random numbers).
+- `init` can break the symmetry of equal tokens, which otherwise stay equal for ever (the released SD1.5 tokens are).
+
+Letters: I images of this process, G images of all processes, T candidate captions of an image (G and then the hard
+negatives), C h w latent.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from align_cli.errors import UserError
+from align_cli.losses import denoising_error, softrepa_terms
+from align_cli.methods.base import Batch, StepContext
+from align_cli.methods.softrepa.config import TABLE_ROWS, SoftREPAConfig
+from align_cli.methods.softrepa.tokens import SoftTokens, inserted, selected_blocks
+from align_cli.models.base import BaseModel, TextCond
+
+FLAT_SPREAD = 0.005
+"""Logit spread (std over captions) below which the contrastive gradient is next to nothing."""
+FLAT_STEPS = 20
+"""Steps whose mean spread decides about the warning: single steps at large t are flat in a healthy run."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What `SoftREPA.contrast` measured, detached. err_IT: (I, T) float32; ce_I, own_I: (I,); logits_IT: (I, T)."""
+
+    err_IT: Tensor
+    ce_I: Tensor
+    own_I: Tensor
+    logits_IT: Tensor
+
+
+@dataclass
+class _Flatness:
+    """Watches whether the logits say anything."""
+
+    spreads: list[float] = field(default_factory=list)
+    done: bool = False
+
+    def see(self, spread: float, error: float, temperature: float) -> None:
+        if self.done:
+            return
+        self.spreads.append(spread)
+        if len(self.spreads) < FLAT_STEPS:
+            return
+        self.done = True
+        mean = sum(self.spreads) / FLAT_STEPS
+        if mean < FLAT_SPREAD:
+            warnings.warn(
+                f"SoftREPA's logits are flat: mean spread {mean:.2g} over {FLAT_STEPS} steps (errors of about {error:.2g} at "
+                f"temperature {temperature:g}), so there is next to nothing to learn from; raise softrepa.temperature "
+                f"towards the size of the errors",
+                stacklevel=3,
+            )
+
+
+class SoftREPA:
+    """Contrastive soft tokens for SD1.x and SD2.x; follows `align_cli.methods.base.Method`."""
+
+    name: ClassVar[str] = "softrepa"
+    config_class: ClassVar[type] = SoftREPAConfig
+    families: ClassVar[frozenset[str]] = frozenset({"sd15", "sd21"})
+
+    def __init__(self, model: BaseModel, config: SoftREPAConfig, *, seed: int = 0) -> None:
+        if model.family not in self.families:
+            raise UserError(
+                f"softrepa works on {', '.join(sorted(self.families))}; {model.model_id} is {model.family}"
+            )
+        self.model, self.config = model, config
+        try:
+            selected_blocks(model.denoiser, config.stages)
+        except ValueError as error:
+            raise UserError(f"softrepa.stages: {error}") from error
+        self.tokens = self._start(seed).to(model.device)
+        self._flatness = _Flatness()
+
+    def _start(self, seed: int) -> SoftTokens:
+        """Initial tokens; drawn on the CPU, so that every machine starts the same.
+
+        Source: transformer.py (Normal(0, 0.02) for tokens and table), train.py (copies of the BOS encoding for SD1.5).
+        """
+        c, rng = self.config, torch.Generator().manual_seed(seed)
+        unet: Any = self.model.denoiser
+        width = int(unet.config.cross_attention_dim)
+        noise = torch.randn(c.num_tokens, width, generator=rng) * c.init_noise
+        table = torch.randn(TABLE_ROWS, width, generator=rng) * c.init_noise if c.use_t_table else None
+        if c.init == "normal":
+            return SoftTokens(noise, table)
+        first = self.model.uncond(1).tokens[0, 0].float().cpu().expand(c.num_tokens, -1)
+        return SoftTokens(first + noise * first[0].std() if c.init == "bos+noise" else first, table)
+
+    # ------------------------------------------------------------ training
+
+    def trainables(self) -> dict[str, list[nn.Parameter]]:
+        """One group: tokens and, if used, the table."""
+        return {"softrepa": list(self.tokens.parameters())}
+
+    def step(self, batch: Batch, ctx: StepContext) -> dict[str, float]:
+        """All pairs of the batch's images and captions, at one timestep for all.
+
+        Logs (means over this process's images): loss, ce, err_own (E under the own caption), err_other, accuracy (own
+        caption has the smallest error), spread (std of the logits over an image's captions).
+        """
+        if batch.pixels is None:
+            raise UserError("softrepa trains on images with captions, but this dataset has captions only")
+        c, model = self.config, self.model
+        count = len(batch.prompts)
+        total = count * ctx.world_size
+        if total < 2 and not c.hard_negatives:
+            raise UserError("softrepa contrasts captions within a batch: train.batch_size must be >= 2")
+        with torch.no_grad():
+            side = [n // model.vae_factor for n in batch.pixels.shape[-2:]]
+            shape = (model.latent_channels, *side)
+            t = torch.randint(c.min_t, c.max_t, (), generator=ctx.rng)
+            posterior = ctx.rows(torch.randn(total, *shape, generator=ctx.rng))
+            eps = ctx.rows(self._noise(total, shape, ctx.rng))
+            latents = model.encode_image(batch.pixels, posterior).float()
+            negatives = self._negatives(batch)
+            encoded = model.encode_text([*batch.prompts, *negatives])
+            texts = TextCond(ctx.gather(encoded.tokens[:count].contiguous()))
+        own = torch.arange(count, device=latents.device) + ctx.rank * count
+        eps = eps.to(latents.device)
+        result = self.contrast(latents, texts, eps, t.to(latents.device), own, encoded[count:], ctx.backward)
+        return self._report(result, own)
+
+    def _noise(self, total: int, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """(total, C, h, w): the same noise in every row, or in every row of a chunk."""
+        c = self.config
+        if c.noise == "shared":
+            return torch.randn(1, *shape, generator=rng).expand(total, *shape)
+        chunks = -(-total // c.row_chunk)
+        return torch.randn(chunks, *shape, generator=rng).repeat_interleave(c.row_chunk, 0)[:total]
+
+    def _negatives(self, batch: Batch) -> list[str]:
+        """`hard_negatives` captions of every image, image by image."""
+        wanted = self.config.hard_negatives
+        if not wanted:
+            return []
+        given = batch.extra.get("negatives")
+        if given is None or any(not isinstance(row, list) or len(row) < wanted for row in given):
+            most = min((len(row) for row in given if isinstance(row, list)), default=0) if given else 0
+            raise UserError(
+                f"softrepa.hard_negatives is {wanted}, but the dataset gives {most} false captions per image; "
+                f"use --set softrepa.hard_negatives={most}"
+            )
+        return [str(text) for row in given if isinstance(row, list) for text in row[:wanted]]
+
+    def contrast(
+        self,
+        latents_I: Tensor,
+        texts_G: TextCond,
+        eps_I: Tensor,
+        t: Tensor,
+        own_I: Tensor,
+        negatives: TextCond,
+        backward: Callable[[Tensor], None],
+    ) -> Contrast:
+        """Loss and gradient of this process's images, chunk by chunk: `backward` frees each graph at once.
+
+            E_ij = mean (target_i - model(z_t(x_i, eps_i), t, c_j, tokens))^2
+            loss = mean_i softmax cross-entropy of 4 exp(-E_ij / 0.07) at j = own_i  +  dweight mean_i E_i,own_i
+
+        Args:
+            latents_I, eps_I: (I, C, h, w); eps may have one row for all. t: () int64. own_I: (I,) column of the own text.
+            texts_G: candidates of every image. negatives: I * k more, k for each image alone, image by image.
+            backward: called with a () loss per chunk; the losses sum up to the whole.
+        Source: train.py, class SoftREPA; the pairs of a chunk lie caption-major in one batch, as there.
+        """
+        c, images = self.config, len(latents_I)
+        noisy = self.model.process.add_noise(latents_I, eps_I, t)
+        target = self.model.process.target(latents_I, eps_I.expand_as(latents_I), t)
+        extra = len(negatives) // images
+        chunk = c.row_chunk or images
+        errors: list[Tensor] = []
+        parts = []
+        with self.attach(self.model):
+            for start in range(0, images, chunk):
+                rows = slice(start, min(start + chunk, images))
+                mine = negatives[start * extra : rows.stop * extra]
+                err = self._errors(noisy[rows], target[rows], t, texts_G, mine)
+                terms = softrepa_terms(err, own_I[rows], temperature=c.temperature, logit_scale=c.logit_scale)
+                backward((terms.ce_I.sum() + c.dweight * terms.own_I.sum()) / images)
+                errors.append(err.detach())
+                parts.append([x.detach() for x in terms])
+        ce, own, logits = (torch.cat(x) for x in zip(*parts, strict=True))
+        return Contrast(torch.cat(errors), ce, own, logits)
+
+    def _errors(
+        self, noisy: Tensor, target: Tensor, t: Tensor, texts: TextCond, negatives: TextCond
+    ) -> Tensor:
+        """(R, T) errors of R rows under all texts and under their own negatives, from one call of the denoiser."""
+        rows, shared, extra = len(noisy), len(texts), len(negatives) // len(noisy)
+        width = shared + extra
+        captions = texts.tokens.repeat_interleave(rows, 0)
+        if extra:
+            own = negatives.tokens.unflatten(0, (rows, extra)).transpose(0, 1).flatten(0, 1)
+            captions = torch.cat([captions, own])
+        pred = self.model.predict(noisy.repeat(width, 1, 1, 1), t, TextCond(captions))
+        return denoising_error(pred, target.repeat(width, 1, 1, 1)).view(width, rows).T
+
+    def _report(self, result: Contrast, own: Tensor) -> dict[str, float]:
+        c, err = self.config, result.err_IT
+        others = (err.sum() - result.own_I.sum()) / (err.numel() - len(err))
+        ce, diffusion = result.ce_I.mean(), result.own_I.mean()
+        values = torch.stack(
+            [
+                ce + c.dweight * diffusion,
+                ce,
+                diffusion,
+                others,
+                (err.argmin(1) == own).float().mean(),
+                result.logits_IT.std(1, unbiased=False).mean(),
+            ]
+        ).tolist()
+        names = ("loss", "ce", "err_own", "err_other", "accuracy", "spread")
+        self._flatness.see(values[5], values[2], c.temperature)
+        return {f"softrepa/{name}": value for name, value in zip(names, values, strict=True)}
+
+    # ------------------------------------------------------------ the trained artefact
+
+    def state(self) -> dict[str, Tensor]:
+        """dc_tokens (N, D) and, with a table, dc_t_tokens (100, D); float32, CPU."""
+        return {k: v.detach().cpu().contiguous().clone() for k, v in self.tokens.state_dict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take trained tensors. ValueError naming missing, unused and wrongly shaped keys; then nothing is changed."""
+        mine = self.tokens.state_dict()
+        missing, unused = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+        wrong = [
+            f"{k} has shape {list(state[k].shape)}, expected {list(mine[k].shape)}"
+            for k in sorted(mine.keys() & state.keys())
+            if state[k].shape != mine[k].shape
+        ]
+        problems = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unused {', '.join(unused)}"] * bool(
+            unused
+        )
+        if problems + wrong:
+            raise ValueError("; ".join(problems + wrong))
+        self.tokens.load_state_dict(state)
+
+    @contextmanager
+    def attach(self, model: BaseModel, scale: float = 1.0) -> Iterator[None]:
+        """The tokens at work on `model`, in the conditional and the unconditional branch.
+
+        scale: factor on the attention weight that the tokens get; 0 is exactly the base model, 1 as trained.
+        """
+        with inserted(model.denoiser, self.config.stages, self.tokens.rows, scale):
+            yield

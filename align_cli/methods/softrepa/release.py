@@ -1,0 +1,127 @@
+"""Read the officially released SoftREPA tokens (and those that the official training scripts write)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from align_cli import config, registry
+from align_cli.adapters import AdapterInfo, load_pickle
+from align_cli.errors import UserError
+from align_cli.methods.softrepa.config import TABLE_ROWS
+from align_cli.models.unet import SD21_WIDTH, unet_family
+
+TOKENS, TABLE = "dc_tokens", "dc_t_tokens"
+"""Stems of the official files, and names of the trained tensors."""
+WIDTHS = {"sd14": 768, "sd15": 768, "sd21-base": SD21_WIDTH}
+"""Text width of the aliases, so that importing needs no weights."""
+STAGES = "TFF"
+"""Stages of the released SD1.5 tokens. Source: run_train.sh and run_eval.sh, --apply_dc True False False."""
+
+
+def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]]:
+    """What an official file or folder holds, as the content of an adapter.
+
+    Args:
+        path: dc_tokens*.pth (a table dc_t_tokens* of the same suffix beside it belongs to it), tokens.safetensors, or a
+            folder with either. model: base model that they were trained on.
+    Raises:
+        UserError: nothing of the kind there, several of the kind, or tensors for another model.
+    """
+    state = read_tensors(path)
+    width, family = _width(model)
+    tokens, table = state[TOKENS], state.get(TABLE)
+    if tokens.ndim != 2 or tokens.shape[1] != width:
+        kind = {2048: " (SDXL)"}.get(tokens.shape[-1], " (SD3)" if tokens.ndim == 3 else "")
+        raise UserError(
+            f"{path} holds tokens of shape {list(tokens.shape)}{kind}, but {model} needs [n, {width}]; name their base "
+            f"model with --model"
+        )
+    if table is not None and table.shape != (TABLE_ROWS, width):
+        raise UserError(f"{path}: the table has shape {list(table.shape)}, expected [{TABLE_ROWS}, {width}]")
+    values = {
+        "model.name": model,
+        "softrepa.num_tokens": len(tokens),
+        "softrepa.stages": STAGES,
+        "softrepa.use_t_table": table is not None,
+    }
+    preset = f"softrepa/{model}"
+    known = preset in config.list_presets()
+    resolved = config.resolve("softrepa", preset=preset if known else "softrepa/sd15", flags=values)
+    origin = {key: "imported file" if key in values else text for key, text in resolved.origin.items()}
+    info = AdapterInfo(
+        method="softrepa",
+        model_id=model,
+        family=family,
+        source=f"official release, imported from {path.name}",
+        config=resolved.to_dict(),
+        origin=origin,
+    )
+    return info, state
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """dc_tokens and, where there is one, dc_t_tokens, float32, in their official shapes (of any base model)."""
+    file = _choose(path) if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path} does not exist; give a dc_tokens*.pth file or the folder that holds it")
+    if file.suffix == ".safetensors":
+        try:
+            state = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+        if TOKENS not in state or state.keys() - {TOKENS, TABLE}:
+            raise UserError(f"{file} holds {', '.join(sorted(state))}; expected {TOKENS} and perhaps {TABLE}")
+        return {name: tensor.float() for name, tensor in state.items()}
+    if not file.name.startswith(TOKENS):
+        raise UserError(
+            f"{file} is no released SoftREPA file: expected {TOKENS}*.pth (a {TABLE}*.pth beside it joins it)"
+        )
+    state = {TOKENS: read_pth(file)}
+    table = file.with_name(file.name.replace(TOKENS, TABLE, 1))
+    if table.is_file():
+        state[TABLE] = read_pth(table)
+    return state
+
+
+def read_pth(file: Path) -> Tensor:
+    """One official .pth: a bare Parameter or tensor, or a pickled nn.Embedding module, of which the weight is taken."""
+    content: Any = load_pickle(file, (nn.modules.sparse.Embedding, set))
+    tensor = content.weight if isinstance(content, nn.Embedding) else content
+    if not isinstance(tensor, Tensor) or not torch.is_floating_point(tensor):
+        raise UserError(
+            f"{file} holds a {type(content).__name__}, expected a tensor of floats or an Embedding"
+        )
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{file} holds values that are not finite")
+    return tensor.detach().float().contiguous()
+
+
+def _choose(folder: Path) -> Path:
+    """The tokens of a folder: the released name, else the best of a training run, else the only one."""
+    for name in (f"{TOKENS}.pth", "tokens.safetensors", f"{TOKENS}_best.pth"):
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(folder.glob(f"{TOKENS}*.pth"))
+    if len(found) != 1:
+        names = ", ".join(f.name for f in found)
+        what = f"several files, name one: {names}" if found else f"no {TOKENS}*.pth and no tokens.safetensors"
+        raise UserError(f"{folder} has {what}")
+    return found[0]
+
+
+def _width(model: str) -> tuple[int, str]:
+    """(text width, family) of a base model."""
+    registry.model_source(model)
+    if model not in WIDTHS:
+        from align_cli.models.loading import load_model
+        from align_cli.settings import ModelSettings
+
+        loaded = load_model(ModelSettings(name=model, device="cpu"))
+        return int(loaded.uncond(1).tokens.shape[-1]), loaded.family
+    return WIDTHS[model], unet_family(WIDTHS[model])

@@ -1,0 +1,120 @@
+"""Soft text tokens and how a UNet gets to see them: forward pre-hooks, so the model itself is never changed.
+
+Letters: B batch, L text tokens, N soft tokens, D text width, R table rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_cli.methods.softrepa.config import NUM_TRAIN_TIMESTEPS, TABLE_ROWS, TABLE_STRIDE
+
+
+def table_row(t: Tensor) -> Tensor:
+    """Row of the table for timesteps t (any shape, float or int) -> int64, the same shape.
+
+    row = int(t) // 10; if ANY t of the batch is >= 1000, 1 is first subtracted from EVERY int(t).
+    Source: SoftREPA transformer.py. `t` is not modified in place (there it is, for int32).
+    """
+    index = t.long()
+    index = index - (t >= NUM_TRAIN_TIMESTEPS).any().long()
+    return index // TABLE_STRIDE
+
+
+class SoftTokens(nn.Module):
+    """The trained tensors: dc_tokens (N, D) and, with a table, dc_t_tokens (R, D), both float32.
+
+    The names are those of the official code and of its released files.
+    """
+
+    def __init__(self, tokens: Tensor, table: Tensor | None) -> None:
+        super().__init__()
+        self.dc_tokens = nn.Parameter(tokens.detach().clone().float())
+        if table is not None and table.shape != (TABLE_ROWS, tokens.shape[1]):
+            raise ValueError(f"table must be {(TABLE_ROWS, tokens.shape[1])}, got {tuple(table.shape)}")
+        self.dc_t_tokens = None if table is None else nn.Parameter(table.detach().clone().float())
+
+    def rows(self, t: Tensor, batch: int) -> Tensor:
+        """(B, N, D) float32 for timesteps t () or (B,): the same tokens for every sample, plus its table row."""
+        rows = self.dc_tokens.expand(batch, -1, -1)
+        if self.dc_t_tokens is None:
+            return rows
+        return rows + self.dc_t_tokens[table_row(t.to(rows.device)).expand(batch)][:, None]
+
+
+def insert_after_first(text: Tensor, tokens: Tensor) -> Tensor:
+    """[text_0 ; tokens ; text_1...]: (B, L, D), (B, N, D) -> (B, L + N, D) in the dtype of the text."""
+    return torch.cat([text[:, :1], tokens.to(text.device, text.dtype), text[:, 1:]], dim=1)
+
+
+def selected_blocks(unet: Any, stages: str) -> list[nn.Module]:
+    """The UNet's blocks with cross-attention in the stages (down, mid, up) that `stages` marks with T.
+
+    Raises:
+        ValueError: none of them has cross-attention, so that the tokens would do nothing.
+    """
+    parts: list[list[Any]] = [list(unet.down_blocks), [unet.mid_block], list(unet.up_blocks)]
+    marked = [block for part, mark in zip(parts, stages, strict=True) if mark == "T" for block in part]
+    blocks = [block for block in marked if getattr(block, "has_cross_attention", False)]
+    if not blocks:
+        raise ValueError(f"no block with cross-attention in the stages {stages} (down, mid, up) of this UNet")
+    return blocks
+
+
+@contextmanager
+def inserted(
+    unet: nn.Module, stages: str, rows: Callable[[Tensor, int], Tensor], scale: float = 1.0
+) -> Iterator[None]:
+    """Inside: every selected block attends to the soft tokens too; all else sees the plain text.
+
+    Args:
+        rows: rows(t, batch) -> (B, N, D), see `SoftTokens.rows`.
+        scale: factor on the attention weight (before normalisation) of the soft tokens, >= 0. 1 is the trained strength,
+            0 exactly the model without them; other values are an attention bias of log(scale).
+    Nested insertions add their tokens; no text position is encoded in cross-attention, so their order means nothing.
+    Source: SoftREPA transformer.py, UNet forward; the scale is ours.
+    """
+    if not (scale >= 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be finite and >= 0, got {scale}")
+    if scale == 0:
+        yield
+        return
+    current: list[Tensor] = []
+
+    def note_timestep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        t = args[1] if len(args) > 1 else kwargs["timestep"]
+        current[:] = [t if isinstance(t, Tensor) else torch.tensor(t)]
+
+    def insert(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        text = kwargs["encoder_hidden_states"]
+        soft = rows(current[0], len(text))
+        changed = {**kwargs, "encoder_hidden_states": insert_after_first(text, soft)}
+        bias = kwargs.get("encoder_attention_mask")
+        if scale != 1 or bias is not None:
+            changed["encoder_attention_mask"] = _bias(bias, text, soft.shape[1], math.log(scale))
+        return args, changed
+
+    with ExitStack() as hooks:
+        handles = [unet.register_forward_pre_hook(note_timestep, with_kwargs=True)]
+        handles += [
+            b.register_forward_pre_hook(insert, with_kwargs=True) for b in selected_blocks(unet, stages)
+        ]
+        for handle in handles:
+            hooks.callback(handle.remove)
+        yield
+
+
+def _bias(bias: Tensor | None, text: Tensor, num: int, value: float) -> Tensor:
+    """The additive attention bias (B, 1, L) of the text, lengthened by `value` for `num` soft tokens."""
+    if bias is None:
+        bias = text.new_zeros(len(text), 1, text.shape[1])
+    soft = bias.new_full((len(bias), 1, num), value)
+    return torch.cat([bias[..., :1], soft, bias[..., 1:]], dim=-1)

@@ -1,0 +1,73 @@
+"""Name -> dotted path tables, imported on first use. Importing this costs no torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from align_cli.errors import UserError, unknown
+
+
+class Table(dict[str, str]):
+    """A table of one kind of thing: name -> "package.module:attribute"."""
+
+    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+        super().__init__(entries)
+        self.kind = kind
+
+
+METHODS = Table("method", {"softrepa": "align_cli.methods.softrepa.method:SoftREPA"})
+"""Classes that follow `align_cli.methods.base.Method`."""
+
+METHOD_CONFIGS = Table("method", {"softrepa": "align_cli.methods.softrepa.config:SoftREPAConfig"})
+"""Their frozen config dataclasses; importing one costs no torch."""
+
+DATASETS = Table(
+    "dataset",
+    {"coco": "align_cli.data.coco:CocoDataset", "shapes": "align_cli.shapes.dataset:ShapesDataset"},
+)
+"""Classes that follow `align_cli.data.base.Dataset`."""
+
+BENCHMARKS = Table("benchmark", {"shapes": "align_cli.evaluation.benchmarks:ShapesBenchmark"})
+"""Classes of the benchmarks of `t2ialign eval`."""
+
+MODELS = Table(
+    "model",
+    {
+        "sd14": "CompVis/stable-diffusion-v1-4",
+        "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "sd21-base": "stabilityai/stable-diffusion-2-1-base",
+        "tiny-sd15": "embedded:tiny-sd15",
+    },
+)
+"""Alias -> hub id, or "embedded:" and a folder of align_cli/shapes/weights; `model_source` reads it."""
+
+
+def path_of(table: Table, name: str) -> str:
+    """What the table says about `name`; UserError listing the known names and the nearest."""
+    if name not in table:
+        raise unknown(table.kind, name, table)
+    return table[name]
+
+
+def load(table: Table, name: str) -> Any:
+    """The registered class or function, imported on first use. UserError for an unknown name."""
+    module, _, attribute = path_of(table, name).partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def model_source(name: str) -> str:
+    """Where a model name leads: hub id, "embedded:NAME", or the path of an existing folder as it was given.
+
+    UserError for a bare word that is neither an alias nor a folder.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if name.startswith("embedded:") or Path(name).expanduser().is_dir():
+        return name
+    if name.startswith(("/", "./", "../", "~")):
+        raise UserError(f"model folder {name!r} does not exist")
+    if name.count("/") == 1 and all(name.split("/")):
+        return name
+    raise unknown("model", name, MODELS)

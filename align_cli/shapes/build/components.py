@@ -1,0 +1,137 @@
+"""The embedded models: exact configurations, all of the ordinary diffusers and transformers classes."""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from align_cli.shapes.captions import word_list
+from align_cli.shapes.world import SIZE
+
+TOKEN_LIMIT = 32
+"""Tokens the text towers read, start and end included: the long captions overflow it as real ones overflow 77."""
+WIDTH = 128
+"""Width of the text tower and of cross-attention."""
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of the grammar is one token: same vocabulary order as the real one."""
+    words = word_list()
+    bpe = Tokenizer(BPE(unk_token=None, end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = Whitespace()
+    trainer = BpeTrainer(
+        vocab_size=5000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False, special_tokens=[]
+    )
+    bpe.train_from_iterator([" ".join(words)] * 3, trainer)
+    merges = _merges(bpe)
+    base = list(bytes_to_unicode().values())
+    tokens = base + [c + "</w>" for c in base] + ["".join(pair) for pair in merges] + [START, END]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    made = CLIPTokenizer(
+        vocab=vocab,
+        merges=merges,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=TOKEN_LIMIT,
+    )
+    for word in words:
+        ids = made(word)["input_ids"]
+        assert len(ids) == 3, f"{word!r} is {len(ids) - 2} tokens"
+    return made
+
+
+def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
+    import json
+
+    return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in json.loads(bpe.to_str())["model"]["merges"]]
+
+
+def _text_config(tok: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tok),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=TOKEN_LIMIT,
+        projection_dim=WIDTH,
+        hidden_act="quick_gelu",
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
+
+
+def clip(tok: CLIPTokenizer) -> CLIPModel:
+    """tiny-clip: both towers of the contrastive model; its text tower is the frozen text encoder of the tiny pipelines."""
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=4,
+        projection_dim=WIDTH,
+        hidden_act="quick_gelu",
+    )
+    config = CLIPConfig(
+        text_config=_text_config(tok).to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH
+    )
+    return CLIPModel(config)
+
+
+def vae() -> AutoencoderKL:
+    """Autoencoder 32x32x3 -> 8x8x4."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """The denoiser of tiny-sd15: 8x8 latents, cross-attention at the 8x8 level and in the middle."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def scheduler(prediction_type: str) -> DDIMScheduler:
+    """SD1.5's schedule for epsilon; SD2.1's velocity with zero terminal SNR and trailing spacing for v_prediction."""
+    v = prediction_type == "v_prediction"
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=v,
+        timestep_spacing="trailing" if v else "leading",
+    )

@@ -1,0 +1,108 @@
+"""Train tiny-clip: contrastive towers on pictures with counterfactual twins, the reward and the frozen text encoder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from align_cli.shapes.build import components
+from align_cli.shapes.build.run import Clock, Resumable
+from align_cli.shapes.captions import PROMPT_KINDS, Prompt, counterfactual, recaption
+from align_cli.shapes.world import render, sample_scenes
+
+BATCH = 64
+LR = 1e-3
+WEIGHTS = (0.15, 0.5, 0.15, 0.2)
+LONG_RATE = 0.1
+
+
+def examples(n: int, rng: np.random.Generator, split: str) -> tuple[Tensor, list[Prompt], list[Prompt]]:
+    """Pictures (2n, 3, 32, 32) in [-1, 1]: n scenes, then their counterfactuals; n captions each, true of their own."""
+    scenes = sample_scenes(n, rng, weights=WEIGHTS, split=split)
+    prompts = [recaption(s, rng, long_rate=LONG_RATE) for s in scenes]
+    changed = [counterfactual(s, p, rng) for s, p in zip(scenes, prompts, strict=True)]
+    x = torch.from_numpy(render(scenes + [c[0] for c in changed])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x, prompts, [c[1] for c in changed]
+
+
+def features(model: torch.nn.Module, tok, x: Tensor | None, texts: list[str]) -> tuple[Tensor | None, Tensor]:
+    """Unit vectors of pictures and texts."""
+    ids = tok(texts, padding=True, truncation=True, return_tensors="pt").input_ids
+    text = F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=-1)
+    image = None if x is None else F.normalize(model.visual_projection(model.vision_model(x).pooler_output), dim=-1)
+    return image, text
+
+
+def loss(model: torch.nn.Module, tok, x: Tensor, texts: list[str]) -> Tensor:
+    """Symmetric InfoNCE over a batch in which every picture and caption meets its counterfactual twin."""
+    image, text = features(model, tok, x, texts)
+    logits = model.logit_scale.clamp(max=4.6).exp() * image @ text.T
+    names = np.array(texts)
+    same = torch.from_numpy(names[:, None] == names[None]) & ~torch.eye(len(texts), dtype=torch.bool)
+    logits = logits.masked_fill(same, -1e4)
+    label = torch.arange(len(texts))
+    return (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, tok, split: str, n: int = 1000) -> dict[str, float]:
+    """Share of pictures that prefer their caption to a hard negative (chance 0.5), by kind; R@1 among 400.
+
+    A long caption can differ from its negative only after the token limit: such a tie counts one half.
+    """
+    x, prompts, negatives = examples(n, np.random.default_rng(77), split)
+    texts = [p.text for p in prompts]
+    parts = [features(model, tok, x[i : i + 100], texts[i : i + 100]) for i in range(0, n, 100)]
+    image, text = (torch.cat([p[k] for p in parts]) for k in (0, 1))
+    false = torch.cat([features(model, tok, None, [p.text for p in negatives[i : i + 100]])[1] for i in range(0, n, 100)])
+    margin = (image * text).sum(-1) - (image * false).sum(-1)
+    right = (margin > 1e-6).float() + 0.5 * (margin.abs() <= 1e-6).float()
+    best = (image[:400] @ text[:400].T).argmax(1).tolist()
+    out = {"hard_negative": right.mean().item()}
+    out["recall_at_1_of_400"] = sum(texts[b] == texts[i] for i, b in enumerate(best)) / 400
+    for kind in PROMPT_KINDS:
+        out[f"hard_negative_{kind}"] = right[[p.kind == kind for p in prompts]].mean().item()
+    return out
+
+
+def train(out: Path, minutes: float, seed: int) -> None:
+    """Train for `minutes` of wall clock and save a transformers CLIPModel folder with its tokenizer."""
+    torch.manual_seed(seed)
+    tok = components.tokenizer()
+    model = components.clip(tok)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.98), weight_decay=0.05)
+    run = Resumable(out / "clip.state", model, optimizer)
+    clock = Clock(minutes, run.seconds)
+    start = time.time()
+    while not clock.over():
+        x, prompts, twins = examples(BATCH // 2, np.random.default_rng([seed, 2, run.step]), "train")
+        for group in optimizer.param_groups:
+            group["lr"] = clock.cosine(LR, run.step, warmup=100)
+        value = loss(model, tok, x, [p.text for p in prompts + twins])
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        if run.step % 100 == 0:
+            run.save(clock.seconds())
+            rate = 100 * BATCH / (time.time() - start)
+            m = evaluate(model, tok, "val", 300)
+            start = time.time()
+            print(f"clip step {run.step} loss {value.item():.3f} {rate:.0f} img/s {_line(m)}", flush=True)
+    model.eval()
+    metrics = {f"{split}_{k}": v for split in ("train", "test") for k, v in evaluate(model, tok, split).items()}
+    print("clip final", _line(metrics), flush=True)
+    model.save_pretrained(out / "tiny-clip")
+    tok.save_pretrained(out / "tiny-clip")
+    run.finish(out / "clip.json", clock.seconds(), {"pairs": run.step * BATCH} | metrics)
+
+
+def _line(metrics: dict[str, float]) -> str:
+    return " ".join(f"{k} {v:.3f}" for k, v in metrics.items())

@@ -1,0 +1,123 @@
+"""The processes of a run: who am I, averages over all, and things that one process does for all.
+
+Processes are started by `accelerate launch` or torchrun; accelerate sets up the group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from align_cli.errors import UserError
+
+BUCKET = 1 << 24
+"""Gradient numbers per all-reduce (64 MiB): bounds the extra memory for large trained models."""
+
+
+def rank_device(device: str) -> str:
+    """`device` for this process: one GPU each where several processes are launched, else as it is."""
+    local = os.environ.get("LOCAL_RANK")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if (
+        several
+        and local is not None
+        and (device == "cuda" or (device == "auto" and torch.cuda.is_available()))
+    ):
+        return f"cuda:{int(local) % max(1, torch.cuda.device_count())}"
+    return device
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes (before the group is set up, too)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class Ranks:
+    """This process among all processes of the run."""
+
+    def __init__(self, device: torch.device) -> None:
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if several and device.type == "cpu":
+            PartialState(cpu=True)  # gloo, on a machine with GPUs too
+        state = PartialState()
+        self.device = device
+        self.rank, self.world_size = int(state.process_index), int(state.num_processes)
+        self.main = self.rank == 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, ...) of every rank -> (world_size * B, ...), in rank order; gradients to this rank's rows."""
+        if self.world_size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        dist.all_gather(parts, x.detach().contiguous())
+        parts[self.rank] = x
+        return torch.cat(parts)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter], flags: Sequence[float]) -> list[float]:
+        """Replace every gradient by its mean over ranks; returns the sums of `flags` over ranks.
+
+        A parameter without a gradient counts as zero where other ranks have one; where none has, it has none.
+        """
+        if self.world_size == 1:
+            return list(flags)
+        head = [*flags, *(float(p.grad is not None) for p in parameters)]
+        sums = torch.tensor(head, dtype=torch.float32, device=self.device)
+        dist.all_reduce(sums)
+        totals = sums.tolist()
+        wanted = [p for p, count in zip(parameters, totals[len(flags) :], strict=True) if count]
+        bucket: list[nn.Parameter] = []
+        for p in wanted:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            bucket.append(p)
+            if sum(q.numel() for q in bucket) >= BUCKET:
+                self._average(bucket)
+                bucket = []
+        if bucket:
+            self._average(bucket)
+        return totals[: len(flags)]
+
+    def _average(self, bucket: list[nn.Parameter]) -> None:
+        grads = [p.grad for p in bucket if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(mean.view_as(g))
+
+    def objects(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Rank 0 does `work`, the others wait; a `UserError` of it is raised on all."""
+        message: str | None = None
+        if self.main:
+            try:
+                work()
+            except UserError as error:
+                if self.world_size == 1:
+                    raise
+                message = str(error)
+        if self.world_size > 1:
+            box = [message]
+            dist.broadcast_object_list(box, src=0)
+            if box[0] is not None:
+                raise UserError(box[0])
+
+
+def leave_group() -> None:
+    """Leave the process group, after all ranks are done with it; nothing if there is none."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

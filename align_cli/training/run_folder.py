@@ -1,0 +1,170 @@
+"""The output folder of a run: what lies in it, who may write to it, with which settings it may go on. No
+torch.
+
+config.toml, run.json    the resolved settings with their origins, for people and for machines
+checkpoints/             see checkpoint.py
+metrics.jsonl            one line per train.log_every steps
+grids/, tracker/         sample grids; the files of train.tracker
+adapter/, result.json, before-after.png    the result
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align_cli.errors import UserError
+
+FORMAT = 1
+CONFIG, RUN, METRICS, CHECKPOINTS = "config.toml", "run.json", "metrics.jsonl", "checkpoints"
+GRIDS, TRACKER, ADAPTER, RESULT, PICTURE = "grids", "tracker", "adapter", "result.json", "before-after.png"
+OURS = (RUN, CONFIG, METRICS, CHECKPOINTS, GRIDS, TRACKER, ADAPTER, RESULT, PICTURE)
+"""Everything a run writes; --overwrite removes these names and nothing else."""
+
+FREE = frozenset(
+    {
+        "model.device",
+        "data.path",
+        "data.num_workers",
+        "train.steps",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.grid_every",
+        "train.tracker",
+        "train.num_threads",
+    }
+)
+"""Settings that may differ when a run goes on; the data of another path must have the same fingerprint."""
+FREE_SECTIONS = ("sample", "eval")
+
+
+def check(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder before anything is loaded.
+
+    Raises:
+        UserError: it holds a run and neither `resume` nor `overwrite` is given, it holds none to resume, it
+            is a file, or it cannot be written to.
+    """
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite removes it; give one of them")
+    try:
+        held = [name for name in OURS if (out / name).exists()] if out.is_dir() else []
+        blocked = next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None)
+    except OSError as error:
+        raise UserError(
+            f"cannot look into {out}: {error.strerror}; choose another folder with --out"
+        ) from error
+    if blocked is not None:
+        raise UserError(f"{blocked} is a file, not a folder; choose another output folder with --out")
+    if held and not (resume or overwrite):
+        raise UserError(
+            f"{out} already holds a run ({held[0]}); go on with --resume, replace it with --overwrite, "
+            f"or choose another folder with --out"
+        )
+    if resume and RUN not in held:
+        raise UserError(
+            f"{out} holds no run to resume; leave --resume away to start one, or name it with --out"
+        )
+    try:
+        made = make(out)
+        probe = out / ".t2ialign-write-test"
+        probe.touch()
+        probe.unlink()
+        for path in reversed(made):
+            path.rmdir()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out}: {error.strerror}; choose another folder with --out"
+        ) from error
+
+
+def make(folder: Path) -> list[Path]:
+    """Make a folder with its parents; returns those that were missing, outermost first."""
+    missing = [p for p in (*reversed(folder.parents), folder) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def clear(out: Path) -> None:
+    """Remove an earlier run: our own names only."""
+    for name in OURS:
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """The content of run.json.
+
+    Raises:
+        UserError: missing, damaged or of a later version.
+    """
+    path = out / RUN
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        fmt, config = raw["format"], raw["config"]
+    except FileNotFoundError:
+        raise UserError(f"{out} holds no run to resume; leave --resume away to start one") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); start again with --overwrite") from error
+    if not isinstance(fmt, int) or fmt > FORMAT or not isinstance(config, dict):
+        raise UserError(f"{path} has format {fmt}, this t2ialign reads up to {FORMAT}; update t2ialign")
+    return dict(raw)
+
+
+def run_text(
+    config: Mapping[str, Any], origin: Mapping[str, str], fingerprint: str, versions: Mapping[str, str]
+) -> str:
+    """The content of run.json."""
+    raw = {
+        "format": FORMAT, "data_fingerprint": fingerprint, "versions": dict(versions), "config": dict(config),
+        "origin": dict(origin),
+    }  # fmt: skip
+    return json.dumps(raw, indent=2) + "\n"
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}."""
+    values: dict[str, Any] = {}
+    for section, part in config.items():
+        if isinstance(part, Mapping):
+            values.update({f"{section}.{key}": value for key, value in part.items()})
+        else:
+            values[section] = part
+    return values
+
+
+def check_same(
+    saved: Mapping[str, Any], now: Mapping[str, Any], saved_data: str, data: str, out: Path
+) -> None:
+    """Refuse to go on with other settings or data than the run began with.
+
+    Raises:
+        UserError: naming the first setting that differs, with both values.
+    """
+    before, after = flat(saved), flat(now)
+    for key in sorted(before.keys() | after.keys()):
+        if key in FREE or key.partition(".")[0] in FREE_SECTIONS:
+            continue
+        if before.get(key) != after.get(key):
+            raise UserError(
+                f"{out} was begun with {key} = {before.get(key)!r}, now it is {after.get(key)!r}; a resumed "
+                f"run keeps "
+                f"its settings: leave it away, or start a new run with another --out"
+            )
+    if saved_data != data:
+        raise UserError(
+            f"{out} was begun on other data (fingerprint {saved_data}, now {data}); "
+            f"give the same data, or start a new run with another --out"
+        )
+
+
+def resume_command(method: str, out: Path) -> str:
+    """What to type to go on."""
+    return f"t2ialign train {method} --resume --out {shlex.quote(str(out))}"

@@ -1,0 +1,211 @@
+"""`t2ialign sample` and `t2ialign eval`: the real commands on a tiny random model and a SoftREPA adapter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from align_cli import config
+from align_cli.adapters import save_adapter
+from align_cli.cli.main import app
+from align_cli.methods.softrepa.method import SoftREPA
+from align_cli.models.loading import load_model
+from align_cli.pictures import read_metadata
+
+QUICK = ("--steps", "2", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_sd15_folder, tmp_path_factory):
+    """A SoftREPA adapter with random tokens, strong enough to be seen."""
+    name = str(tiny_sd15_folder)
+    resolved = config.resolve(
+        "softrepa",
+        preset="none",
+        sets=["sample.guidance=2.5", "sample.batch_size=8"],
+        flags={"model.name": name, "model.device": "cpu"},
+    )
+    method = SoftREPA(load_model(resolved.model), resolved.method_config)
+    with torch.no_grad():
+        for group in method.trainables().values():
+            for parameter in group:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    save_adapter(folder, method, resolved.to_dict(), resolved.origin)
+    return folder
+
+
+def call(*args: object):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def assert_one_line(result, *parts: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_sample_base(tiny_sd15_folder, tmp_path):
+    out = tmp_path / "out"
+    args = ("sample", "--model", tiny_sd15_folder, *QUICK, "--out", out, "--n", 2, "--seed", 5)
+    result = call(*args, "--prompt", "a red circle", "--prompt", "two  Blue/squares")
+    assert result.exit_code == 0, result.stderr
+    names = sorted(p.name for p in out.iterdir())
+    assert names == [
+        "001-a-red-circle-seed5.png",
+        "001-a-red-circle-seed6.png",
+        "002-two-blue-squares-seed5.png",
+        "002-two-blue-squares-seed6.png",
+        "sheet.png",
+    ]
+    assert str(out / "sheet.png") in result.stdout
+    facts = read_metadata(out / names[1])
+    assert facts["prompt"] == "a red circle"
+    assert facts["seed"] == "6"
+    assert facts["model"] == str(tiny_sd15_folder)
+    assert "steps 2" in facts["sampling"]
+    assert facts["adapter"] == "none"
+    assert_one_line(call(*args, "--prompt", "a red circle"), "already holds", "--overwrite")
+    first = pixels(out / names[1])
+    assert call(*args, "--prompt", "a red circle", "--overwrite", "--batch-size", 1).exit_code == 0
+    assert np.abs(pixels(out / names[1]).astype(int) - first).max() <= 1
+
+
+def test_sample_compare_and_scale(adapter, tmp_path):
+    result = call(
+        "sample",
+        "--adapter",
+        adapter,
+        "--prompt",
+        "a red circle",
+        *QUICK,
+        "--compare",
+        "--out",
+        tmp_path / "o",
+    )
+    assert result.exit_code == 0, result.stderr
+    base = tmp_path / "o" / "001-a-red-circle-seed42-base.png"
+    aligned = tmp_path / "o" / "001-a-red-circle-seed42-aligned.png"
+    assert not np.array_equal(pixels(base), pixels(aligned))
+    assert "adapter" not in read_metadata(base)
+    info = json.loads((adapter / "adapter.json").read_text())
+    assert str(adapter) in read_metadata(aligned)["adapter"]
+    assert info["sha256"] in read_metadata(aligned)["adapter"]
+    assert "guidance 2.5" in read_metadata(aligned)["sampling"]
+    assert "guidance 2.5" in result.stderr  # recorded with the adapter
+    off = call(
+        "sample", "--adapter", f"{adapter}@0", "--prompt", "a red circle", *QUICK, "--out", tmp_path / "p"
+    )
+    assert off.exit_code == 0, off.stderr
+
+
+def test_sample_default_folder_never_overwrites(tiny_sd15_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert call("sample", "--model", tiny_sd15_folder, *QUICK, "--prompt", "a red circle").exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["samples", "samples-2"]
+
+
+def test_sample_warns_of_a_cut_prompt(tiny_sd15_folder, tmp_path):
+    long = " ".join(["a red circle and"] * 40)
+    result = call("sample", "--model", tiny_sd15_folder, *QUICK, "--prompt", long, "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "its end is not seen" in result.stderr
+
+
+def test_sample_bad_input(tiny_sd15_folder, adapter, tmp_path):
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text("\n\n")
+    latin.write_bytes(b"caf\xe9")
+    (tmp_path / "file").write_text("")
+    base = ("sample", "--model", tiny_sd15_folder, *QUICK)
+    assert_one_line(call(*base), "nothing to draw", "--prompt")
+    assert_one_line(call(*base, "--prompt", " "), "--prompt is empty")
+    assert_one_line(call(*base, "--prompts", empty), "holds no prompt", "empty.txt")
+    assert_one_line(call(*base, "--prompts", latin), "not UTF-8", "line 1")
+    assert_one_line(call(*base, "--prompts", tmp_path / "no.txt"), "no prompt file")
+    one = (*base, "--prompt", "a red circle")
+    assert_one_line(call(*one, "--compare"), "--adapter")
+    assert_one_line(call(*one, "--sampler", "euler"), "ddim, ddpm")
+    assert_one_line(call(*one, "--image-size", "33", "--out", tmp_path / "s"), "multiple of")
+    assert_one_line(call(*one, "--adapter", tmp_path / "nothing"), "nothing")
+    assert_one_line(call(*one, "--adapter", f"{adapter}@lots"), "lots")
+    assert_one_line(call(*one, "--out", tmp_path / "file"), "not a folder")
+    assert_one_line(call("sample", "--model", "tiny-sd51", "--prompt", "x"), "tiny-sd15")
+
+
+def test_eval_base_and_json(tiny_sd15_folder, tmp_path):
+    args = ("eval", "shapes", "--model", tiny_sd15_folder, "--n", 12, *QUICK)
+    result = call(*args, "--out", tmp_path / "e")
+    assert result.exit_code == 0, result.stderr
+    assert "floor" in result.stdout
+    assert "* all" in result.stdout
+    raw = json.loads((tmp_path / "e" / "eval-shapes.json").read_text())
+    assert raw["metrics"]["all"]["n"] == 12
+    assert Image.open(tmp_path / "e" / "eval-shapes.png").height > 500
+    printed = call(*args, "--json")
+    again = json.loads(printed.stdout)
+    changing = ("seconds", "peak_memory_bytes")
+    assert {k: v for k, v in again.items() if k not in changing} == {
+        k: v for k, v in raw.items() if k not in changing
+    }
+    assert_one_line(call(*args, "--out", tmp_path / "e"), "already holds", "--overwrite")
+
+
+def test_eval_adapter_as_the_real_command(adapter):
+    command = [
+        sys.executable,
+        "-m",
+        "align_cli",
+        "eval",
+        "shapes",
+        "--adapter",
+        str(adapter),
+        "--n",
+        "12",
+        *QUICK,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    head = next(line for line in lines if line.strip().startswith("metric"))
+    for name in ("base", "aligned", "difference", "95 % CI", "n"):
+        assert name in head
+    for name in (
+        "object",
+        "color",
+        "shape",
+        "count",
+        "relation",
+        "background",
+        "* all",
+        "pair",
+        "triple",
+        "long",
+    ):
+        assert any(line.strip().startswith(name) for line in lines), name
+    assert max(map(len, lines)) <= 100
+    assert "peak memory" in done.stdout
+    assert "drawing aligned: 24 of 24 steps" in done.stderr
+
+
+def test_eval_bad_input(tiny_sd15_folder):
+    base = ("--model", tiny_sd15_folder, *QUICK)
+    assert_one_line(call("eval", "shape", *base), "shapes")
+    assert_one_line(call("eval", "shapes", *base, "--split", "tests"), "test")
+    assert_one_line(call("eval", "shapes", *base, "--n", "0"), "at least one prompt")
+    assert_one_line(call("eval", "shapes", *base, "--interval", "z"), "bootstrap")

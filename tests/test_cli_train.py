@@ -1,0 +1,265 @@
+"""`t2ialign train` with the real method on a tiny random model: run, stop, resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import make_coco, trace
+from typer.testing import CliRunner
+
+from align_cli.cli.main import app
+from align_cli.methods.softrepa.method import SoftREPA
+
+STEPS = 6
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def options(tiny_sd15_folder) -> list[str]:
+    """A run of seconds."""
+    sets = {
+        "data.num_workers": 0, "data.num_examples": 32, "train.log_every": 1, "train.save_every": 2,
+        "sample.steps": 2, "sample.guidance": 1.0, "sample.batch_size": 8, "eval.num_prompts": 8,
+        "softrepa.temperature": 0.3, "softrepa.use_t_table": "true", "train.num_threads": 1,
+    }  # fmt: skip
+    given = ["--model", str(tiny_sd15_folder), "--preset", "none", "--steps", str(STEPS), "--batch-size", "3"]
+    return given + [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+
+
+def call(*args: object):
+    return CliRunner().invoke(app, ["train", "softrepa", *map(str, args)])
+
+
+def ok(*args: object):
+    result = call(*args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*args: object) -> str:
+    """The one line of a user error."""
+    result = call(*args)
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Ctrl-C in the middle of a step."""
+    real = SoftREPA.step
+
+    def interrupted(self, batch, ctx):
+        if ctx.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, batch, ctx)
+
+    monkeypatch.setattr(SoftREPA, "step", interrupted)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Where the run without a stop is put, by whoever needs it first."""
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
+def whole_trace(whole: Path, options: list[str]) -> list[str]:
+    if not whole.exists():
+        ok(*options, "--out", whole, "--no-eval")
+    return trace(whole)
+
+
+# ------------------------------------------------------------------ the course of a run
+
+
+def test_train_evaluates_and_says_where_things_are(tmp_path, options):
+    out = tmp_path / "run"
+    result = ok(*options, "--out", out, "--set", "train.grid_every=3", "--set", "train.ema_decay=0.5")
+    numbers = json.loads((out / "result.json").read_text())
+    assert numbers["step"] == STEPS and numbers["method"] == "softrepa" and numbers["train_seconds"] > 0
+    assert numbers["evaluation"]["headline"] == "all"
+    assert "95 % CI" in result.stdout and "aligned" in result.stdout and "peak memory" in result.stdout
+    for name in ("adapter", "result.json", "before-after.png"):
+        assert str(out / name) in result.stdout and (out / name).exists()
+    assert sorted(p.name for p in (out / "grids").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    assert f"step {STEPS}/{STEPS}" in result.stderr
+    again = ok(*options[:2], "--out", out, "--resume", "--no-eval")  # finished: saves the adapter anew
+    assert "adapter:" in again.stdout and "95 % CI" not in again.stdout
+
+
+def test_the_adapter_holds_what_was_trained(tmp_path, options, tiny_sd15_folder):
+    from align_cli.adapters import attach, load_adapter
+    from align_cli.models.loading import load_model
+    from align_cli.settings import ModelSettings
+
+    out = tmp_path / "run"
+    ok(*options, "--out", out, "--no-eval")
+    adapter = load_adapter(out / "adapter")
+    state = torch.load(out / "checkpoints" / f"step-{STEPS:08d}" / "state.pt", weights_only=True)
+    trained = {tuple(t.shape): t for t in state["trainables"]["softrepa"]}
+    assert len(adapter.state) == len(trained) == 2
+    for value in adapter.state.values():
+        torch.testing.assert_close(value, trained[tuple(value.shape)], rtol=0, atol=0)
+    model = load_model(ModelSettings(name=str(tiny_sd15_folder), device="cpu"))
+    with attach(model, [str(out / "adapter")]):
+        pass
+
+
+def test_stop_and_resume_is_bit_identical(tmp_path, options, whole, monkeypatch):
+    expected = whole_trace(whole, options)
+    assert len(expected) == STEPS
+    out = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        result = call(*options, "--out", out, "--no-eval")
+    assert result.exit_code == 130
+    assert f"stopped after step 3 of {STEPS}" in result.stdout
+    command = f"t2ialign train softrepa --resume --out {out}"
+    assert command in result.stdout
+    assert not (out / "adapter").exists()
+    ok(*command.split()[3:], "--no-eval")
+    assert trace(out) == expected
+    same = "checkpoints/step-00000006/state.pt"
+    first, second = (torch.load(p / same, weights_only=True)["trainables"]["softrepa"] for p in (whole, out))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_ctrl_c_on_the_real_command(tmp_path, options, whole):
+    """The very process of `python -m align_cli`, stopped by a signal from outside, and gone on with."""
+    out = tmp_path / "cut"
+    command = [
+        sys.executable,
+        "-m",
+        "align_cli",
+        "train",
+        "softrepa",
+        *options,
+        "--out",
+        str(out),
+        "--no-eval",
+    ]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--steps", "100000"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 100
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr.decode()
+    assert b"go on with: t2ialign train softrepa --resume --out" in stdout
+    done = len(trace(out))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir())[-1] == f"step-{done:08d}"
+    if done < STEPS:
+        ok("--resume", "--out", out, "--steps", STEPS, "--no-eval")
+    assert trace(out)[:STEPS] == whole_trace(whole, options)
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path, options, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        call(*options, "--out", out)
+    assert "train.lr = 0.001, now it is 0.5" in refused("--resume", "--out", out, "--lr", "0.5")
+    assert "leave --preset and --config away" in refused("--resume", "--out", out, "--preset", "sd15")
+    assert "already holds a run" in refused(*options, "--out", out)
+    before = json.loads((out / "run.json").read_text())
+    ok("--resume", "--out", out, "--steps", "3", "--no-eval")
+    after = json.loads((out / "run.json").read_text())
+    assert after["config"]["train"] == before["config"]["train"] | {"steps": 3}
+    assert after["origin"] == before["origin"] | {"train.steps": "--steps"}
+    ok(*options, "--out", out, "--overwrite", "--steps", "1", "--no-eval")
+    assert len(trace(out)) == 1
+
+
+def test_the_default_folder_names_the_run(tmp_path, options, monkeypatch, tiny_sd15_folder):
+    monkeypatch.chdir(tmp_path)
+    ok(*options, "--steps", "1", "--seed", "7", "--no-eval")
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [f"softrepa-{tiny_sd15_folder.name}-seed7"]
+
+
+def test_dry_run_prints_origins_and_touches_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = ok("--dry-run", "--lr", "0.5", "--set", "train.steps=7").stdout
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert "0.5" in rows["train.lr"] and "--lr" in rows["train.lr"]
+    assert "7" in rows["train.steps"] and "--set" in rows["train.steps"]
+    assert "preset softrepa/tiny-sd15" in rows["softrepa.num_tokens"]
+    assert "default" in rows["train.adam_eps"]
+    assert "runs/softrepa-tiny-sd15-seed42" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_on_coco(tmp_path, options):
+    root = make_coco(tmp_path / "coco")
+    out = tmp_path / "run"
+    with pytest.warns(UserWarning, match="no caption"):
+        result = ok(
+            *options, "--out", out, "--data", "coco", "--data-path", root.parent, "--set", "data.image_size=32",
+            "--set", "data.num_workers=1", "--steps", "2",
+        )  # fmt: skip
+    assert len(trace(out)) == 2 and "no paired evaluation" in result.stderr
+    assert json.loads((out / "result.json").read_text())["evaluation"] is None
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def test_user_errors_leave_nothing_behind(tmp_path, options):
+    out = tmp_path / "run"
+
+    def error(*more: object) -> str:
+        text = refused(*options, "--out", out, *more)
+        assert not out.exists()
+        return text
+
+    assert "fewer than one batch of 33" in error("--batch-size", "33")
+    assert "needs --data-path" in error("--data", "coco")
+    assert "does not exist" in error("--data", "coco", "--data-path", tmp_path / "none")
+    assert "unknown dataset 'cocoo'; did you mean 'coco'" in error("--data", "cocoo")
+    assert "holds no run to resume" in error("--resume")
+    assert "train.lr must be > 0" in error("--lr", "-1")
+    if not torch.cuda.is_available():
+        assert "cuda" in error("--device", "cuda")
+    root = make_coco(tmp_path / "coco")
+    with pytest.warns(UserWarning, match="no caption"):
+        assert "no multiple of 4" in error(
+            "--data", "coco", "--data-path", root, "--set", "data.image_size=18"
+        )
+
+
+def test_a_broken_image_is_named(tmp_path, options):
+    root = make_coco(tmp_path / "coco")
+    (root / "train2017" / "000000000005.jpg").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="no caption"):
+        text = call(
+            *options, "--out", tmp_path / "run", "--data", "coco", "--data-path", root,
+            "--set", "data.image_size=32", "--batch-size", "4",
+        )  # fmt: skip
+    assert text.exit_code == 2 and "000000000005.jpg is no image" in text.stderr
+
+
+def test_nan_stops_with_the_last_good_checkpoint(tmp_path, options, monkeypatch):
+    real = SoftREPA._errors
+
+    def broken(self, noisy, *rest):
+        broken.calls += 1
+        errors = real(self, noisy, *rest)
+        return errors * float("nan") if broken.calls == 4 else errors
+
+    broken.calls = 0
+    monkeypatch.setattr(SoftREPA, "_errors", broken)
+    out = tmp_path / "run"
+    result = call(*options, "--out", out, "--no-eval")
+    assert result.exit_code == 2 and "the loss is not finite at step 4 of 6" in result.stderr
+    assert "step-00000002" in result.stderr
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]

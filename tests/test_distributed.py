@@ -1,0 +1,95 @@
+"""Two gloo processes with half the batch each against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import LinearMap, Points, settings
+
+from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
+from align_cli.training.log import read_metrics
+from align_cli.training.loop import train
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """The folder and the reports of both processes of two_processes.py."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        env = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        }  # fmt: skip
+        command = [sys.executable, str(HERE / "two_processes.py"), str(out)]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    texts = []
+    for process in processes:
+        text, _ = process.communicate(timeout=120)
+        texts.append(text.decode())
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(texts)
+    return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_gather_and_average_by_hand(two):
+    for rank, report in enumerate(two[1]):
+        assert report["world"] == 2 and report["main"] == (rank == 0)
+        assert report["gathered"] == [1, 1, 2, 2]
+        assert report["own_gradient"] == ([1, 2] if rank == 0 else [3, 4])
+        assert report["flags"] == [1, 2]
+        assert report["p"] == [0.5, 0.5] and report["q"] == [2, 2] and report["r"] is True
+
+
+def test_an_error_of_the_main_process_is_one_of_all(two):
+    assert [report["error"] for report in two[1]] == ["the disk is full"] * 2
+
+
+def test_two_processes_give_the_result_of_one(two, tmp_path):
+    """Also after a Ctrl-C that reached the second process only, and a resume."""
+    out, reports = two
+    assert [r["stopped"] for r in reports] == [7, 7] and [r["step"] for r in reports] == [12, 12]
+    method = LinearMap()
+    changes = {"log_every": 5, "accumulation": 2}
+    train(method, Points(), settings(**changes), tmp_path / "one", config={"method": "linear"})
+    one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / "two"))
+    assert [r["step"] for r in one] == [r["step"] for r in both] == [5, 10, 12]
+    for a, b in zip(one, both, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-6)
+        assert b["noise"] == pytest.approx(a["noise"], abs=1e-6)
+    for report in reports:
+        torch.testing.assert_close(torch.tensor(report["weight"]), method.weight.detach(), rtol=0, atol=1e-6)
+    assert reports[0]["weight"] == reports[1]["weight"]
+
+
+def test_a_bad_loss_on_one_process_stops_all(two):
+    for report in two[1]:
+        assert "the loss is not finite at step 2" in report["bad"]
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    ranks = Ranks(torch.device("cpu"))
+    assert (ranks.rank, ranks.world_size, ranks.main) == (0, 1, True) and is_main()
+    x = torch.ones(2)
+    assert ranks.gather(x) is x and ranks.objects(3) == [3]
+    leave_group()
+    assert rank_device("cuda") == "cuda"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert rank_device("cuda") == rank_device("auto") == "cuda:2"
+    assert rank_device("cuda:1") == "cuda:1" and rank_device("cpu") == "cpu"

@@ -1,0 +1,79 @@
+"""What each of two processes does in test_distributed.py; started with the variables that a launcher sets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from training_helpers import LinearMap, Points, settings
+
+from align_cli.errors import UserError
+from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
+from align_cli.training.loop import train
+
+CONFIG = {"method": "linear", "train": {"lr": 0.05}}
+
+
+def gathering(ranks: Ranks) -> dict[str, object]:
+    x = torch.full((2, 3), float(ranks.rank + 1), requires_grad=True)
+    both = ranks.gather(x)
+    (both * torch.arange(1.0, 5.0)[:, None]).sum().backward()
+    return {"gathered": both[:, 0].tolist(), "own_gradient": x.grad[:, 0].tolist()}
+
+
+def averaging(ranks: Ranks) -> dict[str, object]:
+    """One parameter with a gradient everywhere, one on rank 1 only, one nowhere."""
+    p, q, r = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    p.grad = torch.full((2,), float(ranks.rank))
+    if ranks.rank == 1:
+        q.grad = torch.full((2,), 4.0)
+    flags = ranks.average_gradients([p, q, r], [float(ranks.rank), 1.0])
+    return {"flags": flags, "p": p.grad.tolist(), "q": q.grad.tolist(), "r": r.grad is None}
+
+
+def failing(ranks: Ranks) -> str:
+    def work() -> None:
+        raise UserError("the disk is full")
+
+    try:
+        ranks.on_main(work)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    ranks = Ranks(torch.device(rank_device("cpu")))
+    found = {"world": ranks.world_size, "error": failing(ranks)} | gathering(ranks) | averaging(ranks)
+    changes = {"log_every": 5, "accumulation": 2}
+
+    def stop(ctx, loss):
+        import os
+        import signal
+
+        if ctx.step == 6 and ranks.rank == 1:  # one process is told, all stop
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    first = train(LinearMap(hook=stop), Points(), settings(**changes), out / "two", config=CONFIG)
+    method = LinearMap()
+    last = train(method, Points(), settings(**changes), out / "two", config=CONFIG, resume=True)
+    found |= {"stopped": first.step, "step": last.step, "weight": method.weight.tolist(), "main": is_main()}
+
+    def bad(ctx, loss):
+        return loss * float("nan") if ctx.step == 1 and ranks.rank == 1 else loss
+
+    try:
+        train(LinearMap(hook=bad), Points(), settings(), out / "bad", config=CONFIG)
+    except UserError as error:
+        found["bad"] = str(error)
+    (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
+    leave_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
