@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import make_coco, trace
+from training_helpers import FullDisk, make_coco, trace
 from typer.testing import CliRunner
 
 from align_cli.cli.main import app
 from align_cli.methods.softrepa.method import SoftREPA
+from align_cli.training import checkpoint
 
 STEPS = 6
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,8 +118,10 @@ def test_stop_and_resume_is_bit_identical(tmp_path, options, whole, monkeypatch)
     assert len(expected) == STEPS
     out = tmp_path / "cut"
     with monkeypatch.context() as patch:
+        interrupt_at(patch, 0)
+        assert call(*options, "--out", out, "--no-eval").exit_code == 130
         interrupt_at(patch, 2)
-        result = call(*options, "--out", out, "--no-eval")
+        result = call(*options, "--out", out, "--no-eval", "--resume")  # the same command once more
     assert result.exit_code == 130
     assert f"stopped after step 3 of {STEPS}" in result.stdout
     command = f"t2ialign train softrepa --resume --out {out}"
@@ -164,13 +167,60 @@ def test_ctrl_c_on_the_real_command(tmp_path, options, whole):
     assert trace(out)[:STEPS] == whole_trace(whole, options)
 
 
+KILL = """
+import os, signal, sys
+from align_cli.cli.main import main
+from align_cli.training import checkpoint
+real = checkpoint._HashingFile.write
+def write(self, data):
+    if "step-00000004" in self.file.name and self.size > 1000:
+        self.file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, data)
+checkpoint._HashingFile.write = write
+main()
+"""
+
+
+def test_kill_9_in_the_middle_of_a_checkpoint(tmp_path, options, whole):
+    """The half-written checkpoint is not taken, the one before it is, and the trace is that of a whole run."""
+    out = tmp_path / "cut"
+    command = [sys.executable, "-c", KILL, "train", "softrepa", *options, "--out", str(out), "--no-eval"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [".step-00000004.part", "step-00000002"]
+    assert (out / "checkpoints" / ".step-00000004.part" / "state.pt").stat().st_size > 1000
+    assert len(trace(out)) == 4  # lines that no checkpoint covers
+    result = ok("--resume", "--out", out, "--no-eval")
+    assert "resumed at step 2" in result.stderr
+    assert trace(out) == whole_trace(whole, options)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_full_disk(tmp_path, options, whole, monkeypatch):
+    real = checkpoint._HashingFile
+
+    def open_file(file):
+        return real(FullDisk(file, 1000) if "step-00000004" in file.name else file)
+
+    out = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_HashingFile", open_file)
+        result = call(*options, "--out", out, "--no-eval")
+    assert result.exit_code == 2 and "the disk is full" in result.stderr and "--resume" in result.stderr
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    ok("--resume", "--out", out, "--no-eval")
+    assert trace(out) == whole_trace(whole, options)
+
+
 def test_a_resumed_run_keeps_its_settings(tmp_path, options, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1)
         call(*options, "--out", out)
     assert "train.lr = 0.001, now it is 0.5" in refused("--resume", "--out", out, "--lr", "0.5")
-    assert "leave --preset and --config away" in refused("--resume", "--out", out, "--preset", "sd15")
+    assert "a resumed run keeps its settings" in refused("--resume", "--out", out, *options, "--seed", "1")
     assert "already holds a run" in refused(*options, "--out", out)
     before = json.loads((out / "run.json").read_text())
     ok("--resume", "--out", out, "--steps", "3", "--no-eval")
@@ -184,6 +234,8 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, options, monkeypatch):
 def test_the_default_folder_names_the_run(tmp_path, options, monkeypatch, tiny_sd15_folder):
     monkeypatch.chdir(tmp_path)
     ok(*options, "--steps", "1", "--seed", "7", "--no-eval")
+    ok(*options, "--steps", "2", "--seed", "7", "--no-eval", "--resume")
+    assert len(trace(tmp_path / "runs" / f"softrepa-{tiny_sd15_folder.name}-seed7")) == 2
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [f"softrepa-{tiny_sd15_folder.name}-seed7"]
 
 
@@ -204,8 +256,8 @@ def test_training_on_coco(tmp_path, options):
     out = tmp_path / "run"
     with pytest.warns(UserWarning, match="no caption"):
         result = ok(
-            *options, "--out", out, "--data", "coco", "--data-path", root.parent, "--set", "data.image_size=32",
-            "--set", "data.num_workers=1", "--steps", "2",
+            *options, "--out", out, "--data", "coco", "--data-path", root.parent, "--steps", "2",
+            "--set", "data.image_size=32", "--set", "data.num_workers=1",
         )  # fmt: skip
     assert len(trace(out)) == 2 and "no paired evaluation" in result.stderr
     assert json.loads((out / "result.json").read_text())["evaluation"] is None

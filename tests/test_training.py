@@ -7,8 +7,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -185,42 +183,6 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, method=LinearMap(hook=hook))
     assert checkpoints(tmp_path) == ["step-00000004"]
-
-
-CRASH = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from training_helpers import LinearMap, Points, settings
-from align_cli.training import checkpoint
-from align_cli.training.loop import train
-real = checkpoint._HashingFile.write
-def write(self, data):
-    if "step-00000008" in self.file.name and self.size > 200:
-        self.file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, data)
-checkpoint._HashingFile.write = write
-config = {"method": "linear", "train": {"lr": 0.05, "steps": 12}, "model": {"device": "cpu"}}
-train(LinearMap(), Points(), settings(), Path(sys.argv[1]), config=config)
-"""
-
-
-def test_kill_9_in_the_middle_of_a_checkpoint(tmp_path):
-    """The half-written checkpoint is not taken, the one before it is, and the trace is that of a whole
-    run.
-    """
-    out = tmp_path / "cut"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", CRASH, str(out)], env=env, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert checkpoints(out) == [".step-00000008.part", "step-00000004"]
-    assert len(trace(out)) == 8  # lines that no checkpoint covers
-    whole, _ = run(tmp_path / "whole")
-    second, result = run(out, resume=True)
-    assert result.resumed_from == 4 and checkpoints(out) == ["step-00000008", "step-00000012"]
-    assert trace(out) == trace(tmp_path / "whole") and torch.equal(whole.weight, second.weight)
 
 
 def test_a_crash_before_the_first_checkpoint_starts_again(tmp_path):

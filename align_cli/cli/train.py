@@ -97,25 +97,24 @@ class _Layers:
     ) -> None:
         self.method, self.preset, self.file, self.sets, self.flags = method, preset, file, sets, flags
 
+    def fresh(self) -> config.Resolved:
+        """The configuration of a new run."""
+        return config.resolve(
+            self.method, preset=self.preset, config_file=self.file, sets=self.sets, flags=self.flags
+        )
+
     def resolve(self, out: Path | None, *, resume: bool) -> tuple[config.Resolved, Path]:
         """Configuration and output folder. A run that goes on takes its own settings in place of a preset."""
-        if out is None or not resume:
+        if not resume:
+            fresh = self.fresh()
+            return fresh, out or Path("runs") / default_name(fresh)
+        if out is None:
             with warnings.catch_warnings():
-                if resume:  # it only serves to find the folder
-                    warnings.simplefilter("ignore")
-                fresh = config.resolve(
-                    self.method, preset=self.preset, config_file=self.file, sets=self.sets, flags=self.flags
-                )
-            folder = out or Path("runs") / default_name(fresh)
-            if not resume:
-                return fresh, folder
-        else:
-            folder = out
-        return self._resumed(folder), folder
+                warnings.simplefilter("ignore")  # it only serves to find the folder
+                out = Path("runs") / default_name(self.fresh())
+        return self._resumed(out), out
 
     def _resumed(self, folder: Path) -> config.Resolved:
-        if self.preset or self.file:
-            raise UserError("a resumed run keeps its settings: leave --preset and --config away")
         saved = run_folder.read_run(folder)
         where = str(folder / run_folder.RUN)
         old = config.Resolved.from_dict(saved["config"], saved.get("origin"), where=where)
@@ -123,6 +122,8 @@ class _Layers:
             raise UserError(
                 f"{folder} holds a run of {old.method}, not of {self.method}; choose another --out"
             )
+        if self.preset or self.file:  # the same command as before, and --resume: it must come to the same
+            return self.fresh()
         path = folder / run_folder.CONFIG
         from_file = f"file {path}"
         with warnings.catch_warnings():  # an idle setting was told when the run began
