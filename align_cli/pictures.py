@@ -6,6 +6,7 @@ A picture here is an (H, W, 3) uint8 array; `to_uint8` makes them from what the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,10 +179,11 @@ class _Sheet:
 
 
 def wrap(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines of at most `width` pixels, broken at blanks; a word that is too long is broken anywhere."""
+    """Lines of at most `width` pixels, broken at blanks, but not before a lone comma or full stop; a word that is too
+    long is broken anywhere."""
     lines: list[str] = []
     line = ""
-    for word in text.split():
+    for word in re.findall(r"\S+(?: [,.;:!?](?=\s|$))*", " ".join(text.split())):
         if line and font.getlength(f"{line} {word}") <= width:
             line = f"{line} {word}"
             continue

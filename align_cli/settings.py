@@ -90,7 +90,9 @@ class TrainSettings:
     adam_eps: float = 1e-8
     """AdamW epsilon."""
     lr_schedule: str = "constant"
-    """constant, cosine (to lr_min over all steps) or cosine-restarts (a staircase, see lr_every and lr_period)."""
+    """constant, cosine (to lr_min over all steps) or cosine-restarts (a staircase, see lr_every and
+    lr_period).
+    """
     lr_warmup: int = 0
     """Steps of linear warm-up."""
     lr_min: float = 0.0
@@ -124,9 +126,26 @@ class TrainSettings:
         one_of("train.lr_schedule", self.lr_schedule, ("constant", "cosine", "cosine-restarts"))
         one_of("train.precision", self.precision, ("fp32", "fp16", "bf16"))
         one_of("train.tracker", self.tracker, ("none", "tensorboard", "wandb", "trackio"))
-        for key in ("steps", "batch_size", "accumulation", "lr_every", "lr_period", "save_every", "keep_checkpoints", "log_every"):
+        for key in (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "lr_every",
+            "lr_period",
+            "save_every",
+            "keep_checkpoints",
+            "log_every",
+        ):
             require(getattr(self, key) >= 1, f"train.{key} must be >= 1, got {getattr(self, key)}")
-        for key in ("weight_decay", "lr_warmup", "lr_min", "max_grad_norm", "grid_every", "num_threads", "seed"):
+        for key in (
+            "weight_decay",
+            "lr_warmup",
+            "lr_min",
+            "max_grad_norm",
+            "grid_every",
+            "num_threads",
+            "seed",
+        ):
             require(getattr(self, key) >= 0, f"train.{key} must be >= 0, got {getattr(self, key)}")
         require(self.lr > 0, f"train.lr must be > 0, got {self.lr}")
         require(self.adam_eps > 0, f"train.adam_eps must be > 0, got {self.adam_eps}")

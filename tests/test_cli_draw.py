@@ -200,7 +200,7 @@ def test_eval_adapter_as_the_real_command(adapter):
         assert any(line.strip().startswith(name) for line in lines), name
     assert max(map(len, lines)) <= 100
     assert "peak memory" in done.stdout
-    assert "drawing aligned: 24 of 24 steps" in done.stderr
+    assert "drawing aligned: 100 %" in done.stderr
 
 
 def test_eval_bad_input(tiny_sd15_folder):

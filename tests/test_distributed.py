@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from training_helpers import LinearMap, Points, settings
+from two_processes import softrepa
 
 from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
 from align_cli.training.log import read_metrics
@@ -21,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> tuple[Path, list[dict]]:
+def two(tmp_path_factory, tiny_sd15_folder) -> tuple[Path, list[dict]]:
     """The folder and the reports of both processes of two_processes.py."""
     out = tmp_path_factory.mktemp("two")
     with socket.socket() as s:
@@ -34,11 +35,11 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
         }  # fmt: skip
-        command = [sys.executable, str(HERE / "two_processes.py"), str(out)]
+        command = [sys.executable, str(HERE / "two_processes.py"), str(out), str(tiny_sd15_folder)]
         processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     texts = []
     for process in processes:
-        text, _ = process.communicate(timeout=120)
+        text, _ = process.communicate(timeout=300)
         texts.append(text.decode())
     assert [p.returncode for p in processes] == [0, 0], "\n".join(texts)
     return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -73,6 +74,19 @@ def test_two_processes_give_the_result_of_one(two, tmp_path):
     for report in reports:
         torch.testing.assert_close(torch.tensor(report["weight"]), method.weight.detach(), rtol=0, atol=1e-6)
     assert reports[0]["weight"] == reports[1]["weight"]
+
+
+def test_softrepa_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_folder):
+    out, reports = two
+    alone = softrepa(str(tiny_sd15_folder), tmp_path / "one")
+    one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / "softrepa"))
+    for a, b in zip(one, both, strict=True):
+        for key in ("softrepa/loss", "softrepa/err_own", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], abs=1e-6)
+    assert reports[0]["softrepa"] == reports[1]["softrepa"]
+    # an AdamW step is lr times a sign where the gradient is near nothing, hence not 1e-6
+    for a, b in zip(alone, reports[0]["softrepa"], strict=True):
+        assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
 
 
 def test_a_bad_loss_on_one_process_stops_all(two):

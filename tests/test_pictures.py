@@ -86,6 +86,10 @@ def test_wrap_keeps_every_letter():
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert all(font.getlength(line) <= 120 for line in lines)
     assert wrap("", 120, font) == []
+    for width in range(60, 200, 7):
+        assert not any(
+            line.startswith(".") for line in wrap("in this picture there is a circle . " * 5, width, font)
+        )
 
 
 def test_prompt_file(tmp_path):

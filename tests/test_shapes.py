@@ -1,4 +1,4 @@
-"""The shapes world: renders, captions, oracle, splits. Property tests over random scenes plus hand-made pictures."""
+"""The shapes world: renders, captions, oracle, splits. Properties over random scenes, and hand-made pictures."""
 
 from itertools import combinations
 
@@ -11,7 +11,17 @@ from align_cli.shapes import captions, world
 from align_cli.shapes.captions import Spec, hard_negative, parse, recaption
 from align_cli.shapes.dataset import ShapesDataset, eval_prompts
 from align_cli.shapes.oracle import find, judge, relation_holds
-from align_cli.shapes.world import KINDS, SHAPES, Scene, Thing, coverage, masks, pair_split, render, sample_scenes
+from align_cli.shapes.world import (
+    KINDS,
+    SHAPES,
+    Scene,
+    Thing,
+    coverage,
+    masks,
+    pair_split,
+    render,
+    sample_scenes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +84,9 @@ def test_judge_of_a_half_right_picture_by_hand():
     got = {k: float(v[0]) for k, v in judge(picture, [spec]).items()}
     assert got["object"] == 0.5 and got["color"] == 1.0 and got["shape"] == 0.5
     assert got["count"] == 1.0 and got["relation"] == 0.0 and got["background"] == 0.0 and got["all"] == 0.0
-    assert got["facts"] == pytest.approx(2 / 5)  # first object and count, of: 2 objects, count, relation, background
+    assert got["facts"] == pytest.approx(
+        2 / 5
+    )  # first object and count, of: 2 objects, count, relation, background
 
 
 def test_swapped_colours_have_all_words_but_no_object():
@@ -104,7 +116,9 @@ def test_oracle_finds_positions_to_a_third_of_a_pixel(scenes):
             assert min(np.hypot(thing.x - x, thing.y - y) for x, y in mine) < 0.34
 
 
-@pytest.mark.parametrize("relation, dx, dy", [("left of", -3, 2), ("right of", 3, 2), ("above", 1, -4), ("below", 1, 4)])
+@pytest.mark.parametrize(
+    ("relation", "dx", "dy"), [("left of", -3, 2), ("right of", 3, 2), ("above", 1, -4), ("below", 1, 4)]
+)
 def test_relations_must_dominate(relation, dx, dy):
     assert relation_holds(relation, dx, dy)
     assert not relation_holds(relation, dy, dx)
@@ -165,13 +179,19 @@ def test_parse_understands_what_recaption_writes(scenes, prompts):
     pictures = render(scenes)
     parsed = [parse(p.text) for p in prompts]
     for prompt, spec in zip(prompts, parsed, strict=True):
-        assert sorted(spec.objects) == sorted(prompt.spec.objects) and spec.background == prompt.spec.background
+        assert (
+            sorted(spec.objects) == sorted(prompt.spec.objects) and spec.background == prompt.spec.background
+        )
         named = {(p.objects[a], r, p.objects[b]) for p in (spec,) for a, r, b in p.relations}
-        assert named == {(prompt.spec.objects[a], r, prompt.spec.objects[b]) for a, r, b in prompt.spec.relations}
+        assert named == {
+            (prompt.spec.objects[a], r, prompt.spec.objects[b]) for a, r, b in prompt.spec.relations
+        }
     assert judge(pictures, parsed)["all"].min() == 1.0
 
 
-@pytest.mark.parametrize("text", ["", "a purple circle", "red circle", "four red circles", "a cat on a mat", "a red circle ."])
+@pytest.mark.parametrize(
+    "text", ["", "a purple circle", "red circle", "four red circles", "a cat on a mat", "a red circle ."]
+)
 def test_parse_refuses_other_texts(text):
     with pytest.raises(UserError):
         parse(text)
@@ -181,7 +201,7 @@ def test_dataset_draws_new_true_captions_and_false_negatives():
     data = ShapesDataset(DataSettings(num_examples=40), seed=3)
     first, again = (data.get(5, np.random.default_rng(0)) for _ in range(2))
     assert first.prompt == again.prompt and first.pixels.shape == (3, 32, 32)
-    assert -1 <= first.pixels.min() and first.pixels.max() <= 1
+    assert first.pixels.min() >= -1 and first.pixels.max() <= 1
     texts = {data.get(5, np.random.default_rng(i)).prompt for i in range(40)}
     assert len(texts) > 3 or data.scenes[5].kind in ("single", "count")
     image = ((first.pixels + 1) / 2)[None]

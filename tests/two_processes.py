@@ -45,7 +45,22 @@ def failing(ranks: Ranks) -> str:
     return "no error"
 
 
-def main(out: Path) -> None:
+def softrepa(model_folder: str, out: Path) -> list[list[float]]:
+    """Three steps of the real method on a tiny model; returns its trained tensors."""
+    from align_cli.methods.softrepa.config import SoftREPAConfig
+    from align_cli.methods.softrepa.method import SoftREPA
+    from align_cli.models.loading import load_model
+    from align_cli.settings import DataSettings, ModelSettings
+    from align_cli.shapes.dataset import ShapesDataset
+
+    model = load_model(ModelSettings(name=model_folder, device="cpu"))
+    method = SoftREPA(model, SoftREPAConfig(temperature=0.3, use_t_table=True, init="bos+noise"), seed=3)
+    data = ShapesDataset(DataSettings(num_examples=16), seed=3)
+    train(method, data, settings(steps=3, lr=1e-3), out, config={"method": "softrepa"})
+    return [value.flatten().tolist() for value in method.state().values()]
+
+
+def main(out: Path, model_folder: str) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(torch.device(rank_device("cpu")))
     found = {"world": ranks.world_size, "error": failing(ranks)} | gathering(ranks) | averaging(ranks)
@@ -71,9 +86,10 @@ def main(out: Path) -> None:
         train(LinearMap(hook=bad), Points(), settings(), out / "bad", config=CONFIG)
     except UserError as error:
         found["bad"] = str(error)
+    found["softrepa"] = softrepa(model_folder, out / "softrepa")
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
     leave_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

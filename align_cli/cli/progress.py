@@ -6,9 +6,9 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-PLAIN_SECONDS = 10.0
+PLAIN_SECONDS = 20.0
 """Seconds between plain lines."""
 
 
@@ -20,8 +20,7 @@ class DrawingProgress:
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
+            TaskProgressColumn(),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
@@ -46,4 +45,4 @@ class DrawingProgress:
             self.bar.update(self.tasks[what], completed=done)
         elif done == total or time.monotonic() - self.last > PLAIN_SECONDS:
             self.last = time.monotonic()
-            self.console.print(f"drawing {what}: {done} of {total} steps", highlight=False)
+            self.console.print(f"drawing {what}: {100 * done // total} %", highlight=False)

@@ -25,7 +25,7 @@ from align_cli.shapes.captions import Prompt
 
 Progress = Callable[[str, int, int], None]
 """Called as (what, done, total) while pictures are drawn; what is "base" or "aligned"."""
-NUM_EXAMPLES = 12
+NUM_EXAMPLES = 9
 """Rows of the before/after picture."""
 
 

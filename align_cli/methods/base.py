@@ -18,7 +18,8 @@ class Batch:
     """This process's share of one training batch; B examples.
 
     pixels: (B, 3, H, W) float32 in [-1, 1], or None for methods that train on prompts alone.
-    prompts: B captions. ids: B dataset indices. extra: lists of length B for methods that need more (boxes, negatives).
+    prompts: B captions. ids: B dataset indices. extra: lists of length B for methods that need more (boxes,
+    negatives).
     """
 
     prompts: list[str]
@@ -31,10 +32,14 @@ class Batch:
 class StepContext:
     """What a method may use in one step.
 
-    rng is freshly seeded from (run seed, step, accumulation slice), identical on every rank: a method draws for the
-    global batch of `world_size * B` rows and takes its own rows with `rows`, so the number of processes changes nothing.
-    backward(loss, group) may be called many times; the loop averages gradients over ranks once per optimiser step.
-    gather(x) concatenates x of all ranks on dim 0, in rank order; gradients flow to this rank's own rows only.
+    rng is freshly seeded from (run seed, step, accumulation slice), identical on every rank: a method draws
+    for the
+    global batch of `world_size * B` rows and takes its own rows with `rows`, so the number of processes
+    changes nothing.
+    backward(loss, group) may be called many times; the loop averages gradients over ranks once per optimiser
+    step.
+    gather(x) concatenates x of all ranks on dim 0, in rank order; gradients flow to this rank's own rows
+    only.
     """
 
     step: int
@@ -66,7 +71,9 @@ class Method(Protocol):
         ...
 
     def step(self, batch: Batch, ctx: StepContext) -> dict[str, float]:
-        """One forward/backward on one batch slice. Returns plain floats to log, keyed "<group>/<quantity>"."""
+        """One forward/backward on one batch slice. Returns plain floats to log, keyed
+        "<group>/<quantity>".
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:

@@ -57,7 +57,9 @@ class BaseModel(Protocol):
     dtype: torch.dtype
 
     def encode_text(self, prompts: list[str]) -> TextCond:
-        """Encode prompts, truncated to the model's token limit. No gradient unless a text encoder requires it."""
+        """Encode prompts, truncated to the model's token limit. No gradient unless a text encoder requires
+        it.
+        """
         ...
 
     def uncond(self, batch: int) -> TextCond:
@@ -74,7 +76,9 @@ class BaseModel(Protocol):
         ...
 
     def encode_image(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise is None."""
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise
+        is None.
+        """
         ...
 
     def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:

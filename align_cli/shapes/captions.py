@@ -109,7 +109,9 @@ def _short_text(spec: Spec, kind: str) -> str:
 
 
 def _facts(spec: Spec) -> list[str]:
-    """The five sentences of a long caption: three objects with a relation need no sentence on their number."""
+    """The five sentences of a long caption: three objects with a relation need no sentence on their
+    number.
+    """
     out = [f"in this picture there is a {c} {s} ." for c, s in spec.objects]
     out.append(f"the whole background is plainly {spec.background} .")
     if len(spec.objects) == 2 or not spec.relations:
@@ -198,7 +200,7 @@ def parse(text: str) -> Spec:
     if match := re.fullmatch(rf"a {_KIND} , a {_KIND} and a {_KIND}", text):
         return Spec(((match[1], match[2]), (match[3], match[4]), (match[5], match[6])), (), background)
     raise UserError(
-        f"not a caption of the shapes world: {text!r}; write for example 'a red circle left of a blue square', "
+        f"not a caption of the shapes world: {text!r}; for example 'a red circle left of a blue square', "
         f"'two green triangles' or 'a red circle , a blue square and a yellow triangle on a black background'"
     )
 

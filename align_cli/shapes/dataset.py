@@ -27,7 +27,8 @@ HARD_NEGATIVES = 3
 class ShapesDataset:
     """Pictures with captions that are drawn afresh, and truly, at every access.
 
-    `get` returns pixels (3, 32, 32) in [-1, 1], a caption, and in `extra`: negatives (list of false captions),
+    `get` returns pixels (3, 32, 32) in [-1, 1], a caption, and in `extra`: negatives (list of false
+    captions),
     boxes (list of (phrase, box in pixels)).
     """
 
@@ -70,7 +71,8 @@ def eval_prompts(
     """`n` prompts for an evaluation, the same for the same arguments.
 
     Args:
-        split: test, val or train. In test and val every prompt of kind pair, triple or long holds at least one pair of
+        split: test, val or train. In test and val every prompt of kind pair, triple or long holds at least
+        one pair of
             objects that was never seen together in training.
         kinds: prompt kinds to draw from (default: the held-out kinds pair, triple, long as 6 : 2 : 2).
         novel: keep only distinct texts while there are enough of them.
@@ -79,7 +81,7 @@ def eval_prompts(
     kinds = kinds or HELD_OUT_KINDS
     share = {"pair": 0.6, "triple": 0.2, "long": 0.2, "single": 0.2, "count": 0.2}
     total = sum(share[k] for k in kinds)
-    left = {k: int(round(n * share[k] / total)) for k in kinds}
+    left = {k: round(n * share[k] / total) for k in kinds}
     left[kinds[0]] += n - sum(left.values())
     prompts: list[Prompt] = []
     seen: set[str] = set()

@@ -2,7 +2,8 @@
 
 1. Foreground: chroma (max - min of RGB) as a soft coverage, hue to the nearest of the four colours.
 2. Connected components per colour (4-neighbourhood), one C call for a whole batch of pictures.
-3. Shape by analysis and synthesis: each of the three shapes is rendered with the blob's own area and centroid; the
+3. Shape by analysis and synthesis: each of the three shapes is rendered with the blob's own area and
+centroid; the
    best soft intersection over union wins, and below MIN_IOU the blob is of unknown shape.
 4. Background: median grey of the border pixels.
 
@@ -37,7 +38,8 @@ class Blobs:
     """All objects found in N pictures, one row per blob.
 
     image: (M,) picture index. color: (M,) index into COLORS. shape: (M,) index into SHAPES, -1 for unknown.
-    x, y: (M,) centre of the bounding box in pixels. area: (M,) pixels. background: (N,) name or "" if neither.
+    x, y: (M,) centre of the bounding box in pixels. area: (M,) pixels. background: (N,) name or "" if
+    neither.
     """
 
     image: np.ndarray
@@ -111,7 +113,9 @@ def _soft_masks(
     return np.where(own | (ring & ~taken), alpha[owner], 0).astype(np.float32)
 
 
-def _classify(soft: np.ndarray, area: np.ndarray, cx: np.ndarray, cy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _classify(
+    soft: np.ndarray, area: np.ndarray, cx: np.ndarray, cy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Shape index (-1 unknown) and box centre y of every blob."""
     score, centre = np.empty((len(area), len(SHAPES)), np.float32), np.empty((len(area), len(SHAPES)))
     unit_area = {"circle": np.pi, "square": 3.24, "triangle": 2.31}
@@ -128,7 +132,9 @@ def _classify(soft: np.ndarray, area: np.ndarray, cx: np.ndarray, cy: np.ndarray
 
 
 def _backgrounds(rgb: np.ndarray) -> list[str]:
-    """Name of the background of every picture: the grey nearest to the median border pixel, "" if none is within 60."""
+    """Name of the background of every picture: the grey nearest to the median border pixel, "" if none is
+    within 60.
+    """
     border = np.concatenate([rgb[:, 0], rgb[:, -1], rgb[:, :, 0], rgb[:, :, -1]], axis=1)
     level = np.median(border, axis=1)
     names = list(BACKGROUNDS)
@@ -154,8 +160,10 @@ def judge(images: np.ndarray | Tensor, specs: list[Spec]) -> dict[str, np.ndarra
         specs: N specifications.
     Returns:
         metric -> (N,) float in [0, 1], NaN where the specification does not ask for it:
-        object: share of the wanted (colour, shape) objects that are there; color, shape: the same for colours and
-        shapes anywhere; count: 1 if the number of blobs is exact; relation: share of true relations; background;
+        object: share of the wanted (colour, shape) objects that are there; color, shape: the same for colours
+        and
+        shapes anywhere; count: 1 if the number of blobs is exact; relation: share of true relations;
+        background;
         facts: share of all single facts; all: 1 if every fact is true.
     """
     if len(images) != len(specs):
@@ -182,7 +190,9 @@ def _judge_one(spec: Spec, found: list[tuple[str, str, float, float]], backgroun
     }
     facts = [float(objects > k) for k in range(len(spec.objects))] + [values["count"]]
     if spec.relations:
-        true = [_relation_true(spec.objects[a], name, spec.objects[b], found) for a, name, b in spec.relations]
+        true = [
+            _relation_true(spec.objects[a], name, spec.objects[b], found) for a, name, b in spec.relations
+        ]
         values["relation"] = sum(true) / len(true)
         facts += [float(v) for v in true]
     if spec.background:

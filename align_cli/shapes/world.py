@@ -1,7 +1,10 @@
-"""The shapes world: pictures of 1 to 3 coloured shapes whose alignment with a caption can be measured exactly.
+"""The shapes world: pictures of 1 to 3 coloured shapes whose alignment with a caption can be measured
+exactly.
 
-Pictures are 32 x 32 RGB. Four saturated colours of one chroma, three shapes, two plain achromatic backgrounds. A blend
-of a colour with an achromatic background keeps its hue, so anti-aliased edges never change the colour of an object.
+Pictures are 32 x 32 RGB. Four saturated colours of one chroma, three shapes, two plain achromatic
+backgrounds. A blend
+of a colour with an achromatic background keeps its hue, so anti-aliased edges never change the colour of an
+object.
 Rendering is by signed distance, coverage = clip(0.5 - distance): exact, vectorised, no drawing library.
 
 Letters: N scenes, K objects of a scene, H = W = 32 pixels.
@@ -73,7 +76,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. kind: single, pair (two kinds), count (2 or 3 of one kind) or triple (three kinds)."""
+    """What is in a picture. kind: single, pair (two kinds), count (2 or 3 of one kind) or triple (three
+    kinds).
+    """
 
     kind: str
     things: tuple[Thing, ...]
@@ -160,7 +165,9 @@ def place(things: list[Thing], rng: np.random.Generator) -> tuple[Thing, ...]:
 
 
 def _place(n: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, size, 3) float: x, y, r of objects whose boxes keep their distance, by rejection, all scenes at once."""
+    """(n, size, 3) float: x, y, r of objects whose boxes keep their distance, by rejection, all scenes at
+    once.
+    """
     out = np.empty((n, size, 3))
     todo = np.arange(n)
     first, second = np.triu_indices(size, 1)

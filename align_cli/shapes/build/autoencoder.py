@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from align_cli.shapes.build import components
-from align_cli.shapes.build.run import Clock, Resumable
+from align_cli.shapes.build.run import Clock, Resumable, line
 from align_cli.shapes.captions import recaption
 from align_cli.shapes.oracle import judge
 from align_cli.shapes.world import render, sample_scenes
@@ -26,7 +27,7 @@ def pictures(n: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def loss(model: torch.nn.Module, x: Tensor, noise: Tensor) -> Tensor:
+def loss(model: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
     """L1 weighted x4 near objects + 2 MSE + L1 of the chroma error + KL."""
     posterior = model.encode(x).latent_dist
     y = model.decode(posterior.mean + posterior.std * noise).sample
@@ -42,7 +43,7 @@ def loss(model: torch.nn.Module, x: Tensor, noise: Tensor) -> Tensor:
     )
 
 
-def evaluate(model: torch.nn.Module, n: int = 512) -> dict[str, float]:
+def evaluate(model: AutoencoderKL, n: int = 512) -> dict[str, float]:
     """PSNR in dB and oracle metrics of reconstructions (from the posterior mean) of unseen pictures."""
     rng = np.random.default_rng(999)
     scenes = sample_scenes(n, rng, weights=(0.2, 0.5, 0.15, 0.15))
@@ -56,7 +57,9 @@ def evaluate(model: torch.nn.Module, n: int = 512) -> dict[str, float]:
 
 
 def train(out: Path, minutes: float, seed: int) -> None:
-    """Train for `minutes` of wall clock and save an ordinary diffusers AutoencoderKL with its scaling factor."""
+    """Train for `minutes` of wall clock and save an ordinary diffusers AutoencoderKL with its scaling
+    factor.
+    """
     torch.manual_seed(seed)
     model = components.vae()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, (0.9, 0.99), weight_decay=1e-4)
@@ -81,17 +84,15 @@ def train(out: Path, minutes: float, seed: int) -> None:
             metrics = evaluate(model, 128)
             rate = 250 * BATCH / (time.time() - start)
             start = time.time()
-            print(f"vae step {run.step} loss {value.item():.4f} {rate:.0f} img/s {_line(metrics)}", flush=True)
+            print(f"vae step {run.step} loss {value.item():.4f} {rate:.0f} img/s {line(metrics)}", flush=True)
     model.eval()
     with torch.no_grad():
-        z = torch.cat([model.encode(p).latent_dist.mean for p in pictures(2048, np.random.default_rng(5)).split(128)])
+        z = torch.cat(
+            [model.encode(p).latent_dist.mean for p in pictures(2048, np.random.default_rng(5)).split(128)]
+        )
     model.register_to_config(scaling_factor=float(1 / z.std()), shift_factor=0.0)
     print("latent mean", z.mean((0, 2, 3)).tolist(), "std", z.std((0, 2, 3)).tolist(), flush=True)
     metrics = evaluate(model, 1000)
-    print("vae final", _line(metrics), flush=True)
+    print("vae final", line(metrics), flush=True)
     model.save_pretrained(out / "vae")
     run.finish(out / "vae.json", clock.seconds(), {"images": run.step * BATCH} | metrics)
-
-
-def _line(metrics: dict[str, float]) -> str:
-    return " ".join(f"{k} {v:.3f}" for k, v in metrics.items())

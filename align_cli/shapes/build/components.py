@@ -14,14 +14,18 @@ from align_cli.shapes.captions import word_list
 from align_cli.shapes.world import SIZE
 
 TOKEN_LIMIT = 32
-"""Tokens the text towers read, start and end included: the long captions overflow it as real ones overflow 77."""
+"""Tokens the text towers read, start and end included: the long captions overflow it as real ones overflow
+77.
+"""
 WIDTH = 128
 """Width of the text tower and of cross-attention."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the grammar is one token: same vocabulary order as the real one."""
+    """A CLIP tokenizer in which every word of the grammar is one token: same vocabulary order as the real
+    one.
+    """
     words = word_list()
     bpe = Tokenizer(BPE(unk_token=None, end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = Whitespace()
@@ -51,7 +55,10 @@ def tokenizer() -> CLIPTokenizer:
 def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
     import json
 
-    return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    return [
+        tuple(m) if isinstance(m, list) else tuple(m.split(" "))
+        for m in json.loads(bpe.to_str())["model"]["merges"]
+    ]
 
 
 def _text_config(tok: CLIPTokenizer) -> CLIPTextConfig:
@@ -71,7 +78,9 @@ def _text_config(tok: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def clip(tok: CLIPTokenizer) -> CLIPModel:
-    """tiny-clip: both towers of the contrastive model; its text tower is the frozen text encoder of the tiny pipelines."""
+    """tiny-clip: both towers of the contrastive model; its text tower is the frozen text encoder of the tiny
+    pipelines.
+    """
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -121,7 +130,9 @@ def unet() -> UNet2DConditionModel:
 
 
 def scheduler(prediction_type: str) -> DDIMScheduler:
-    """SD1.5's schedule for epsilon; SD2.1's velocity with zero terminal SNR and trailing spacing for v_prediction."""
+    """SD1.5's schedule for epsilon; SD2.1's velocity with zero terminal SNR and trailing spacing for
+    v_prediction.
+    """
     v = prediction_type == "v_prediction"
     return DDIMScheduler(
         num_train_timesteps=1000,

@@ -1,4 +1,6 @@
-"""Train tiny-clip: contrastive towers on pictures with counterfactual twins, the reward and the frozen text encoder."""
+"""Train tiny-clip: contrastive towers on pictures with counterfactual twins, the reward and the frozen text
+encoder.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
 
 from align_cli.shapes.build import components
-from align_cli.shapes.build.run import Clock, Resumable
+from align_cli.shapes.build.run import Clock, Resumable, line
 from align_cli.shapes.captions import PROMPT_KINDS, Prompt, counterfactual, recaption
 from align_cli.shapes.world import render, sample_scenes
 
@@ -22,7 +25,9 @@ LONG_RATE = 0.1
 
 
 def examples(n: int, rng: np.random.Generator, split: str) -> tuple[Tensor, list[Prompt], list[Prompt]]:
-    """Pictures (2n, 3, 32, 32) in [-1, 1]: n scenes, then their counterfactuals; n captions each, true of their own."""
+    """Pictures (2n, 3, 32, 32) in [-1, 1]: n scenes, then their counterfactuals; n captions each, true of
+    their own.
+    """
     scenes = sample_scenes(n, rng, weights=WEIGHTS, split=split)
     prompts = [recaption(s, rng, long_rate=LONG_RATE) for s in scenes]
     changed = [counterfactual(s, p, rng) for s, p in zip(scenes, prompts, strict=True)]
@@ -30,17 +35,20 @@ def examples(n: int, rng: np.random.Generator, split: str) -> tuple[Tensor, list
     return x, prompts, [c[1] for c in changed]
 
 
-def features(model: torch.nn.Module, tok, x: Tensor | None, texts: list[str]) -> tuple[Tensor | None, Tensor]:
-    """Unit vectors of pictures and texts."""
+def text_features(model: CLIPModel, tok: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(B, D) unit vectors."""
     ids = tok(texts, padding=True, truncation=True, return_tensors="pt").input_ids
-    text = F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=-1)
-    image = None if x is None else F.normalize(model.visual_projection(model.vision_model(x).pooler_output), dim=-1)
-    return image, text
+    return F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=-1)
 
 
-def loss(model: torch.nn.Module, tok, x: Tensor, texts: list[str]) -> Tensor:
+def image_features(model: CLIPModel, x: Tensor) -> Tensor:
+    """(B, D) unit vectors of pictures (B, 3, 32, 32) in [-1, 1]."""
+    return F.normalize(model.visual_projection(model.vision_model(x).pooler_output), dim=-1)
+
+
+def loss(model: CLIPModel, tok: CLIPTokenizer, x: Tensor, texts: list[str]) -> Tensor:
     """Symmetric InfoNCE over a batch in which every picture and caption meets its counterfactual twin."""
-    image, text = features(model, tok, x, texts)
+    image, text = image_features(model, x), text_features(model, tok, texts)
     logits = model.logit_scale.clamp(max=4.6).exp() * image @ text.T
     names = np.array(texts)
     same = torch.from_numpy(names[:, None] == names[None]) & ~torch.eye(len(texts), dtype=torch.bool)
@@ -50,16 +58,17 @@ def loss(model: torch.nn.Module, tok, x: Tensor, texts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, tok, split: str, n: int = 1000) -> dict[str, float]:
+def evaluate(model: CLIPModel, tok: CLIPTokenizer, split: str, n: int = 1000) -> dict[str, float]:
     """Share of pictures that prefer their caption to a hard negative (chance 0.5), by kind; R@1 among 400.
 
     A long caption can differ from its negative only after the token limit: such a tie counts one half.
     """
     x, prompts, negatives = examples(n, np.random.default_rng(77), split)
     texts = [p.text for p in prompts]
-    parts = [features(model, tok, x[i : i + 100], texts[i : i + 100]) for i in range(0, n, 100)]
-    image, text = (torch.cat([p[k] for p in parts]) for k in (0, 1))
-    false = torch.cat([features(model, tok, None, [p.text for p in negatives[i : i + 100]])[1] for i in range(0, n, 100)])
+    chunks = [slice(i, i + 100) for i in range(0, n, 100)]
+    image = torch.cat([image_features(model, x[part]) for part in chunks])
+    text = torch.cat([text_features(model, tok, texts[part]) for part in chunks])
+    false = torch.cat([text_features(model, tok, [p.text for p in negatives[part]]) for part in chunks])
     margin = (image * text).sum(-1) - (image * false).sum(-1)
     right = (margin > 1e-6).float() + 0.5 * (margin.abs() <= 1e-6).float()
     best = (image[:400] @ text[:400].T).argmax(1).tolist()
@@ -95,14 +104,12 @@ def train(out: Path, minutes: float, seed: int) -> None:
             rate = 100 * BATCH / (time.time() - start)
             m = evaluate(model, tok, "val", 300)
             start = time.time()
-            print(f"clip step {run.step} loss {value.item():.3f} {rate:.0f} img/s {_line(m)}", flush=True)
+            print(f"clip step {run.step} loss {value.item():.3f} {rate:.0f} img/s {line(m)}", flush=True)
     model.eval()
-    metrics = {f"{split}_{k}": v for split in ("train", "test") for k, v in evaluate(model, tok, split).items()}
-    print("clip final", _line(metrics), flush=True)
+    metrics = {
+        f"{split}_{k}": v for split in ("train", "test") for k, v in evaluate(model, tok, split).items()
+    }
+    print("clip final", line(metrics), flush=True)
     model.save_pretrained(out / "tiny-clip")
     tok.save_pretrained(out / "tiny-clip")
     run.finish(out / "clip.json", clock.seconds(), {"pairs": run.step * BATCH} | metrics)
-
-
-def _line(metrics: dict[str, float]) -> str:
-    return " ".join(f"{k} {v:.3f}" for k, v in metrics.items())

@@ -1,4 +1,10 @@
-"""Train the denoiser of tiny-sd15 on cached latents; one or two gloo processes of one thread each."""
+"""Train the denoiser of tiny-sd15 on cached latents; one or two gloo processes of one thread each.
+
+The text tower starts as tiny-clip's. It is frozen for UNFREEZE_STEP steps, as in Stable Diffusion, and then
+trained along:
+contrastive training alone leaves it a code of whole captions, from which the denoiser reads single colours
+slowly.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from transformers import CLIPModel
 
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.shapes.build import components
@@ -27,16 +35,36 @@ DROPOUT = 0.1
 LONG_RATE = 0.15
 MAX_WEIGHT = 50.0
 EMA = 0.9975
+UNFREEZE_STEP = 3400
 
 
-def loss(model: nn.Module, process: NoiseProcess, x0: Tensor, cond: Tensor, rng: torch.Generator) -> Tensor:
-    """Mean squared error of the model's own target, t drawn as 1000 sqrt(u): binding and layout are decided early.
+class Painter(nn.Module):
+    """What is trained: the UNet and, later on, the text tower."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.unet = components.unet().to(memory_format=torch.channels_last)
+        self.text = CLIPModel.from_pretrained(folder / "tiny-clip").text_model
+
+    def forward(self, z: Tensor, t: Tensor, ids: Tensor, *, train_text: bool = False) -> Tensor:
+        """(B, 4, 8, 8) prediction; ids (B, L)."""
+        with torch.set_grad_enabled(train_text and torch.is_grad_enabled()):
+            cond = self.text(ids).last_hidden_state
+        prediction: Tensor = self.unet(z, t, cond).sample
+        return prediction
+
+
+def loss(
+    model: Painter, process: NoiseProcess, x0: Tensor, ids: Tensor, rng: torch.Generator, *, train_text: bool
+) -> Tensor:
+    """Mean squared error of the model's own target, t drawn as 1000 sqrt(u): binding and layout are decided
+    early.
 
     An epsilon model is weighted by min(1 / alpha_bar, MAX_WEIGHT), which is the velocity loss up to the cap.
     """
     t = (1000 * torch.rand(len(x0), generator=rng).sqrt()).long().clamp(max=999)
     eps = torch.randn(x0.shape, generator=rng)
-    error = model(process.add_noise(x0, eps, t), t, cond).sample - process.target(x0, eps, t)
+    error = model(process.add_noise(x0, eps, t), t, ids, train_text=train_text) - process.target(x0, eps, t)
     each = error.square().mean((1, 2, 3))
     if process.prediction_type == "epsilon":
         each = each * (1 / process.alphas_cumprod[t]).clamp(max=MAX_WEIGHT)
@@ -44,14 +72,22 @@ def loss(model: nn.Module, process: NoiseProcess, x0: Tensor, cond: Tensor, rng:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, process: NoiseProcess, captions: Captions, texts: list[str], guidance: float) -> Tensor:
+def sample(
+    model: Painter, process: NoiseProcess, captions: Captions, texts: list[str], guidance: float
+) -> Tensor:
     """Latents after 20 DDIM steps."""
     rng = torch.Generator().manual_seed(0)
     z = torch.randn(len(texts), 4, 8, 8, generator=rng)
-    cond = torch.cat([captions([""] * len(texts)), captions(texts)])
+    ids = torch.cat([captions.ids([""] * len(texts)), captions.ids(texts)])
+    cond = torch.cat([model.text(part).last_hidden_state for part in ids.split(64)])
     steps = process.timesteps(20)
     for i, t in enumerate(steps):
-        out = torch.cat([model(torch.cat([z, z])[k : k + 64], t, cond[k : k + 64]).sample for k in range(0, len(cond), 64)])
+        out = torch.cat(
+            [
+                model.unet(torch.cat([z, z])[k : k + 64], t, cond[k : k + 64]).sample
+                for k in range(0, len(cond), 64)
+            ]
+        )
         u, c = out.chunk(2)
         x0, eps = process.to_x0_eps(u + guidance * (c - u), z, t)
         later = process.alphas_cumprod[steps[i + 1]] if i + 1 < len(steps) else torch.tensor(1.0)
@@ -59,7 +95,9 @@ def sample(model: nn.Module, process: NoiseProcess, captions: Captions, texts: l
     return z
 
 
-def evaluate(model: nn.Module, process: NoiseProcess, captions: Captions, vae: nn.Module, n: int, split: str) -> str:
+def evaluate(
+    model: Painter, process: NoiseProcess, captions: Captions, vae: AutoencoderKL, n: int, split: str
+) -> str:
     """Oracle metrics on pictures drawn for `n` prompts, and `all` by kind, as one line."""
     prompts = eval_prompts(n, 7, split=split, kinds=PROMPT_KINDS)
     z = sample(model, process, captions, [p.text for p in prompts], 4.0)
@@ -72,20 +110,16 @@ def evaluate(model: nn.Module, process: NoiseProcess, captions: Captions, vae: n
     return " ".join(parts)
 
 
-def train(
-    out: Path, minutes: float, seed: int, *, prediction: str = "epsilon", name: str = "denoiser", hold: bool = False
-) -> None:
-    """Train for `minutes` of wall clock and save an ordinary diffusers UNet2DConditionModel (EMA weights).
-
-    hold: keep the learning rate constant (a first leg that another run goes on from).
+def train(out: Path, minutes: float, seed: int, prediction: str = "epsilon") -> None:
+    """Train for `minutes` of wall clock and save an ordinary diffusers UNet2DConditionModel and the text
+    tower, EMA weights.
     """
-    from diffusers import AutoencoderKL
-
+    name = "denoiser"
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(seed)
-    model = components.unet().to(memory_format=torch.channels_last)
+    model = Painter(out).eval()  # no dropout anywhere
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=0.01)
     state: dict[str, Tensor] = average.state_dict()
@@ -111,13 +145,14 @@ def train(
         x0 = latents.mean[rows] + latents.std[rows] * torch.randn(BATCH, 4, 8, 8, generator=generator)
         texts = [recaption(latents.scenes[i], rng, long_rate=LONG_RATE).text for i in rows]
         texts = [t if rng.random() > DROPOUT else "" for t in texts]
-        value = loss(model, process, x0, captions(texts), generator)
+        train_text = run.step >= UNFREEZE_STEP
+        value = loss(model, process, x0, captions.ids(texts), generator, train_text=train_text)
         value.backward()
         seconds = clock.seconds()
         if world > 1:
             seconds = _average_gradients(model, world, seconds)
         over = seconds >= clock.limit
-        rate = LR * min(1.0, (run.step + 1) / 100) if hold else clock.cosine(LR, run.step, warmup=100, seconds=seconds)
+        rate = clock.cosine(LR, run.step, warmup=100, seconds=seconds)
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -131,12 +166,19 @@ def train(
         if run.step % 200 == 0 and rank == 0:
             run.save(clock.seconds())
             speed = (run.step - shown) * BATCH * world / (time.time() - start)
-            print(f"{name} step {run.step} loss {running / (run.step - shown):.4f} {speed:.0f} img/s", flush=True)
+            print(
+                f"{name} step {run.step} loss {running / (run.step - shown):.4f} {speed:.0f} img/s",
+                flush=True,
+            )
             if run.step % 1000 == 0:
-                print(f"  {run.step * BATCH * world} {evaluate(average, process, captions, vae, 160, 'train')}", flush=True)
+                print(
+                    f"  {run.step * BATCH * world} {evaluate(average, process, captions, vae, 160, 'train')}",
+                    flush=True,
+                )
             start, shown, running = time.time(), run.step, 0.0
     if rank == 0:
-        average.eval().save_pretrained(out / name / "unet")
+        average.unet.save_pretrained(out / name / "unet")
+        average.text.save_pretrained(out / name / "text_encoder")
         components.scheduler(prediction).save_pretrained(out / name / "scheduler")
         for split in ("train", "test"):
             print(f"{name} final {split} {evaluate(average, process, captions, vae, 500, split)}", flush=True)
@@ -147,8 +189,10 @@ def train(
 
 
 def _average_gradients(model: nn.Module, world: int, seconds: float) -> float:
-    """Average gradients over processes as one flat tensor; returns the first process's clock, so that all agree."""
-    grads = [p.grad for p in model.parameters()]
+    """Average gradients over processes as one flat tensor; returns the first process's clock, so that all
+    agree.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
     clock = torch.tensor([seconds if dist.get_rank() == 0 else 0.0])
     flat = torch.cat([g.reshape(-1) for g in grads] + [clock])
     dist.all_reduce(flat)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTokenizer
+from torch import Tensor
+from transformers import CLIPTokenizer
 
 from align_cli.shapes.world import Scene, render, sample_scenes
 
@@ -31,7 +31,10 @@ class Latents:
     def _encode(self, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
         means, stds = [], []
         for start in range(0, len(self.scenes), 250):
-            x = torch.from_numpy(render(self.scenes[start : start + 250])).permute(0, 3, 1, 2).float() / 127.5 - 1
+            x = (
+                torch.from_numpy(render(self.scenes[start : start + 250])).permute(0, 3, 1, 2).float() / 127.5
+                - 1
+            )
             posterior = vae.encode(x).latent_dist
             means.append(posterior.mean * vae.config.scaling_factor)
             stds.append(posterior.std * vae.config.scaling_factor)
@@ -41,21 +44,21 @@ class Latents:
 
 
 class Captions:
-    """Hidden states of the frozen text tower, padded to the token limit as the pipeline pads; short texts are cached."""
+    """Texts as the pipeline gives them to its text tower: padded to the token limit. Short texts are
+    cached.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tiny-clip")
-        self.tower: nn.Module = CLIPModel.from_pretrained(folder / "tiny-clip").text_model.eval().requires_grad_(False)
         self.cache: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def __call__(self, texts: list[str]) -> Tensor:
-        """(B, L, D) float32."""
+    def ids(self, texts: list[str]) -> Tensor:
+        """(B, L) int64 token ids."""
         new = sorted({t for t in texts if t not in self.cache})
         if new:
             ids = self.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            self.cache.update(zip(new, self.tower(ids).last_hidden_state, strict=True))
+            self.cache.update(zip(new, ids, strict=True))
         out = torch.stack([self.cache[t] for t in texts])
-        if len(self.cache) > 20_000:
-            self.cache = {t: v for t, v in self.cache.items() if len(t) < 90}
+        if len(self.cache) > 50_000:
+            self.cache.clear()
         return out

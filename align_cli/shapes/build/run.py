@@ -14,7 +14,9 @@ from torch import nn
 
 
 class Clock:
-    """Wall clock of a stage, counted over resumes. The learning rate follows it, so a stage always ends annealed."""
+    """Wall clock of a stage, counted over resumes. The learning rate follows it, so a stage always ends
+    annealed.
+    """
 
     def __init__(self, minutes: float, used: float) -> None:
         self.limit, self.used, self.start = 60 * minutes, used, time.monotonic()
@@ -59,3 +61,8 @@ class Resumable:
         facts = {"seconds": round(seconds), "steps": self.step, "torch": torch.__version__}
         facts |= {"machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
         card.write_text(json.dumps(facts | {"measured": measured}, indent=2))
+
+
+def line(metrics: dict[str, float]) -> str:
+    """Measurements in one line of a log."""
+    return " ".join(f"{name} {value:.3f}" for name, value in metrics.items())
