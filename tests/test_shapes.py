@@ -1,4 +1,4 @@
-"""The shapes world: renders, captions, oracle, splits. Properties over random scenes, and hand-made pictures."""
+"""The shapes world: renders, captions, oracle, splits: properties over random scenes, and hand-made cases."""
 
 from itertools import combinations
 

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from align_cli.diffusion.process import NoiseProcess
+from align_cli.diffusion.rollout import rollout
+from align_cli.models.base import TextCond
+from align_cli.models.unet import unet_predict
 from align_cli.shapes.build import components
 from align_cli.shapes.build.latents import Captions, Latents
 from align_cli.shapes.build.run import Clock, Resumable
@@ -76,23 +79,16 @@ def sample(
     model: Painter, process: NoiseProcess, captions: Captions, texts: list[str], guidance: float
 ) -> Tensor:
     """Latents after 20 DDIM steps."""
-    rng = torch.Generator().manual_seed(0)
-    z = torch.randn(len(texts), 4, 8, 8, generator=rng)
-    ids = torch.cat([captions.ids([""] * len(texts)), captions.ids(texts)])
-    cond = torch.cat([model.text(part).last_hidden_state for part in ids.split(64)])
-    steps = process.timesteps(20)
-    for i, t in enumerate(steps):
-        out = torch.cat(
-            [
-                model.unet(torch.cat([z, z])[k : k + 64], t, cond[k : k + 64]).sample
-                for k in range(0, len(cond), 64)
-            ]
-        )
-        u, c = out.chunk(2)
-        x0, eps = process.to_x0_eps(u + guidance * (c - u), z, t)
-        later = process.alphas_cumprod[steps[i + 1]] if i + 1 < len(steps) else torch.tensor(1.0)
-        z = later.sqrt() * x0 + (1 - later).sqrt() * eps
-    return z
+    parts = []
+    z = torch.randn(len(texts), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for k in range(0, len(texts), 32):
+        some = texts[k : k + 32]
+        encode = lambda rows: TextCond(model.text(captions.ids(rows)).last_hidden_state)  # noqa: E731
+        predict = lambda z, t, cond: unet_predict(model.unet, z, t, cond)  # noqa: E731
+        cond, uncond = encode(some), encode([""] * len(some))
+        noise = z[k : k + 32]
+        parts.append(rollout(predict, process, noise, steps=20, cond=cond, uncond=uncond, guidance=guidance))
+    return torch.cat(parts)
 
 
 def evaluate(
