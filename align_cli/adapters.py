@@ -43,7 +43,8 @@ PACKAGES = ("torch", "diffusers", "transformers")
 class AdapterInfo:
     """The content of adapter.json.
 
-    model_id, family: the base model that it was trained on. config, origin: the resolved configuration of the run and
+    model_id, family: the base model that it was trained on. config, origin: the resolved configuration of the
+    run and
     the layer each value came from. shapes: tensor name -> shape. sha256: of the tensor file.
     """
 
@@ -192,7 +193,8 @@ def load_adapter(path: Path | str) -> Adapter:
         raise UserError(f"adapter {path}: cannot read {TENSORS}: {error.strerror}") from error
     if sha256(content).hexdigest() != info.sha256:
         raise UserError(
-            f"adapter {path} is damaged: {TENSORS} ({len(content)} bytes) is truncated or altered, its sha256 is not the "
+            f"adapter {path} is damaged: {TENSORS} ({len(content)} bytes) is truncated or altered, "
+            "its sha256 is not the "
             f"one in {INFO}"
         )
     try:
@@ -213,7 +215,8 @@ def _read_info(folder: Path) -> AdapterInfo:
         raise UserError(f"{folder} is no adapter folder: {INFO} has no format_version")
     if raw["format_version"] > FORMAT_VERSION:
         raise UserError(
-            f"adapter {folder} has format {raw['format_version']}; this t2ialign {align_cli.__version__} reads up to "
+            f"adapter {folder} has format {raw['format_version']}; this t2ialign "
+            f"{align_cli.__version__} reads up to "
             f"{FORMAT_VERSION}: upgrade t2ialign"
         )
     known = {f.name: f for f in fields(AdapterInfo)}
@@ -274,7 +277,8 @@ def restore(adapter: Adapter, model: BaseModel) -> Method:
 
 @contextmanager
 def attach(model: BaseModel, specs: Sequence[str]) -> Iterator[None]:
-    """All adapters at work on `model` inside the `with` block: "PATH" or "PATH@SCALE" each, the first is innermost.
+    """All adapters at work on `model` inside the `with` block: "PATH" or "PATH@SCALE" each, the first is
+    innermost.
 
     Raises:
         UserError: one of them does not load or does not fit; then none is attached.
@@ -293,7 +297,8 @@ def import_official(method: str, path: Path | str, model: str, out: Path) -> Ada
     """Turn officially released files into an adapter folder.
 
     Args:
-        path: the released file, or the folder that holds it. model: alias of the base model that it was made for.
+        path: the released file, or the folder that holds it. model: alias of the base model that it was made
+        for.
         out: adapter folder to write; must not exist.
     Raises:
         UserError: a method without importer; no such file; a file of another kind or for another model.
@@ -313,7 +318,9 @@ IMPORTERS = registry.Table("importer", {"softrepa": "align_cli.methods.softrepa.
 
 
 def load_pickle(path: Path, allowed: Sequence[type]) -> Any:
-    """A `.pth` file, unpickled with weights_only=True; of classes, only `allowed` may occur. UserError if it is damaged."""
+    """A `.pth` file, unpickled with weights_only=True; of classes, only `allowed` may occur. UserError if it
+    is damaged.
+    """
     with torch.serialization.safe_globals(list(allowed)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)

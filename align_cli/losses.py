@@ -34,7 +34,8 @@ class SoftREPATerms(NamedTuple):
 
 
 def softrepa_logits(err_IT: Tensor, temperature: float = 0.07, logit_scale: float = 4.0) -> Tensor:
-    """L_ij = logit_scale * exp(-E_ij / temperature): a similarity in (0, logit_scale], flat where E >> temperature.
+    """L_ij = logit_scale * exp(-E_ij / temperature): a similarity in (0, logit_scale], flat where E >>
+    temperature.
 
     Args:
         err_IT: (I, T) mean squared denoising errors of image i under text j.
@@ -55,7 +56,8 @@ def softrepa_terms(
         ce_i = -log softmax_j(L_ij) at j = own_i,  L as in `softrepa_logits`
 
     Args:
-        err_IT: (I, T) errors, T >= 2. own: (I,) int64 column of each image's own text; None: column i for row i.
+        err_IT: (I, T) errors, T >= 2. own: (I,) int64 column of each image's own text; None: column i for row
+        i.
     Raises:
         ValueError: err_IT is no matrix, or own is not given where it needs to be.
     Source: SoftREPA train.py and train_dist.py, ContrastiveLoss. No text-side softmax there, nor here.
@@ -82,7 +84,8 @@ def softrepa_loss(
     """mean_i ce_i + dweight * mean_i E_i,own.
 
     Returns:
-        () float32. The first term lies in [log(1 + (T - 1) exp(-logit_scale)), log(1 + (T - 1) exp(logit_scale))] and is
+        () float32. The first term lies in [log(1 + (T - 1) exp(-logit_scale)), log(1 + (T - 1)
+        exp(logit_scale))] and is
         log T where all errors are equal.
     Source: SoftREPA train.py, class SoftREPA.
     """

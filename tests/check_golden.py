@@ -2,8 +2,10 @@
 
     python tests/check_golden.py DIR [--only softrepa/sd15 --only softrepa/tokens]
 
-Every case.json below DIR is run; one line per quantity: `method/case/quantity  max_err  tol  ok|FAIL`. Exit code 1 on any
-failure, on a case of unknown kind, or if nothing ran. --only keeps the cases whose folder below DIR starts with a prefix
+Every case.json below DIR is run; one line per quantity: `method/case/quantity  max_err  tol  ok|FAIL`. Exit
+code 1 on any
+failure, on a case of unknown kind, or if nothing ran. --only keeps the cases whose folder below DIR starts
+with a prefix
 (several: repeat it, or separate by commas); a prefix that meets nothing is a failure.
 """
 
@@ -38,7 +40,9 @@ from align_cli.models.base import TextCond
 from align_cli.models.unet import unet_predict
 
 FORWARD, DERIVED = 1e-5, 1e-4
-"""Tolerances relative to max |expected|: forward passes and losses; sampling and gradients. Source: the case files."""
+"""Tolerances relative to max |expected|: forward passes and losses; sampling and gradients. Source: the case
+files.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ def compare(quantity: str, got: Tensor, expected: Tensor, relative: float) -> Li
     scale = float(expected.double().abs().max()) if expected.numel() else 0.0
     if got.shape != expected.shape:
         if got.numel() != 1 or expected.numel() != 1:
-            return Line(f"{quantity} (shape {list(got.shape)}, expected {list(expected.shape)})", math.inf, 0.0)
+            return Line(
+                f"{quantity} (shape {list(got.shape)}, expected {list(expected.shape)})", math.inf, 0.0
+            )
         got = got.reshape(expected.shape)
     error = float((got.detach().double() - expected.double()).abs().max()) if expected.numel() else 0.0
     return Line(quantity, error, relative * scale)
@@ -105,7 +111,9 @@ def scheduler_of(text: str) -> NoiseProcess:
     return NoiseProcess.from_scheduler_config(values)
 
 
-def soft_tokens(model: BareModel, tensors: dict[str, Tensor], stages: str, *, table: bool, **options: Any) -> SoftREPA:
+def soft_tokens(
+    model: BareModel, tensors: dict[str, Tensor], stages: str, *, table: bool, **options: Any
+) -> SoftREPA:
     """Our method, holding the case's tokens (and table, if the case uses it)."""
     state = {"dc_tokens": tensors["dc_tokens"]} | ({"dc_t_tokens": tensors["dc_t_table"]} if table else {})
     settings = SoftREPAConfig(
@@ -181,9 +189,7 @@ def softrepa_sample(model: BareModel, x: dict[str, Tensor], facts: dict[str, Any
     listed = model.process.timesteps(steps)
     yield same("timesteps", listed.tolist(), x["timesteps"].tolist())
     use = facts["use_dc"]
-    method = soft_tokens(
-        model, x, facts.get("apply_dc", "TTF"), table=facts.get("use_dc_t", False)
-    )
+    method = soft_tokens(model, x, facts.get("apply_dc", "TTF"), table=facts.get("use_dc_t", False))
     with torch.no_grad(), method.attach(model, 1.0 if use else 0.0):
         z = rollout(
             model.predict,
@@ -201,7 +207,9 @@ def softrepa_sample(model: BareModel, x: dict[str, Tensor], facts: dict[str, Any
 
 
 def released_tokens(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
-    """Official .pth files: read safely, the right numbers, and (where we have the base model) through an adapter."""
+    """Official .pth files: read safely, the right numbers, and (where we have the base model) through an
+    adapter.
+    """
     for name, facts in case.items():
         file = folder / name
         tensor = read_pth(file)
@@ -255,7 +263,9 @@ KINDS: list[tuple[str, Callable[[Path, dict[str, Any]], bool], Check]] = [
 
 
 def run_case(folder: Path) -> tuple[str, list[Line]]:
-    """Method and lines of one case folder. Whatever goes wrong is a failed line, so that all other cases still run."""
+    """Method and lines of one case folder. Whatever goes wrong is a failed line, so that all other cases
+    still run.
+    """
     lines: list[Line] = []
     method = "?"
     try:
@@ -279,7 +289,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     prefixes = [p.strip("/") for text in options.only for p in text.split(",") if p.strip("/")]
     torch.manual_seed(0)
-    below = {p.parent.relative_to(options.folder).as_posix(): p.parent for p in options.folder.rglob("case.json")}
+    below = {
+        p.parent.relative_to(options.folder).as_posix(): p.parent for p in options.folder.rglob("case.json")
+    }
 
     def meets(name: str, prefix: str) -> bool:
         return name == prefix or name.startswith(f"{prefix}/")
@@ -292,7 +304,9 @@ def main(argv: list[str] | None = None) -> int:
             failed += 1
     for name, folder in chosen.items():
         method, lines = run_case(folder)
-        where = name if name.startswith(f"{method}/") or method == "?" else f"{method}/{folder.resolve().name}"
+        where = (
+            name if name.startswith(f"{method}/") or method == "?" else f"{method}/{folder.resolve().name}"
+        )
         for line in lines:
             print(f"{where}/{line.quantity}  {line.error:.3e}  {line.tol:.3e}  {'ok' if line.ok else 'FAIL'}")
             passed, failed = passed + line.ok, failed + (not line.ok)

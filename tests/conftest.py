@@ -1,4 +1,6 @@
-"""Tiny random models of the real diffusers and transformers classes, built under a fixed seed, without network."""
+"""Tiny random models of the real diffusers and transformers classes, built under a fixed seed, without
+network.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def build_tiny_sd15(
     spacing: str = "leading",
     variant: str | None = None,
 ) -> Path:
-    """Save a random Stable Diffusion pipeline (32 px pictures, 8x8x4 latents, 32 tokens) as an ordinary folder."""
+    """Save a random Stable Diffusion pipeline (32 px pictures, 8x8x4 latents, 32 tokens) as an ordinary
+    folder.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -101,7 +105,9 @@ def tiny_sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random pipeline with velocity prediction, zero terminal SNR and trailing spacing. Do not write into it."""
+    """A random pipeline with velocity prediction, zero terminal SNR and trailing spacing. Do not write into
+    it.
+    """
     return build_tiny_sd15(
         tmp_path_factory.mktemp("models") / "tiny-v",
         prediction_type="v_prediction",

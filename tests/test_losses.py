@@ -41,8 +41,12 @@ def test_limits(n):
     torch.testing.assert_close(softrepa_loss(torch.full((n, n), 0.3)).item(), math.log(n))
     best = torch.full((n, n), 1e3)
     best.fill_diagonal_(0)
-    torch.testing.assert_close(softrepa_loss(best).item(), math.log(1 + (n - 1) * math.exp(-4)), rtol=1e-5, atol=0)
-    torch.testing.assert_close(softrepa_loss(1e3 - best).item(), math.log(math.exp(4) * (n - 1) + 1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        softrepa_loss(best).item(), math.log(1 + (n - 1) * math.exp(-4)), rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        softrepa_loss(1e3 - best).item(), math.log(math.exp(4) * (n - 1) + 1), rtol=1e-4, atol=0
+    )
 
 
 def test_floor_of_the_paper():

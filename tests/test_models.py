@@ -1,4 +1,6 @@
-"""Base models: loading from everywhere, agreement with diffusers' own pipeline, and one clear line for every mistake."""
+"""Base models: loading from everywhere, agreement with diffusers' own pipeline, and one clear line for every
+mistake.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def test_text(model):
     assert cond.tokens.shape == (2, 32, 32)
     assert not cond.tokens.requires_grad
     assert torch.equal(cond.tokens[0, 0], cond.tokens[1, 0])  # causal: the first row does not see the prompt
-    torch.testing.assert_close(model.uncond(3).tokens, model.encode_text([""] * 3).tokens, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        model.uncond(3).tokens, model.encode_text([""] * 3).tokens, atol=1e-6, rtol=1e-6
+    )
     assert model.token_count("a red circle") == 5
     assert model.token_count("red " * 40) == 42
     model.encode_text(["red " * 40])  # truncated, not refused
@@ -179,7 +183,9 @@ def test_other_denoiser(make_tiny_sd15, tiny_sd15_folder, tmp_path):
     for name in (other, other / "unet"):
         model = load(tiny_sd15_folder, unet=str(name))
         assert torch.equal(model.denoiser.conv_in.weight, load(other).denoiser.conv_in.weight)
-        assert torch.equal(model.vae.decoder.conv_in.weight, load(tiny_sd15_folder).vae.decoder.conv_in.weight)
+        assert torch.equal(
+            model.vae.decoder.conv_in.weight, load(tiny_sd15_folder).vae.decoder.conv_in.weight
+        )
     wide = make_tiny_sd15(tmp_path / "wide", width=64)
     with pytest.raises(UserError, match="reads 64-wide text, but the text encoder gives 32"):
         load(tiny_sd15_folder, unet=str(wide))
@@ -240,7 +246,9 @@ def hub(tiny_sd15_folder, tmp_path, monkeypatch) -> Iterator[list[str]]:
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}",
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -281,7 +289,9 @@ def test_hub_refusals(hub):
 def test_no_network_and_not_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"sd15 \(stable-diffusion-v1-5/.*not in the local cache.*--model /path") as caught:
+    with pytest.raises(
+        UserError, match=r"sd15 \(stable-diffusion-v1-5/.*not in the local cache.*--model /path"
+    ) as caught:
         load("sd15")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*/snapshots/*/*"))
@@ -305,7 +315,9 @@ def test_not_a_model(tiny_sd15_folder, tmp_path):
     folder = broken(tiny_sd15_folder, tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
-    with pytest.raises(UserError, match="holds a StableDiffusion3Pipeline; supported are Stable Diffusion 1.x and 2.x"):
+    with pytest.raises(
+        UserError, match="holds a StableDiffusion3Pipeline; supported are Stable Diffusion 1.x and 2.x"
+    ):
         load(folder)
     (folder / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

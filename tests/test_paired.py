@@ -10,12 +10,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from align_cli.models.loading import load_model
 from PIL import Image
 
 from align_cli.errors import UserError
 from align_cli.evaluation.benchmarks import ShapesBenchmark, check_pictures
 from align_cli.evaluation.paired import evaluate_alignment, evaluate_base, measure, peak_memory
+from align_cli.models.loading import load_model
 from align_cli.settings import ModelSettings, SampleSettings
 from align_cli.shapes.world import render, sample_scenes
 

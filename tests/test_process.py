@@ -21,8 +21,10 @@ SD15 = {
 }
 CONFIGS = [
     SD15,
-    SD15 | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
-    SD15 | {"beta_schedule": "linear", "set_alpha_to_one": True, "steps_offset": 0, "num_train_timesteps": 500},
+    SD15
+    | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    SD15
+    | {"beta_schedule": "linear", "set_alpha_to_one": True, "steps_offset": 0, "num_train_timesteps": 500},
     SD15 | {"trained_betas": [0.1, 0.2, 0.3, 0.4], "num_train_timesteps": 4},
 ]
 
@@ -48,7 +50,9 @@ def test_timesteps_as_diffusers(spacing, n):
     theirs.set_timesteps(n)
     ours = NoiseProcess.from_scheduler_config(config)
     assert ours.timesteps(n).tolist() == theirs.timesteps.tolist()[:n]
-    assert NoiseProcess.from_scheduler_config(SD15 | {"steps_offset": 0}).timesteps(4, "trailing").tolist() == [
+    assert NoiseProcess.from_scheduler_config(SD15 | {"steps_offset": 0}).timesteps(
+        4, "trailing"
+    ).tolist() == [
         999,
         749,
         499,
@@ -65,7 +69,9 @@ def test_official_timesteps():
 
 
 def test_by_hand():
-    process = NoiseProcess.from_scheduler_config({"trained_betas": [0.19, 0.36], "prediction_type": "v_prediction"})
+    process = NoiseProcess.from_scheduler_config(
+        {"trained_betas": [0.19, 0.36], "prediction_type": "v_prediction"}
+    )
     torch.testing.assert_close(process.alphas_cumprod, torch.tensor([0.81, 0.5184]))
     x0, eps = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), -1.0)
     a, s = 0.9, math.sqrt(0.19)

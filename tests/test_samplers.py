@@ -63,9 +63,19 @@ def test_ddim_rollout_equals_diffusers(config, eta, spacing):
         scheduler.set_timesteps(7)
         for t, noise in zip(scheduler.timesteps, noises, strict=True):
             u, c = toy(z, t, UNCOND), toy(z, t, COND)
-            z = scheduler.step(u + 3 * (c - u), t, z, eta=eta, variance_noise=noise if eta else None).prev_sample
+            z = scheduler.step(
+                u + 3 * (c - u), t, z, eta=eta, variance_noise=noise if eta else None
+            ).prev_sample
         ours = rollout(
-            toy, process, START, steps=7, cond=COND, uncond=UNCOND, guidance=3.0, eta=eta, noise_fn=lambda: next(left)
+            toy,
+            process,
+            START,
+            steps=7,
+            cond=COND,
+            uncond=UNCOND,
+            guidance=3.0,
+            eta=eta,
+            noise_fn=lambda: next(left),
         )
     torch.testing.assert_close(ours, z, atol=1e-5, rtol=1e-5)
 
@@ -77,7 +87,7 @@ def test_ddpm_rollout_equals_diffusers(config, spacing, monkeypatch):
     process, scheduler = NoiseProcess.from_scheduler_config(config), DDPMScheduler(**ddpm_config(config))
     noises = [field(10 + i, 2, 4, 6, 6) for i in range(6)]
     theirs, ours_noise = iter(noises), iter(noises)
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(theirs))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(theirs))
     toy = Toy()
     with torch.no_grad():
         z = START.clone()

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from align_cli.models.loading import load_model
 
 from align_cli.errors import UserError
+from align_cli.models.loading import load_model
 from align_cli.sampling import picture_seeds, sample
 from align_cli.settings import ModelSettings, SampleSettings
 

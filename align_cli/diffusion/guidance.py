@@ -24,7 +24,8 @@ Cond = TypeVar("Cond", bound=Conditions)
 def guided(
     predict: Callable[[Tensor, Tensor, Cond], Tensor], s: float
 ) -> Callable[[Tensor, Tensor, Cond, Cond | None], Tensor]:
-    """g(z, t, cond, uncond) = u + s (c - u), with c and u from one call on 2B rows, the unconditional half first.
+    """g(z, t, cond, uncond) = u + s (c - u), with c and u from one call on 2B rows, the unconditional half
+    first.
 
     s == 1 returns c and skips the unconditional half; then `uncond` may be None.
     Source: Ho and Salimans, arXiv 2207.12598, in the form u + s (c - u) of Stable Diffusion.

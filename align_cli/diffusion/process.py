@@ -36,10 +36,12 @@ class NoiseProcess:
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseProcess:
         """Read a `scheduler_config.json` of diffusers as its `DDIMScheduler.from_config` would.
 
-        DDIM, PNDM, Euler and DDPM files share the noise schedule. Absent keys take DDIM's defaults. `clip_sample`
+        DDIM, PNDM, Euler and DDPM files share the noise schedule. Absent keys take DDIM's defaults.
+        `clip_sample`
         is ignored: x0 is never clipped, since latents are not pixels.
         Raises:
-            ValueError: a schedule or target that is none of those of SD1.x and SD2.x, or epsilon prediction at
+            ValueError: a schedule or target that is none of those of SD1.x and SD2.x, or epsilon prediction
+            at
                 zero terminal SNR (the last timestep would hold no signal to predict from).
         """
         betas = _betas(config)
@@ -63,7 +65,9 @@ class NoiseProcess:
         return len(self.alphas_cumprod)
 
     def abar(self, t: Tensor | int, like: Tensor, *, final: float | None = None) -> Tensor:
-        """abar_t on the device of `like`, shaped () or (B, 1, 1, 1); `final` (default final_alpha_cumprod) below 0."""
+        """abar_t on the device of `like`, shaped () or (B, 1, 1, 1); `final` (default final_alpha_cumprod)
+        below 0.
+        """
         table = self.alphas_cumprod.to(like.device)
         last = self.final_alpha_cumprod if final is None else final
         if isinstance(t, int):
@@ -73,13 +77,17 @@ class NoiseProcess:
         return abar.view(-1, *[1] * (like.ndim - 1)) if abar.ndim else abar
 
     def coefficients(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar_t), sqrt(1 - abar_t), shaped () or (B, 1, 1, 1), float32 (float64 for a float64 `like`)."""
+        """sqrt(abar_t), sqrt(1 - abar_t), shaped () or (B, 1, 1, 1), float32 (float64 for a float64
+        `like`).
+        """
         abar = self.abar(t, like)
         dtype = torch.promote_types(like.dtype, torch.float32)
         return abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
-        """z_t of clean latents x0 (B, C, H, W) in their dtype; eps of the same or a broadcast shape; t () or (B,)."""
+        """z_t of clean latents x0 (B, C, H, W) in their dtype; eps of the same or a broadcast shape; t () or
+        (B,).
+        """
         a, s = self.coefficients(t, x0)
         return (a * x0 + s * eps).to(x0.dtype)
 
@@ -91,7 +99,9 @@ class NoiseProcess:
         return (a * eps - s * x0).to(x0.dtype)
 
     def to_x0_eps(self, pred: Tensor, z_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Split a prediction (B, C, H, W) at z_t into (x0, eps). Finite at zero terminal SNR too (velocity only)."""
+        """Split a prediction (B, C, H, W) at z_t into (x0, eps). Finite at zero terminal SNR too (velocity
+        only).
+        """
         a, s = self.coefficients(t, z_t)
         if self.prediction_type == "epsilon":
             return (z_t - s * pred) / a, pred
@@ -100,7 +110,8 @@ class NoiseProcess:
     def timesteps(self, n: int, spacing: str | None = None) -> Tensor:
         """(n,) int64, descending, exactly as diffusers' DDIM spaces them; spacing None takes the model's own.
 
-        leading: (T // n) i + steps_offset. trailing: from T - 1 down in steps of T / n, rounded. linspace: from T - 1
+        leading: (T // n) i + steps_offset. trailing: from T - 1 down in steps of T / n, rounded. linspace:
+        from T - 1
         to 0, both included.
         Raises:
             ValueError: n outside [1, T], or so large that the offset leads beyond T - 1.

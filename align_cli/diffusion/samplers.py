@@ -59,8 +59,10 @@ def ddpm_step(
         variance = (1 - abar_prev) / (1 - abar_t) beta
 
     Args:
-        pred, z: (B, C, H, W). t, t_prev: int, () or (B,). noise: standard normal like z, needed where t_prev >= 0.
-    Source: DDPM, arXiv 2006.11239, eqs. 6 and 7; diffusers DDPMScheduler.step with clip_sample False. Below t = 0
+        pred, z: (B, C, H, W). t, t_prev: int, () or (B,). noise: standard normal like z, needed where t_prev
+        >= 0.
+    Source: DDPM, arXiv 2006.11239, eqs. 6 and 7; diffusers DDPMScheduler.step with clip_sample False. Below t
+    = 0
     abar is 1, whatever final_alpha_cumprod is, as in diffusers: the last step returns x0.
     """
     x0, _ = process.to_x0_eps(pred, z, t)

@@ -1,4 +1,6 @@
-"""From a model's name to a frozen model: hub id, local diffusers folder, or a model that ships in the package."""
+"""From a model's name to a frozen model: hub id, local diffusers folder, or a model that ships in the
+package.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ def load_model(settings: ModelSettings) -> BaseModel:
     """The frozen base model that `settings` names, in its dtype and on its device.
 
     Raises:
-        UserError: unknown name; no network and not cached; no diffusers folder; a pipeline of another family; missing or
+        UserError: unknown name; no network and not cached; no diffusers folder; a pipeline of another family;
+        missing or
             damaged weights; a device that is not there.
     """
     device = pick_device(settings.device)
@@ -125,7 +128,8 @@ def pick_device(name: str) -> torch.device:
         if (device.index or 0) >= found:
             built = "" if torch.version.cuda else "; this torch was built without CUDA"
             raise UserError(
-                f"device {name} is not there: torch sees {found} CUDA devices{built}; use --device cpu or auto"
+                f"device {name} is not there: torch sees {found} CUDA devices{built}; use --device "
+                "cpu or auto"
             )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not there; use --device cpu or auto")
@@ -133,20 +137,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def locate(name: str, *, half: bool = False) -> _Source:
-    """The files of the pipeline called `name`, fetched from the hub if need be. half: the fp16 files are enough."""
+    """The files of the pipeline called `name`, fetched from the hub if need be. half: the fp16 files are
+    enough.
+    """
     where = registry.model_source(name)
     if where.startswith("embedded:"):
         folder = WEIGHTS / where.removeprefix("embedded:")
         if not (folder / "model_index.json").is_file():
             raise UserError(
-                f"the embedded model {folder.name} is not in this installation ({folder} is missing); reinstall t2ialign"
+                f"the embedded model {folder.name} is not in this installation ({folder} is missing); "
+                "reinstall t2ialign"
             )
         return _local(name, folder)
     folder = Path(where).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise UserError(
-                f"{where} is no diffusers pipeline folder: it has no model_index.json (and unet/, vae/, ... beside it)"
+                f"{where} is no diffusers pipeline folder: it has no model_index.json (and unet/, "
+                "vae/, ... beside it)"
             )
         return _local(str(where), folder)
     return _from_hub(name, where, half)
@@ -171,7 +179,8 @@ def _from_hub(name: str, repo: str, half: bool) -> _Source:
     index = fetch("model_index.json")
     if index is None:
         raise UserError(
-            f"model {label} is not in the local cache and the hub cannot be reached; pass a local diffusers folder with "
+            f"model {label} is not in the local cache and the hub cannot be reached; pass a local "
+            "diffusers folder with "
             f"--model /path/to/folder, or the built-in --model tiny-sd15"
         )
     folder = index.parent
@@ -208,7 +217,8 @@ def _fetch(label: str, repo: str, file: str, revision: str | None, reachable: bo
         return Path(hf_hub_download(repo, file, revision=revision, local_files_only=not reachable))
     except GatedRepoError as error:
         raise UserError(
-            f"the hub model {label} asks for its licence to be accepted: do so on huggingface.co/{repo}, then "
+            f"the hub model {label} asks for its licence to be accepted: do so on "
+            f"huggingface.co/{repo}, then "
             f"`hf auth login`; or pass a local folder with --model /path/to/folder"
         ) from error
     except RepositoryNotFoundError as error:
@@ -226,7 +236,9 @@ def _fetch(label: str, repo: str, file: str, revision: str | None, reachable: bo
 
 
 def _weight_choices(part: str, half: bool) -> list[str]:
-    """Names of a part's weights, the best first: safetensors before pickle, the wanted precision before the other."""
+    """Names of a part's weights, the best first: safetensors before pickle, the wanted precision before the
+    other.
+    """
     stem = f"{part}/{BASENAMES[part]}"
     pickle = f"{part}/{'pytorch_model' if part == 'text_encoder' else BASENAMES[part]}"
     order = (".fp16", "") if half else ("", ".fp16")
@@ -285,7 +297,8 @@ def _check_fit(unet: Any, vae: Any, text: Any, label: str) -> None:
     channels, latent = unet.config.in_channels, vae.config.latent_channels
     if channels != latent:
         raise UserError(
-            f"the UNet of {label} reads {channels} channels, but the autoencoder has {latent} (an inpainting model?)"
+            f"the UNet of {label} reads {channels} channels, but the autoencoder has {latent} (an "
+            "inpainting model?)"
         )
 
 

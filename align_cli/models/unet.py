@@ -20,14 +20,17 @@ SD21_WIDTH = 1024
 def unet_family(text_width: int) -> str:
     """ "sd21" for the text width of SD2.x, else "sd15" (SD1.x, and the embedded tiny models of any width).
 
-    The family says what an adapter can be moved to, so it goes by the architecture, not by the target: SD2.1-base
+    The family says what an adapter can be moved to, so it goes by the architecture, not by the target:
+    SD2.1-base
     predicts eps and SD2.1 velocity, and both are sd21.
     """
     return "sd21" if text_width == SD21_WIDTH else "sd15"
 
 
 def unet_predict(unet: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
-    """One UNet call. z_t (B, C, h, w), t () or (B,), cond.tokens (B, L, D) -> (B, C, h, w) in the UNet's dtype."""
+    """One UNet call. z_t (B, C, h, w), t () or (B,), cond.tokens (B, L, D) -> (B, C, h, w) in the UNet's
+    dtype.
+    """
     dtype = next(unet.parameters()).dtype
     prediction: Tensor = unet(
         z_t.to(dtype), t.to(z_t.device).expand(len(z_t)), encoder_hidden_states=cond.tokens.to(dtype)
@@ -74,7 +77,8 @@ class UNetModel:
     def encode_text(self, prompts: list[str]) -> TextCond:
         """Last hidden state after the final norm, (B, L, D), padded and truncated to `token_limit`.
 
-        An attention mask is passed only if the encoder's configuration asks for one, as diffusers does (SD1.x and SD2.x
+        An attention mask is passed only if the encoder's configuration asks for one, as diffusers does (SD1.x
+        and SD2.x
         do not). No gradient unless the text encoder requires it.
         """
         encoded = self.tokenizer(
@@ -97,7 +101,9 @@ class UNetModel:
         return TextCond(self.encode_text([""]).tokens.expand(batch, -1, -1))
 
     def encode_image(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise is None."""
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise
+        is None.
+        """
         posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
         latents: Tensor = posterior.mean
         if noise is not None:
@@ -112,5 +118,7 @@ class UNetModel:
         return pixels.clamp(0, 1) if clamp else pixels
 
     def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
-        """eps or velocity, as `process` says. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w) in the model's dtype."""
+        """eps or velocity, as `process` says. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w) in the model's
+        dtype.
+        """
         return unet_predict(self.denoiser, z_t, t, cond)

@@ -31,21 +31,31 @@ class SoftREPAConfig:
     max_t: int = 1000
     """Training timesteps lie below this. Source: train.py --max_t."""
     temperature: float = 0.07
-    """Denoising error (latent units squared) over which the similarity falls by e. Source: train.py ContrastiveLoss."""
+    """Denoising error (latent units squared) over which the similarity falls by e. Source: train.py
+    ContrastiveLoss.
+    """
     logit_scale: float = 4.0
     """Similarity at zero error. Source: train.py ContrastiveLoss."""
     row_chunk: int = 0
-    """Images per forward and backward pass, each with all captions: sets the memory, not the gradient. 0: all at once."""
+    """Images per forward and backward pass, each with all captions: sets the memory, not the gradient. 0: all
+    at once.
+    """
     noise: str = "shared"
-    """One noise tensor for the whole batch (shared), or one per row_chunk images (per-chunk, as train_dist.py)."""
+    """One noise tensor for the whole batch (shared), or one per row_chunk images (per-chunk, as
+    train_dist.py).
+    """
     init: str = "bos"
-    """Start of the tokens: bos (copies of the empty prompt's first encoding, as official for SD1.5), normal, or bos+noise
+    """Start of the tokens: bos (copies of the empty prompt's first encoding, as official for SD1.5), normal,
+    or bos+noise
     (copies of equal start never separate: they stay one token)."""
     init_noise: float = 0.02
-    """Standard deviation of init normal and of the table; for bos+noise in units of the encoding's own. Source: 0.02 in
+    """Standard deviation of init normal and of the table; for bos+noise in units of the encoding's own.
+    Source: 0.02 in
     transformer.py."""
     hard_negatives: int = 0
-    """False captions from the dataset that join each image's candidates. 0: the other captions of the batch only."""
+    """False captions from the dataset that join each image's candidates. 0: the other captions of the batch
+    only.
+    """
 
     def __post_init__(self) -> None:
         require(self.num_tokens >= 1, f"softrepa.num_tokens must be >= 1, got {self.num_tokens}")

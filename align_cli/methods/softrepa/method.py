@@ -1,14 +1,19 @@
 """SoftREPA: learn a few soft text tokens so that each image is denoised best under its own caption.
 
 Source: arXiv 2503.08250 and github.com/softrepa/SoftREPA (commit ff92f4b). Deviations, each deliberate:
-- A batch cut into chunks of rows gives the gradient of the whole batch. train_dist.py divides the mean of every chunk by
+- A batch cut into chunks of rows gives the gradient of the whole batch. train_dist.py divides the mean of
+every chunk by
   the batch size, so that its gradient is 1 / nrows of that and a shorter last chunk weighs more.
 - dweight works with chunks too (train_dist.py drops it).
-- Captions are contrasted over all processes: n processes give the loss of one. There, each process sees its own only.
-- Sampling uses the trained table (sample.py loads it into a name that nothing reads, and so uses random numbers).
-- `init` can break the symmetry of equal tokens, which otherwise stay equal for ever (the released SD1.5 tokens are).
+- Captions are contrasted over all processes: n processes give the loss of one. There, each process sees its
+own only.
+- Sampling uses the trained table (sample.py loads it into a name that nothing reads, and so uses random
+numbers).
+- `init` can break the symmetry of equal tokens, which otherwise stay equal for ever (the released SD1.5
+tokens are).
 
-Letters: I images of this process, G images of all processes, T candidate captions of an image (G and then the hard
+Letters: I images of this process, G images of all processes, T candidate captions of an image (G and then the
+hard
 negatives), C h w latent.
 """
 
@@ -38,7 +43,9 @@ FLAT_STEPS = 20
 
 @dataclass(frozen=True)
 class Contrast:
-    """What `SoftREPA.contrast` measured, detached. err_IT: (I, T) float32; ce_I, own_I: (I,); logits_IT: (I, T)."""
+    """What `SoftREPA.contrast` measured, detached. err_IT: (I, T) float32; ce_I, own_I: (I,); logits_IT: (I,
+    T).
+    """
 
     err_IT: Tensor
     ce_I: Tensor
@@ -63,8 +70,10 @@ class _Flatness:
         mean = sum(self.spreads) / FLAT_STEPS
         if mean < FLAT_SPREAD:
             warnings.warn(
-                f"SoftREPA's logits are flat: mean spread {mean:.2g} over {FLAT_STEPS} steps (errors of about {error:.2g} at "
-                f"temperature {temperature:g}), so there is next to nothing to learn from; raise softrepa.temperature "
+                f"SoftREPA's logits are flat: mean spread {mean:.2g} over {FLAT_STEPS} steps (errors "
+                f"of about {error:.2g} at "
+                f"temperature {temperature:g}), so there is next to nothing to learn from; raise "
+                "softrepa.temperature "
                 f"towards the size of the errors",
                 stacklevel=3,
             )
@@ -93,7 +102,8 @@ class SoftREPA:
     def _start(self, seed: int) -> SoftTokens:
         """Initial tokens; drawn on the CPU, so that every machine starts the same.
 
-        Source: transformer.py (Normal(0, 0.02) for tokens and table), train.py (copies of the BOS encoding for SD1.5).
+        Source: transformer.py (Normal(0, 0.02) for tokens and table), train.py (copies of the BOS encoding
+        for SD1.5).
         """
         c, rng = self.config, torch.Generator().manual_seed(seed)
         unet: Any = self.model.denoiser
@@ -114,7 +124,8 @@ class SoftREPA:
     def step(self, batch: Batch, ctx: StepContext) -> dict[str, float]:
         """All pairs of the batch's images and captions, at one timestep for all.
 
-        Logs (means over this process's images): loss, ce, err_own (E under the own caption), err_other, accuracy (own
+        Logs (means over this process's images): loss, ce, err_own (E under the own caption), err_other,
+        accuracy (own
         caption has the smallest error), spread (std of the logits over an image's captions).
         """
         if batch.pixels is None:
@@ -156,7 +167,8 @@ class SoftREPA:
         if given is None or any(not isinstance(row, list) or len(row) < wanted for row in given):
             most = min((len(row) for row in given if isinstance(row, list)), default=0) if given else 0
             raise UserError(
-                f"softrepa.hard_negatives is {wanted}, but the dataset gives {most} false captions per image; "
+                f"softrepa.hard_negatives is {wanted}, but the dataset gives {most} false captions "
+                "per image; "
                 f"use --set softrepa.hard_negatives={most}"
             )
         return [str(text) for row in given if isinstance(row, list) for text in row[:wanted]]
@@ -174,10 +186,12 @@ class SoftREPA:
         """Loss and gradient of this process's images, chunk by chunk: `backward` frees each graph at once.
 
             E_ij = mean (target_i - model(z_t(x_i, eps_i), t, c_j, tokens))^2
-            loss = mean_i softmax cross-entropy of 4 exp(-E_ij / 0.07) at j = own_i  +  dweight mean_i E_i,own_i
+            loss = mean_i softmax cross-entropy of 4 exp(-E_ij / 0.07) at j = own_i  +  dweight mean_i
+            E_i,own_i
 
         Args:
-            latents_I, eps_I: (I, C, h, w); eps may have one row for all. t: () int64. own_I: (I,) column of the own text.
+            latents_I, eps_I: (I, C, h, w); eps may have one row for all. t: () int64. own_I: (I,) column of
+            the own text.
             texts_G: candidates of every image. negatives: I * k more, k for each image alone, image by image.
             backward: called with a () loss per chunk; the losses sum up to the whole.
         Source: train.py, class SoftREPA; the pairs of a chunk lie caption-major in one batch, as there.
@@ -204,7 +218,9 @@ class SoftREPA:
     def _errors(
         self, noisy: Tensor, target: Tensor, t: Tensor, texts: TextCond, negatives: TextCond
     ) -> Tensor:
-        """(R, T) errors of R rows under all texts and under their own negatives, from one call of the denoiser."""
+        """(R, T) errors of R rows under all texts and under their own negatives, from one call of the
+        denoiser.
+        """
         rows, shared, extra = len(noisy), len(texts), len(negatives) // len(noisy)
         width = shared + extra
         captions = texts.tokens.repeat_interleave(rows, 0)
@@ -239,7 +255,9 @@ class SoftREPA:
         return {k: v.detach().cpu().contiguous().clone() for k, v in self.tokens.state_dict().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take trained tensors. ValueError naming missing, unused and wrongly shaped keys; then nothing is changed."""
+        """Take trained tensors. ValueError naming missing, unused and wrongly shaped keys; then nothing is
+        changed.
+        """
         mine = self.tokens.state_dict()
         missing, unused = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
         wrong = [

@@ -28,7 +28,8 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
     """What an official file or folder holds, as the content of an adapter.
 
     Args:
-        path: dc_tokens*.pth (a table dc_t_tokens* of the same suffix beside it belongs to it), tokens.safetensors, or a
+        path: dc_tokens*.pth (a table dc_t_tokens* of the same suffix beside it belongs to it),
+        tokens.safetensors, or a
             folder with either. model: base model that they were trained on.
     Raises:
         UserError: nothing of the kind there, several of the kind, or tensors for another model.
@@ -39,7 +40,8 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
     if tokens.ndim != 2 or tokens.shape[1] != width:
         kind = {2048: " (SDXL)"}.get(tokens.shape[-1], " (SD3)" if tokens.ndim == 3 else "")
         raise UserError(
-            f"{path} holds tokens of shape {list(tokens.shape)}{kind}, but {model} needs [n, {width}]; name their base "
+            f"{path} holds tokens of shape {list(tokens.shape)}{kind}, but {model} needs [n, "
+            f"{width}]; name their base "
             f"model with --model"
         )
     if table is not None and table.shape != (TABLE_ROWS, width):
@@ -66,7 +68,9 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """dc_tokens and, where there is one, dc_t_tokens, float32, in their official shapes (of any base model)."""
+    """dc_tokens and, where there is one, dc_t_tokens, float32, in their official shapes (of any base
+    model).
+    """
     file = _choose(path) if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{path} does not exist; give a dc_tokens*.pth file or the folder that holds it")
@@ -90,7 +94,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pth(file: Path) -> Tensor:
-    """One official .pth: a bare Parameter or tensor, or a pickled nn.Embedding module, of which the weight is taken."""
+    """One official .pth: a bare Parameter or tensor, or a pickled nn.Embedding module, of which the weight is
+    taken.
+    """
     content: Any = load_pickle(file, (nn.modules.sparse.Embedding, set))
     tensor = content.weight if isinstance(content, nn.Embedding) else content
     if not isinstance(tensor, Tensor) or not torch.is_floating_point(tensor):

@@ -41,7 +41,9 @@ class SoftTokens(nn.Module):
         self.dc_t_tokens = None if table is None else nn.Parameter(table.detach().clone().float())
 
     def rows(self, t: Tensor, batch: int) -> Tensor:
-        """(B, N, D) float32 for timesteps t () or (B,): the same tokens for every sample, plus its table row."""
+        """(B, N, D) float32 for timesteps t () or (B,): the same tokens for every sample, plus its table
+        row.
+        """
         rows = self.dc_tokens.expand(batch, -1, -1)
         if self.dc_t_tokens is None:
             return rows
@@ -75,9 +77,11 @@ def inserted(
 
     Args:
         rows: rows(t, batch) -> (B, N, D), see `SoftTokens.rows`.
-        scale: factor on the attention weight (before normalisation) of the soft tokens, >= 0. 1 is the trained strength,
+        scale: factor on the attention weight (before normalisation) of the soft tokens, >= 0. 1 is the
+        trained strength,
             0 exactly the model without them; other values are an attention bias of log(scale).
-    Nested insertions add their tokens; no text position is encoded in cross-attention, so their order means nothing.
+    Nested insertions add their tokens; no text position is encoded in cross-attention, so their order means
+    nothing.
     Source: SoftREPA transformer.py, UNet forward; the scale is ours.
     """
     if not (scale >= 0 and math.isfinite(scale)):
