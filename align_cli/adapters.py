@@ -44,8 +44,7 @@ class AdapterInfo:
     """The content of adapter.json.
 
     model_id, family: the base model that it was trained on. config, origin: the resolved configuration of the
-    run and
-    the layer each value came from. shapes: tensor name -> shape. sha256: of the tensor file.
+    run and the layer each value came from. shapes: tensor name -> shape. sha256: of the tensor file.
     """
 
     format_version: int = FORMAT_VERSION

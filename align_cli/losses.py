@@ -85,8 +85,7 @@ def softrepa_loss(
 
     Returns:
         () float32. The first term lies in [log(1 + (T - 1) exp(-logit_scale)), log(1 + (T - 1)
-        exp(logit_scale))] and is
-        log T where all errors are equal.
+        exp(logit_scale))] and is log T where all errors are equal.
     Source: SoftREPA train.py, class SoftREPA.
     """
     terms = softrepa_terms(err_IT, own, temperature=temperature, logit_scale=logit_scale)

@@ -180,8 +180,7 @@ class _Sheet:
 
 def wrap(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """Lines of at most `width` pixels, broken at blanks, but not before a lone comma or full stop; a word
-    that is too
-    long is broken anywhere."""
+    that is too long is broken anywhere."""
     lines: list[str] = []
     line = ""
     for word in re.findall(r"\S+(?: [,.;:!?](?=\s|$))*", " ".join(text.split())):

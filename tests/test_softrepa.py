@@ -324,6 +324,7 @@ def test_two_processes_give_the_result_of_one(tiny_sd15_folder, model, options):
     batch = a_batch(negatives=extra)
     whole, grads, _ = run(make(model, **options), batch)
     meeting, shared = Barrier(2), {}
+    models = [load_model(ModelSettings(name=str(tiny_sd15_folder), device="cpu")) for _ in range(2)]
     results: dict[int, tuple] = {}
 
     def rank(number: int) -> None:
@@ -334,10 +335,9 @@ def test_two_processes_give_the_result_of_one(tiny_sd15_folder, model, options):
             meeting.wait()
             return joined
 
-        own = load_model(ModelSettings(name=str(tiny_sd15_folder), device="cpu"))
         rows = slice(2 * number, 2 * number + 2)
         part = Batch(batch.prompts[rows], batch.pixels[rows], batch.ids[rows], {"negatives": extra[rows]})
-        results[number] = run(make(own, **options), part, gather=gather, rank=number, world_size=2)
+        results[number] = run(make(models[number], **options), part, gather=gather, rank=number, world_size=2)
 
     threads = [Thread(target=rank, args=(i,)) for i in range(2)]
     for thread in threads:

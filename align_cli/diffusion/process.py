@@ -41,8 +41,7 @@ class NoiseProcess:
         is ignored: x0 is never clipped, since latents are not pixels.
         Raises:
             ValueError: a schedule or target that is none of those of SD1.x and SD2.x, or epsilon prediction
-            at
-                zero terminal SNR (the last timestep would hold no signal to predict from).
+            at zero terminal SNR (the last timestep would hold no signal to predict from).
         """
         betas = _betas(config)
         if config.get("rescale_betas_zero_snr") or False:
@@ -111,8 +110,7 @@ class NoiseProcess:
         """(n,) int64, descending, exactly as diffusers' DDIM spaces them; spacing None takes the model's own.
 
         leading: (T // n) i + steps_offset. trailing: from T - 1 down in steps of T / n, rounded. linspace:
-        from T - 1
-        to 0, both included.
+        from T - 1 to 0, both included.
         Raises:
             ValueError: n outside [1, T], or so large that the offset leads beyond T - 1.
         """

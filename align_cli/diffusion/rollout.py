@@ -40,21 +40,18 @@ def rollout(
         spacing: leading, trailing or linspace; None takes the process's own.
         sampler: "ddim" (with eta) or "ddpm".
         grad_steps: indices (0 is the noisiest) of the steps whose prediction carries gradient; the others run
-        under
-            `torch.no_grad`. None: all. The step arithmetic itself is never detached, so gradient passes
-            through the
-            steps between two gradient steps by their linear part (DRaFT, TextCraftor, CoMat do the same).
+        under `torch.no_grad`. None: all. The step arithmetic itself is never detached, so gradient passes
+            through the steps between two gradient steps by their linear part (DRaFT, TextCraftor, CoMat do
+            the same).
         detach_input: cut the model's input from the path in every step: gradient reaches earlier predictions
-        only
-            through the step arithmetic (CoMat's official SDXL loop).
+        only through the step arithmetic (CoMat's official SDXL loop).
         checkpoint: recompute the activations of gradient steps in the backward pass.
         noise_fn: standard normal noise like z, once per step that needs it (ddpm, or eta > 0).
         callback: called with the index of each finished step.
     Returns:
         (B, C, H, W) the clean latent.
     Where DDIM steps to: t - T // steps, also for linspace, where that is not the next listed timestep. DDPM
-    steps to
-    the next listed timestep. Both as in diffusers, and so in the official code of all five methods.
+    steps to the next listed timestep. Both as in diffusers, and so in the official code of all five methods.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: {', '.join(SAMPLERS)}")

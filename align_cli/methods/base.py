@@ -33,9 +33,8 @@ class StepContext:
     """What a method may use in one step.
 
     rng is freshly seeded from (run seed, step, accumulation slice), identical on every rank: a method draws
-    for the
-    global batch of `world_size * B` rows and takes its own rows with `rows`, so the number of processes
-    changes nothing.
+    for the global batch of `world_size * B` rows and takes its own rows with `rows`, so the number of
+    processes changes nothing.
     backward(loss, group) may be called many times; the loop averages gradients over ranks once per optimiser
     step.
     gather(x) concatenates x of all ranks on dim 0, in rank order; gradients flow to this rank's own rows

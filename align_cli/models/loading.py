@@ -71,8 +71,7 @@ def load_model(settings: ModelSettings) -> BaseModel:
 
     Raises:
         UserError: unknown name; no network and not cached; no diffusers folder; a pipeline of another family;
-        missing or
-            damaged weights; a device that is not there.
+        missing or damaged weights; a device that is not there.
     """
     device = pick_device(settings.device)
     dtype = getattr(torch, settings.dtype)

@@ -21,8 +21,7 @@ def unet_family(text_width: int) -> str:
     """ "sd21" for the text width of SD2.x, else "sd15" (SD1.x, and the embedded tiny models of any width).
 
     The family says what an adapter can be moved to, so it goes by the architecture, not by the target:
-    SD2.1-base
-    predicts eps and SD2.1 velocity, and both are sd21.
+    SD2.1-base predicts eps and SD2.1 velocity, and both are sd21.
     """
     return "sd21" if text_width == SD21_WIDTH else "sd15"
 
@@ -78,8 +77,7 @@ class UNetModel:
         """Last hidden state after the final norm, (B, L, D), padded and truncated to `token_limit`.
 
         An attention mask is passed only if the encoder's configuration asks for one, as diffusers does (SD1.x
-        and SD2.x
-        do not). No gradient unless the text encoder requires it.
+        and SD2.x do not). No gradient unless the text encoder requires it.
         """
         encoded = self.tokenizer(
             list(prompts),

@@ -28,8 +28,7 @@ class ShapesDataset:
     """Pictures with captions that are drawn afresh, and truly, at every access.
 
     `get` returns pixels (3, 32, 32) in [-1, 1], a caption, and in `extra`: negatives (list of false
-    captions),
-    boxes (list of (phrase, box in pixels)).
+    captions), boxes (list of (phrase, box in pixels)).
     """
 
     def __init__(self, settings: DataSettings, *, seed: int = 0, split: str = "train") -> None:
@@ -72,8 +71,7 @@ def eval_prompts(
 
     Args:
         split: test, val or train. In test and val every prompt of kind pair, triple or long holds at least
-        one pair of
-            objects that was never seen together in training.
+        one pair of objects that was never seen together in training.
         kinds: prompt kinds to draw from (default: the held-out kinds pair, triple, long as 6 : 2 : 2).
         novel: keep only distinct texts while there are enough of them.
     """

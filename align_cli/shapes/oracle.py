@@ -3,8 +3,7 @@
 1. Foreground: chroma (max - min of RGB) as a soft coverage, hue to the nearest of the four colours.
 2. Connected components per colour (4-neighbourhood), one C call for a whole batch of pictures.
 3. Shape by analysis and synthesis: each of the three shapes is rendered with the blob's own area and
-centroid; the
-   best soft intersection over union wins, and below MIN_IOU the blob is of unknown shape.
+centroid; the best soft intersection over union wins, and below MIN_IOU the blob is of unknown shape.
 4. Background: median grey of the border pixels.
 
 Letters: N pictures, M blobs.
@@ -161,8 +160,7 @@ def judge(images: np.ndarray | Tensor, specs: list[Spec]) -> dict[str, np.ndarra
     Returns:
         metric -> (N,) float in [0, 1], NaN where the specification does not ask for it:
         object: share of the wanted (colour, shape) objects that are there; color, shape: the same for colours
-        and
-        shapes anywhere; count: 1 if the number of blobs is exact; relation: share of true relations;
+        and shapes anywhere; count: 1 if the number of blobs is exact; relation: share of true relations;
         background;
         facts: share of all single facts; all: 1 if every fact is true.
     """

@@ -2,9 +2,8 @@
 exactly.
 
 Pictures are 32 x 32 RGB. Four saturated colours of one chroma, three shapes, two plain achromatic
-backgrounds. A blend
-of a colour with an achromatic background keeps its hue, so anti-aliased edges never change the colour of an
-object.
+backgrounds. A blend of a colour with an achromatic background keeps its hue, so anti-aliased edges never
+change the colour of an object.
 Rendering is by signed distance, coverage = clip(0.5 - distance): exact, vectorised, no drawing library.
 
 Letters: N scenes, K objects of a scene, H = W = 32 pixels.

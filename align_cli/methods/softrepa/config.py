@@ -46,12 +46,10 @@ class SoftREPAConfig:
     """
     init: str = "bos"
     """Start of the tokens: bos (copies of the empty prompt's first encoding, as official for SD1.5), normal,
-    or bos+noise
-    (copies of equal start never separate: they stay one token)."""
+    or bos+noise (copies of equal start never separate: they stay one token)."""
     init_noise: float = 0.02
     """Standard deviation of init normal and of the table; for bos+noise in units of the encoding's own.
-    Source: 0.02 in
-    transformer.py."""
+    Source: 0.02 in transformer.py."""
     hard_negatives: int = 0
     """False captions from the dataset that join each image's candidates. 0: the other captions of the batch
     only.

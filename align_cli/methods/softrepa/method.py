@@ -2,8 +2,7 @@
 
 Source: arXiv 2503.08250 and github.com/softrepa/SoftREPA (commit ff92f4b). Deviations, each deliberate:
 - A batch cut into chunks of rows gives the gradient of the whole batch. train_dist.py divides the mean of
-every chunk by
-  the batch size, so that its gradient is 1 / nrows of that and a shorter last chunk weighs more.
+every chunk by the batch size, so that its gradient is 1 / nrows of that and a shorter last chunk weighs more.
 - dweight works with chunks too (train_dist.py drops it).
 - Captions are contrasted over all processes: n processes give the loss of one. There, each process sees its
 own only.
@@ -13,8 +12,7 @@ numbers).
 tokens are).
 
 Letters: I images of this process, G images of all processes, T candidate captions of an image (G and then the
-hard
-negatives), C h w latent.
+hard negatives), C h w latent.
 """
 
 from __future__ import annotations
@@ -125,8 +123,7 @@ class SoftREPA:
         """All pairs of the batch's images and captions, at one timestep for all.
 
         Logs (means over this process's images): loss, ce, err_own (E under the own caption), err_other,
-        accuracy (own
-        caption has the smallest error), spread (std of the logits over an image's captions).
+        accuracy (own caption has the smallest error), spread (std of the logits over an image's captions).
         """
         if batch.pixels is None:
             raise UserError("softrepa trains on images with captions, but this dataset has captions only")

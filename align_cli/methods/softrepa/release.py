@@ -29,8 +29,7 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
 
     Args:
         path: dc_tokens*.pth (a table dc_t_tokens* of the same suffix beside it belongs to it),
-        tokens.safetensors, or a
-            folder with either. model: base model that they were trained on.
+        tokens.safetensors, or a folder with either. model: base model that they were trained on.
     Raises:
         UserError: nothing of the kind there, several of the kind, or tensors for another model.
     """

@@ -78,8 +78,7 @@ def inserted(
     Args:
         rows: rows(t, batch) -> (B, N, D), see `SoftTokens.rows`.
         scale: factor on the attention weight (before normalisation) of the soft tokens, >= 0. 1 is the
-        trained strength,
-            0 exactly the model without them; other values are an attention bias of log(scale).
+        trained strength, 0 exactly the model without them; other values are an attention bias of log(scale).
     Nested insertions add their tokens; no text position is encoded in cross-attention, so their order means
     nothing.
     Source: SoftREPA transformer.py, UNet forward; the scale is ours.
