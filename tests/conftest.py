@@ -68,8 +68,8 @@ def build_tiny_sd15(
     # a random cross-attention hardly moves the picture: louder text, so that prompts and soft tokens are seen
     with torch.no_grad():
         for name, weight in unet.named_parameters():
-            if "attn2.to_" in name and name.endswith("weight"):
-                weight.mul_(6)
+            if "attn2.to_v" in name or ("attn2.to_out" in name and name.endswith("weight")):
+                weight.mul_(10)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -278,6 +278,7 @@ def test_chunks_give_the_gradient_of_the_whole(model, chunk, negatives):
     assert parts == pytest.approx(whole, rel=1e-5)
     for a, b in zip(whole_grads, grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        assert (a - b).norm() < 1e-4 * a.norm()  # float32; a wrong weight of a chunk is an error of order 1
 
 
 def test_hard_negatives_are_columns_of_their_own_image(model):
@@ -385,18 +386,21 @@ def test_learns_to_tell_captions_apart(model):
         values, _, _ = run(method, a_batch(), 7)
         losses.append(values["softrepa/ce"])
         optimizer.step()
-    assert losses[-1] < losses[0] - 1e-3
+    assert losses[-1] < losses[0] - 1e-4
 
 
 def test_warns_once_of_flat_logits(model):
     method = make(model, temperature=0.02)
-    with pytest.warns(UserWarning, match="logits are flat.*raise softrepa.temperature"):
+
+    def some_steps() -> None:
         for seed in range(FLAT_STEPS):
             run(method, a_batch(2), seed)
+
+    with pytest.warns(UserWarning, match="logits are flat.*raise softrepa.temperature"):
+        some_steps()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for seed in range(FLAT_STEPS):
-            run(method, a_batch(2), seed)
+        some_steps()
 
 
 def test_half_precision_weights(tiny_sd15_folder, model):
@@ -443,9 +447,10 @@ def test_what_cannot_be_trained(model):
     stranger.family = "sd3"
     with pytest.raises(UserError, match="softrepa works on sd15, sd21; .* is sd3"):
         make(stranger)
+    blocks = {"down_blocks": torch.nn.ModuleList(), "up_blocks": torch.nn.ModuleList()}
+    bare = torch.nn.ModuleDict({**blocks, "mid_block": torch.nn.Identity()})
     with pytest.raises(ValueError, match="no block with cross-attention"):
-        selected_blocks(torch.nn.ModuleDict({"down_blocks": torch.nn.ModuleList(), "mid_block": torch.nn.Identity(),
-                                             "up_blocks": torch.nn.ModuleList()}), "TFF")  # fmt: skip
+        selected_blocks(bare, "TFF")
 
 
 def test_prompts_are_encoded_once(model, monkeypatch):

@@ -93,7 +93,7 @@ def tiny_sd15(out: Path, name: str = "denoiser") -> None:
     _write(folder / "card.json", card)
 
 
-def measure(folder: Path, n: int = 1000) -> dict[str, dict[str, float]]:
+def measure(folder: Path, n: int = 800) -> dict[str, dict[str, float]]:
     """Oracle metrics of the saved pipeline, through the code that users run, on `n` prompts per split and all
     kinds.
     """
