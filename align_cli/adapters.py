@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -183,6 +184,8 @@ def load_adapter(path: Path | str) -> Adapter:
     if not folder.is_dir():
         what = "is a file; an adapter is a folder" if folder.exists() else "does not exist"
         raise UserError(f"adapter {path} {what} ({INFO} and {TENSORS})")
+    if not (folder / INFO).exists() and (folder / "adapter" / INFO).exists():
+        folder = folder / "adapter"  # the folder of a training run
     info = _read_info(folder)
     try:
         content = (folder / TENSORS).read_bytes()
@@ -263,6 +266,12 @@ def restore(adapter: Adapter, model: BaseModel) -> Method:
         raise UserError(
             f"adapter {adapter.path} was trained on {info.model_id} (family {info.family}) and does not fit "
             f"{model.model_id} (family {model.family})"
+        )
+    if info.model_id != model.model_id:
+        warnings.warn(
+            f"adapter {adapter.path} was trained on {info.model_id} and is used on {model.model_id}, "
+            f"a model of the same family",
+            stacklevel=2,
         )
     where = f"adapter {adapter.path}: config"
     settings = configs.Resolved.from_dict({**info.config, "method": info.method}, where=where).method_config

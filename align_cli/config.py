@@ -32,7 +32,7 @@ FLAGS = {
     "model.name": "--model",
     "data.name": "--data",
     "data.path": "--data-path",
-    "eval.num_prompts": "--n",
+    "eval.num_prompts": "--no-eval",
 }
 """Named flags whose spelling is not `--` plus the key's last part."""
 

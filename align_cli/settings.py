@@ -190,6 +190,9 @@ class EvalSettings:
     """Held-out prompts; 0 skips the evaluation."""
     seed: int = 0
     """Seed of prompts and start noise, the same for base and aligned model."""
+    split: str = "test"
+    """Held-out compositions: val while settings are being chosen, test for the number that is reported."""
 
     def __post_init__(self) -> None:
+        one_of("eval.split", self.split, ("val", "test"))
         require(self.num_prompts >= 0, f"eval.num_prompts must be >= 0, got {self.num_prompts}")

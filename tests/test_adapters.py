@@ -1,7 +1,8 @@
-"""The adapter folder: written whole or not at all, one clear line for every damage; import of released files."""
+"""The adapter folder: written whole or not at all, one clear line for every damage; official files read."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import asdict
@@ -13,7 +14,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from align_cli import adapters, config
-from align_cli.adapters import INFO, TENSORS, attach, import_official, load_adapter, parse_spec, save_adapter
+from align_cli.adapters import (
+    INFO,
+    TENSORS,
+    attach,
+    import_official,
+    load_adapter,
+    parse_spec,
+    restore,
+    save_adapter,
+)
 from align_cli.errors import UserError
 from align_cli.methods.softrepa.method import SoftREPA
 from align_cli.models.loading import load_model
@@ -339,3 +349,17 @@ def test_info_is_plain_json(folder):
     assert raw == asdict(load_adapter(folder).info)
     copied = shutil.copytree(folder, folder.with_name("moved"))
     assert load_adapter(copied).info == load_adapter(folder).info
+
+
+def test_the_folder_of_a_run_leads_to_its_adapter(folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "adapter")
+    assert load_adapter(run).path == run / "adapter"
+
+
+def test_another_model_of_the_family_is_told(model, folder):
+    other = copy.copy(model)
+    other.model_id = "sd14"
+    with pytest.warns(UserWarning, match="was trained on .* and is used on sd14"):
+        restore(load_adapter(folder), other)

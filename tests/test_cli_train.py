@@ -226,9 +226,27 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, options, monkeypatch):
     ok("--resume", "--out", out, "--steps", "3", "--no-eval")
     after = json.loads((out / "run.json").read_text())
     assert after["config"]["train"] == before["config"]["train"] | {"steps": 3}
-    assert after["origin"] == before["origin"] | {"train.steps": "--steps"}
+    assert after["origin"] == before["origin"] | {
+        "train.steps": "--steps",
+        "eval.num_prompts": "--no-eval",
+    }
     ok(*options, "--out", out, "--overwrite", "--steps", "1", "--no-eval")
     assert len(trace(out)) == 1
+
+
+def test_no_eval_is_kept_by_resume_and_one_pair_is_refused_before_anything_is_written(tmp_path, options):
+    out = tmp_path / "run"
+    assert "train.batch_size must be >= 2" in refused(*options, "--out", out, "--batch-size", "1")
+    assert not out.exists()
+    ok(*options, "--out", out, "--no-eval", "--steps", "1")
+    ok("--resume", "--out", out, "--steps", "2")
+    assert json.loads((out / "result.json").read_text())["evaluation"] is None
+
+
+def test_a_cosine_run_cannot_be_lengthened(tmp_path, options):
+    out, cosine = tmp_path / "run", ["--set", "train.lr_schedule=cosine"]
+    ok(*options, *cosine, "--out", out, "--no-eval", "--steps", "1")
+    assert "was begun with train.steps = 1, now it is 3" in refused("--resume", "--out", out, "--steps", "3")
 
 
 def test_the_default_folder_names_the_run(tmp_path, options, monkeypatch, tiny_sd15_folder):

@@ -168,6 +168,27 @@ def test_training_scenes_hold_no_held_out_pair():
         assert {pair_split(a.kind, b.kind) for a, b in combinations(one.things, 2)} == {"train"}
 
 
+def test_negatives_and_twins_of_training_scenes_hold_no_held_out_pair():
+    rng = np.random.default_rng(0)
+    for one in sample_scenes(400, rng, kinds=("pair", "triple"), split="train"):
+        prompt = recaption(one, rng, long_rate=0.2)
+        twin, caption = captions.counterfactual(one, prompt, rng, split="train")
+        assert world.scene_split(caption.spec.objects) == "train"
+        assert world.scene_split(tuple(t.kind for t in twin.things)) == "train"
+    data = ShapesDataset(DataSettings(num_examples=100, mixture="pairs"), seed=0)
+    for i in range(100):
+        for text in data.get(i, rng).extra["negatives"]:
+            assert world.scene_split(parse(text).objects) == "train"
+
+
+def test_counterfactual_is_true_of_its_own_picture_only(scenes, prompts):
+    rng = np.random.default_rng(5)
+    twins = [captions.counterfactual(s, p, rng) for s, p in zip(scenes, prompts, strict=True)]
+    pictures = render([t[0] for t in twins])
+    assert judge(pictures, [t[1].spec for t in twins])["all"].min() == 1.0
+    assert judge(pictures, [p.spec for p in prompts])["all"].max() == 0.0
+
+
 def test_eval_prompts_are_reproducible_and_mostly_distinct():
     first = eval_prompts(600, 0)
     assert first == eval_prompts(600, 0) and first != eval_prompts(600, 1) and len(first) == 600

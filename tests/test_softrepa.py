@@ -26,7 +26,7 @@ from align_cli.methods.softrepa.tokens import (
 )
 from align_cli.models.base import TextCond
 from align_cli.models.loading import load_model
-from align_cli.settings import ModelSettings
+from align_cli.settings import ModelSettings, TrainSettings
 
 PROMPTS = ["a red circle", "a blue square", "two green triangles", "a yellow circle above a red square"]
 WARM = {"temperature": 1.0, "stages": "TTT"}
@@ -442,7 +442,8 @@ def test_what_cannot_be_trained(model):
     with pytest.raises(UserError, match="captions only"):
         run(make(model), Batch(PROMPTS[:2]))
     with pytest.raises(UserError, match="train.batch_size must be >= 2"):
-        run(make(model), a_batch(1))
+        make(model).check(TrainSettings(batch_size=1))
+    make(model, hard_negatives=1).check(TrainSettings(batch_size=1))
     stranger = copy.copy(model)
     stranger.family = "sd3"
     with pytest.raises(UserError, match="softrepa works on sd15, sd21; .* is sd3"):

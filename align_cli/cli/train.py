@@ -72,6 +72,7 @@ def train(
     flags: dict[str, object] = {
         "model.name": model, "model.device": device, "data.name": data, "data.path": data_path,
         "train.steps": steps, "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
+        "eval.num_prompts": 0 if no_eval else None,
     }  # fmt: skip
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
@@ -81,7 +82,7 @@ def train(
         return
     run_folder.check(folder, resume=resume, overwrite=overwrite)
     try:
-        _run(resolved, folder, resume=resume, overwrite=overwrite, no_eval=no_eval)
+        _run(resolved, folder, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         known = (folder / run_folder.RUN).exists()
         hint = f"; go on with: {run_folder.resume_command(method, folder)}" if known else ""
@@ -151,7 +152,7 @@ def describe(resolved: config.Resolved) -> str:
     return f"method: {resolved.method}\n\n{columns(rows)}"
 
 
-def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool, no_eval: bool) -> None:
+def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Load, train, save, evaluate."""
     dataset: Dataset = registry.load(registry.DATASETS, resolved.data.name)(
         resolved.data, seed=resolved.train.seed, split="train"
@@ -179,6 +180,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
             f"position of {resolved.model.name}"
         )
     method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
+    method.check(resolved.train)
     result = train_loop(
         method,
         dataset,
@@ -200,7 +202,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         typer.echo(f"stopped after step {result.step} of {resolved.train.steps}; saved: {result.checkpoint}")
         typer.echo(f"go on with: {run_folder.resume_command(resolved.method, folder)}")
         raise typer.Exit(128 + result.signal)
-    _conclude(resolved, folder, model, method, dataset, result, no_eval=no_eval)
+    _conclude(resolved, folder, model, method, dataset, result)
 
 
 def _grid(model: BaseModel, method: Method, dataset: Dataset, resolved: config.Resolved) -> Grid:
@@ -237,8 +239,6 @@ def _conclude(
     method: Method,
     dataset: Dataset,
     result: TrainResult,
-    *,
-    no_eval: bool,
 ) -> None:
     """Save the adapter, evaluate, write result.json, print."""
     from align_cli.adapters import save_adapter
@@ -269,7 +269,7 @@ def _conclude(
         "adapter": run_folder.ADAPTER,
         "evaluation": None,
     }
-    show = _evaluate(resolved, folder, model, method) if not no_eval and resolved.eval.num_prompts else None
+    show = _evaluate(resolved, folder, model, method) if resolved.eval.num_prompts else None
     if show is not None:
         numbers["evaluation"] = show[0]
     path = folder / run_folder.RESULT
@@ -300,9 +300,12 @@ def _evaluate(
     if resolved.data.name != "shapes" or not bench.suits(model):
         typer.echo("note: no paired evaluation, it measures pictures of the shapes world only", err=True)
         return None
-    prompts = bench.prompts(resolved.eval.num_prompts, resolved.eval.seed, split="test")
+    split = resolved.eval.split
+    prompts = bench.prompts(resolved.eval.num_prompts, resolved.eval.seed, split=split)
     with DrawingProgress() as progress:
-        found = evaluate_alignment(model, method, prompts, resolved.sample, resolved.eval.seed, progress)
+        found = evaluate_alignment(
+            model, method, prompts, resolved.sample, resolved.eval.seed, progress, split=split
+        )
     found.save_picture(folder / run_folder.PICTURE)
 
     def show() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
@@ -59,7 +59,7 @@ def evaluate_alignment(
         model: the base model, untouched before and after.
         aligned: a method (its current trained state) or adapter specs as on the command line ("PATH@0.7").
         prompts: from `ShapesBenchmark.prompts`. seed: start noise of picture i comes from (seed, i).
-        interval: "t" or "bootstrap"; clustered by prompt text in both.
+        interval: "t" or "bootstrap"; clustered by composition in both.
         split: which split the prompts are of, for the record.
     Raises:
         UserError: the model's pictures cannot be judged, or an adapter does not fit.
@@ -69,11 +69,11 @@ def evaluate_alignment(
     first = measure(model, prompts, settings, seed, progress, what="base")
     with _attached(model, aligned):
         second = measure(model, prompts, settings, seed, progress, what="aligned")
-    texts = [p.text for p in prompts]
+    texts, objects = [p.text for p in prompts], compositions(prompts)
     bench = ShapesBenchmark()
 
     def compare(rows: np.ndarray) -> dict[str, Paired]:
-        names = [texts[i] for i in np.nonzero(rows)[0]]
+        names = [objects[i] for i in np.nonzero(rows)[0]]
         return {
             m: paired(first.values[m][rows], second.values[m][rows], names, interval=interval, seed=seed)
             for m in bench.metrics
@@ -108,10 +108,10 @@ def evaluate_base(
 ) -> BaseResult:
     """The same evaluation of one model alone. Arguments as in `evaluate_alignment`."""
     one = measure(model, prompts, settings, seed, progress, what="base")
-    texts = [p.text for p in prompts]
+    texts, objects = [p.text for p in prompts], compositions(prompts)
 
     def rates(rows: np.ndarray) -> dict[str, Estimate]:
-        names = [texts[i] for i in np.nonzero(rows)[0]]
+        names = [objects[i] for i in np.nonzero(rows)[0]]
         return {m: rate(one.values[m][rows], names) for m in ShapesBenchmark.metrics}
 
     return BaseResult(
@@ -150,6 +150,13 @@ def measure(
     values = bench.judge(pictures, prompts)
     floor = bench.floor(pictures, prompts, seed=seed)
     return Measurement(values, pictures, floor, time.perf_counter() - start)
+
+
+def compositions(prompts: Sequence[Prompt]) -> list[Hashable]:
+    """What each prompt asks to be drawn, whatever its words: prompts of one composition are no independent
+    evidence, so the intervals are clustered by it.
+    """
+    return [tuple(sorted(p.spec.objects)) for p in prompts]
 
 
 def peak_memory() -> tuple[int, int]:

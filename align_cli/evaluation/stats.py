@@ -18,7 +18,7 @@ MIN_CLUSTERS = 10
 RESAMPLES = 4000
 """Bootstrap resamples."""
 
-GAIN, LOSS, NO_CHANGE, TOO_FEW = "gain", "loss", "no significant change", "too few prompts to tell"
+GAIN, LOSS, NO_CHANGE, TOO_FEW = "gain", "loss", "no significant change", "too few prompts"
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _footer(facts: RunFacts, whose: str, floor: dict[str, float]) -> list[Text]:
         "* headline metric, fixed before the run: all that is asked for is there, and no object more.",
         f"floor: {whose} pictures judged against other prompts of their kind (no alignment at all){scores}.",
         f"{facts.prompts}{held} prompts ({facts.split} split: {kinds}; {facts.distinct_prompts} distinct), "
-        f"seed {facts.seed}{both}; intervals clustered by prompt.",
+        f"seed {facts.seed}{both}; intervals clustered by composition.",
         f"{facts.model}, {_sampling(facts.sample)}, {facts.dtype} on {facts.device}: {_cost(facts)}",
     ]
     return [Text(line, "dim") for line in lines]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from align_cli.models.base import BaseModel
+from align_cli.settings import TrainSettings
 
 
 @dataclass
@@ -64,6 +65,12 @@ class Method(Protocol):
     """The base model that it was made for."""
 
     def __init__(self, model: BaseModel, config: object, *, seed: int = 0) -> None: ...
+
+    def check(self, settings: TrainSettings) -> None:
+        """UserError for settings of the loop that this method cannot work with; called before anything is
+        written.
+        """
+        ...
 
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """Group name -> parameters; a group has its own optimiser. Trained tensors are float32."""

@@ -17,7 +17,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from align_cli.errors import UserError
-from align_cli.shapes.world import BACKGROUNDS, COLORS, SHAPES, Kind, Scene, Thing, place
+from align_cli.shapes.world import (
+    BACKGROUNDS,
+    COLORS,
+    SHAPES,
+    Kind,
+    Scene,
+    Thing,
+    kind_table,
+    place,
+    scene_split,
+)
 
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -122,19 +132,27 @@ def _facts(spec: Spec) -> list[str]:
     return out
 
 
-def hard_negative(prompt: Prompt, rng: np.random.Generator) -> Prompt:
+def hard_negative(prompt: Prompt, rng: np.random.Generator, *, split: str | None = None) -> Prompt:
     """A false caption of the same form: colours or shapes swapped between objects, the relation turned round,
-    the number changed, or one attribute replaced."""
-    options = _mutations(prompt.spec, rng)
+    the number changed, or one attribute replaced.
+
+    split: "train" keeps to compositions of the training split, so that training never meets a held-out one.
+    """
+    options = _mutations(prompt.spec, rng, split)
+    if not options:
+        return _prompt(_other_objects(prompt, rng, split), prompt.kind, prompt.order)
     return _prompt(options[rng.integers(len(options))], prompt.kind, prompt.order)
 
 
-def counterfactual(scene: Scene, prompt: Prompt, rng: np.random.Generator) -> tuple[Scene, Prompt]:
+def counterfactual(
+    scene: Scene, prompt: Prompt, rng: np.random.Generator, *, split: str | None = None
+) -> tuple[Scene, Prompt]:
     """A hard negative that is true of another picture: the scene changed as little as its false caption says.
 
-    Returns the changed scene and its caption; the caption is false of `scene`, and `prompt` of the new one.
+    split: as in `hard_negative`. Returns the changed scene and its caption; the caption is false of `scene`,
+    and `prompt` of the new one.
     """
-    false = hard_negative(prompt, rng)
+    false = hard_negative(prompt, rng, split=split)
     old, new = prompt.spec, false.spec
     if len(new.objects) != len(old.objects):
         kinds = [Thing(c, s, 0.0, 0.0, 0.0) for c, s in new.objects]
@@ -149,32 +167,48 @@ def counterfactual(scene: Scene, prompt: Prompt, rng: np.random.Generator) -> tu
     return Scene(scene.kind, tuple(things), scene.background), false
 
 
-def _mutations(spec: Spec, rng: np.random.Generator) -> list[Spec]:
+def _mutations(spec: Spec, rng: np.random.Generator, split: str | None) -> list[Spec]:
+    """Changed specs to draw from; a swap counts twice. Empty if none keeps to the split."""
     objects = list(spec.objects)
     out: list[Spec] = []
     if len(set(objects)) > 1:
         i, j = rng.permutation(len(objects))[:2]
         (ci, si), (cj, sj) = objects[i], objects[j]
-        if ci != cj and si != sj:
-            swapped = list(objects)
-            swapped[i], swapped[j] = (cj, si), (ci, sj)
+        swapped = list(objects)
+        swapped[i], swapped[j] = (cj, si), (ci, sj)
+        if ci != cj and si != sj and _in_split(swapped, split):
             out += [replace(spec, objects=tuple(swapped))] * 2
     if spec.relations:
         a, relation, b = spec.relations[0]
         out.append(replace(spec, relations=((a, OPPOSITE[relation], b),)))
     if len(objects) > 1 and len(set(objects)) == 1:
         out.append(replace(spec, objects=(objects[0],) * (5 - len(objects))))
-    out.append(replace(spec, objects=_replace_attribute(objects, rng)))
+    replaced = [new for new in _one_attribute_replaced(objects) if _in_split(new, split)]
+    if replaced:
+        out.append(replace(spec, objects=tuple(replaced[rng.integers(len(replaced))])))
     return out
 
 
-def _replace_attribute(objects: list[Kind], rng: np.random.Generator) -> tuple[Kind, ...]:
-    """One colour or shape replaced by another; objects of one kind change together."""
-    color, shape = target = objects[rng.integers(len(objects))]
-    options: list[Kind] = [(c, shape) for c in COLORS] + [(color, s) for s in SHAPES]
-    options = [o for o in options if o not in objects]
-    new = options[rng.integers(len(options))]
-    return tuple(new if o == target else o for o in objects)
+def _in_split(objects: list[Kind], split: str | None) -> bool:
+    return split is None or scene_split(tuple(objects)) == split
+
+
+def _one_attribute_replaced(objects: list[Kind]) -> list[list[Kind]]:
+    """Every way to replace one colour or shape; objects of one kind change together."""
+    out = []
+    for color, shape in dict.fromkeys(objects):
+        options: list[Kind] = [(c, shape) for c in COLORS] + [(color, s) for s in SHAPES]
+        for new in options:
+            if new not in objects:
+                out.append([new if o == (color, shape) else o for o in objects])
+    return out
+
+
+def _other_objects(prompt: Prompt, rng: np.random.Generator, split: str | None) -> Spec:
+    """The same form with other objects altogether, for the rare composition without a near neighbour."""
+    form = "triple" if len(prompt.spec.objects) == 3 else "pair"
+    table = [k for k in kind_table(form, split or "train") if set(k) != set(prompt.spec.objects)]
+    return replace(prompt.spec, objects=table[rng.integers(len(table))])
 
 
 _KIND = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"

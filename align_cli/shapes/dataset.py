@@ -54,13 +54,14 @@ class ShapesDataset:
         scene = self.scenes[index]
         prompt = recaption(scene, rng)
         pixels = torch.from_numpy(self.pictures[index]).permute(2, 0, 1).float() / 127.5 - 1
-        negatives = [hard_negative(prompt, rng).text for _ in range(HARD_NEGATIVES)]
+        keep = "train" if self.split == "train" else None
+        negatives = [hard_negative(prompt, rng, split=keep).text for _ in range(HARD_NEGATIVES)]
         extra = {"negatives": negatives, "boxes": scene.boxes()}
         return Example(prompt=prompt.text, pixels=pixels, id=index, extra=extra)
 
     def fingerprint(self) -> str:
         """Identity of the data: world, size, seed and split."""
-        text = json.dumps(["shapes-1", self.size, self.seed, self.split, self.mixture])
+        text = json.dumps(["shapes-2", self.size, self.seed, self.split, self.mixture])
         return sha256(text.encode()).hexdigest()[:16]
 
 

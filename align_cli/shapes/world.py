@@ -106,7 +106,7 @@ def scene_split(kinds: tuple[Kind, ...]) -> str:
 
 
 @cache
-def _kind_table(scene_kind: str, split: str) -> tuple[tuple[Kind, ...], ...]:
+def kind_table(scene_kind: str, split: str) -> tuple[tuple[Kind, ...], ...]:
     """All unordered kind tuples that a scene of this kind may show in this split."""
     if scene_kind == "single":
         return tuple((k,) for k in KINDS)
@@ -138,7 +138,7 @@ def sample_scenes(
     drawn = rng.choice(len(kinds), size=n, p=p)
     rows: list[tuple[Kind, ...]] = []
     for index in drawn:
-        table = _kind_table(kinds[index], split)
+        table = kind_table(kinds[index], split)
         chosen = table[rng.integers(len(table))]
         rows.append(tuple(chosen[i] for i in rng.permutation(len(chosen))))
     backgrounds = rng.choice(list(BACKGROUNDS), size=n)

@@ -120,7 +120,9 @@ class _Run:
         self.device = self.parameters[0].device
         if settings.precision == "fp16" and self.device.type == "mps":
             raise UserError("train.precision fp16 is not supported on mps; use bf16 or fp32")
-        if self.device.type == "cuda":  # the same kernels, and so the same numbers, in every sitting
+        if (
+            self.device.type == "cuda"
+        ):  # the same convolution kernels in every sitting; attention backward may still differ
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self.ranks = Ranks(self.device)
         self.console = console if self.ranks.main else None

@@ -32,6 +32,7 @@ from align_cli.methods.base import Batch, StepContext
 from align_cli.methods.softrepa.config import TABLE_ROWS, SoftREPAConfig
 from align_cli.methods.softrepa.tokens import SoftTokens, inserted, selected_blocks
 from align_cli.models.base import BaseModel, TextCond
+from align_cli.settings import TrainSettings
 
 FLAT_SPREAD = 0.005
 """Logit spread (std over captions) below which the contrastive gradient is next to nothing."""
@@ -115,6 +116,14 @@ class SoftREPA:
 
     # ------------------------------------------------------------ training
 
+    def check(self, settings: TrainSettings) -> None:
+        """UserError if a batch would hold no caption to contrast with."""
+        if settings.batch_size < 2 and not self.config.hard_negatives:
+            raise UserError(
+                "softrepa contrasts captions within a batch: train.batch_size must be >= 2 "
+                "(or softrepa.hard_negatives >= 1)"
+            )
+
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """One group: tokens and, if used, the table."""
         return {"softrepa": list(self.tokens.parameters())}
@@ -130,8 +139,6 @@ class SoftREPA:
         c, model = self.config, self.model
         count = len(batch.prompts)
         total = count * ctx.world_size
-        if total < 2 and not c.hard_negatives:
-            raise UserError("softrepa contrasts captions within a batch: train.batch_size must be >= 2")
         with torch.no_grad():
             side = [n // model.vae_factor for n in batch.pixels.shape[-2:]]
             shape = (model.latent_channels, *side)

@@ -23,6 +23,9 @@ WIDTHS = {"sd14": 768, "sd15": 768, "sd21-base": SD21_WIDTH}
 STAGES = "TFF"
 """Stages of the released SD1.5 tokens. Source: run_train.sh and run_eval.sh, --apply_dc True False False."""
 
+NOT_RECORDED = "default; how the released file was trained is not recorded in it"
+"""Origin of settings that an official file says nothing about."""
+
 
 def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]]:
     """What an official file or folder holds, as the content of an adapter.
@@ -51,10 +54,8 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
         "softrepa.stages": STAGES,
         "softrepa.use_t_table": table is not None,
     }
-    preset = f"softrepa/{model}"
-    known = preset in config.list_presets()
-    resolved = config.resolve("softrepa", preset=preset if known else "softrepa/sd15", flags=values)
-    origin = {key: "imported file" if key in values else text for key, text in resolved.origin.items()}
+    resolved = config.resolve("softrepa", preset=config.NO_PRESET, flags=values)
+    origin = {key: "imported file" if key in values else NOT_RECORDED for key in resolved.origin}
     info = AdapterInfo(
         method="softrepa",
         model_id=model,

@@ -30,7 +30,10 @@ def examples(n: int, rng: np.random.Generator, split: str) -> tuple[Tensor, list
     """
     scenes = sample_scenes(n, rng, weights=WEIGHTS, split=split)
     prompts = [recaption(s, rng, long_rate=LONG_RATE) for s in scenes]
-    changed = [counterfactual(s, p, rng) for s, p in zip(scenes, prompts, strict=True)]
+    changed = [
+        counterfactual(s, p, rng, split="train" if split == "train" else None)
+        for s, p in zip(scenes, prompts, strict=True)
+    ]
     x = torch.from_numpy(render(scenes + [c[0] for c in changed])).permute(0, 3, 1, 2).float() / 127.5 - 1
     return x, prompts, [c[1] for c in changed]
 
