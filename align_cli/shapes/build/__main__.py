@@ -1,4 +1,4 @@
-"""Build the embedded models: python -m align_cli.shapes.build STAGE --out DIR [--minutes M] [--seed S]."""
+"""Build the embedded models: python -m align_cli.shapes.build STAGE --out DIR [--steps N] [--seed S]."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from importlib import import_module
 from pathlib import Path
 
 STAGES = {"vae": "autoencoder", "clip": "contrastive", "denoiser": "denoiser"}
-MINUTES = {"vae": 8.5, "clip": 28.0, "denoiser": 75.0}
-"""Wall clock of the shipped weights on two cores; the learning rate follows it."""
+STEPS = {"vae": 900, "clip": 3000, "denoiser": 8000}
+"""Steps of the shipped weights; the learning rate ends with them."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m align_cli.shapes.build", description=__doc__)
     parser.add_argument("stage", choices=[*STAGES, "assemble"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def main() -> None:
         import_module("align_cli.shapes.build.assemble").assemble(args.out)
         return
     stage = import_module(f"align_cli.shapes.build.{STAGES[args.stage]}")
-    stage.train(args.out, args.minutes or MINUTES[args.stage], args.seed)
+    stage.train(args.out, args.steps or STEPS[args.stage], args.seed)
 
 
 if __name__ == "__main__":

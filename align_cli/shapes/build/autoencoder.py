@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from align_cli.shapes.build import components
-from align_cli.shapes.build.run import Clock, Resumable, line
+from align_cli.shapes.build.run import Stage, line
 from align_cli.shapes.captions import recaption
 from align_cli.shapes.oracle import judge
 from align_cli.shapes.world import render, sample_scenes
 
 BATCH = 32
+LR = 2e-3
 KL_WEIGHT = 2e-3
 
 
@@ -56,35 +56,19 @@ def evaluate(model: AutoencoderKL, n: int = 512) -> dict[str, float]:
     return {"psnr": float((-10 * mse.log10()).mean())} | {k: float(np.nanmean(v)) for k, v in judged.items()}
 
 
-def train(out: Path, minutes: float, seed: int) -> None:
-    """Train for `minutes` of wall clock and save an ordinary diffusers AutoencoderKL with its scaling
-    factor.
-    """
+def train(out: Path, steps: int, seed: int) -> None:
+    """Train for `steps` and save an ordinary diffusers AutoencoderKL with its scaling factor."""
     torch.manual_seed(seed)
     model = components.vae()
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, (0.9, 0.99), weight_decay=1e-4)
-    run = Resumable(out / "vae.state", model, optimizer)
-    clock = Clock(minutes, run.seconds)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=1e-4)
+    stage = Stage(out / "vae.state", model, optimizer)
     model.to(memory_format=torch.channels_last)
-    start = time.time()
-    while not clock.over():
-        rng = np.random.default_rng([seed, 1, run.step])
-        x = pictures(BATCH, rng).to(memory_format=torch.channels_last)
-        noise = torch.randn(BATCH, 4, 8, 8, generator=torch.Generator().manual_seed(run.step))
-        for group in optimizer.param_groups:
-            group["lr"] = clock.cosine(2e-3, run.step, warmup=50)
-        value = loss(model, x, noise)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        run.step += 1
-        if run.step % 250 == 0:
-            run.save(clock.seconds())
-            metrics = evaluate(model, 128)
-            rate = 250 * BATCH / (time.time() - start)
-            start = time.time()
-            print(f"vae step {run.step} loss {value.item():.4f} {rate:.0f} img/s {line(metrics)}", flush=True)
+
+    def loss_at(step: int) -> Tensor:
+        x = pictures(BATCH, np.random.default_rng([seed, 1, step])).to(memory_format=torch.channels_last)
+        return loss(model, x, torch.randn(BATCH, 4, 8, 8, generator=torch.Generator().manual_seed(step)))
+
+    stage.fit(loss_at, steps=steps, lr=LR, warmup=50, every=150, report=lambda: line(evaluate(model, 128)))
     model.eval()
     with torch.no_grad():
         z = torch.cat(
@@ -95,4 +79,4 @@ def train(out: Path, minutes: float, seed: int) -> None:
     metrics = evaluate(model, 1000)
     print("vae final", line(metrics), flush=True)
     model.save_pretrained(out / "vae")
-    run.finish(out / "vae.json", clock.seconds(), {"images": run.step * BATCH} | metrics)
+    stage.finish(out / "vae.json", seed, {"images": stage.step * BATCH} | metrics)

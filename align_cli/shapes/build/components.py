@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -53,8 +55,6 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [
         tuple(m) if isinstance(m, list) else tuple(m.split(" "))
         for m in json.loads(bpe.to_str())["model"]["merges"]
@@ -129,11 +129,8 @@ def unet() -> UNet2DConditionModel:
     )
 
 
-def scheduler(prediction_type: str) -> DDIMScheduler:
-    """SD1.5's schedule for epsilon; SD2.1's velocity with zero terminal SNR and trailing spacing for
-    v_prediction.
-    """
-    v = prediction_type == "v_prediction"
+def scheduler() -> DDIMScheduler:
+    """SD1.5's schedule, sampled with leading spacing."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -142,7 +139,6 @@ def scheduler(prediction_type: str) -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type=prediction_type,
-        rescale_betas_zero_snr=v,
-        timestep_spacing="trailing" if v else "leading",
+        prediction_type="epsilon",
+        timestep_spacing="leading",
     )

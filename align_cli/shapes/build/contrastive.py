@@ -4,7 +4,6 @@ encoder.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from align_cli.shapes.build import components
-from align_cli.shapes.build.run import Clock, Resumable, line
+from align_cli.shapes.build.run import Stage, line
 from align_cli.shapes.captions import PROMPT_KINDS, Prompt, counterfactual, recaption
 from align_cli.shapes.world import render, sample_scenes
 
@@ -82,32 +81,21 @@ def evaluate(model: CLIPModel, tok: CLIPTokenizer, split: str, n: int = 1000) ->
     return out
 
 
-def train(out: Path, minutes: float, seed: int) -> None:
-    """Train for `minutes` of wall clock and save a transformers CLIPModel folder with its tokenizer."""
+def train(out: Path, steps: int, seed: int) -> None:
+    """Train for `steps` and save a transformers CLIPModel folder with its tokenizer."""
     torch.manual_seed(seed)
     tok = components.tokenizer()
     model = components.clip(tok)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.98), weight_decay=0.05)
-    run = Resumable(out / "clip.state", model, optimizer)
-    clock = Clock(minutes, run.seconds)
-    start = time.time()
-    while not clock.over():
-        x, prompts, twins = examples(BATCH // 2, np.random.default_rng([seed, 2, run.step]), "train")
-        for group in optimizer.param_groups:
-            group["lr"] = clock.cosine(LR, run.step, warmup=100)
-        value = loss(model, tok, x, [p.text for p in prompts + twins])
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        run.step += 1
-        if run.step % 100 == 0:
-            run.save(clock.seconds())
-            rate = 100 * BATCH / (time.time() - start)
-            m = evaluate(model, tok, "val", 300)
-            start = time.time()
-            print(f"clip step {run.step} loss {value.item():.3f} {rate:.0f} img/s {line(m)}", flush=True)
+    stage = Stage(out / "clip.state", model, optimizer)
+
+    def loss_at(step: int) -> Tensor:
+        x, prompts, twins = examples(BATCH // 2, np.random.default_rng([seed, 2, step]), "train")
+        return loss(model, tok, x, [p.text for p in prompts + twins])
+
+    report = lambda: line(evaluate(model, tok, "val", 300))  # noqa: E731
+    stage.fit(loss_at, steps=steps, lr=LR, warmup=100, every=200, report=report)
     model.eval()
     metrics = {
         f"{split}_{k}": v for split in ("train", "test") for k, v in evaluate(model, tok, split).items()
@@ -115,4 +103,4 @@ def train(out: Path, minutes: float, seed: int) -> None:
     print("clip final", line(metrics), flush=True)
     model.save_pretrained(out / "tiny-clip")
     tok.save_pretrained(out / "tiny-clip")
-    run.finish(out / "clip.json", clock.seconds(), {"pairs": run.step * BATCH} | metrics)
+    stage.finish(out / "clip.json", seed, {"pairs": stage.step * BATCH} | metrics)

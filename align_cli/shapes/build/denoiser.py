@@ -1,16 +1,13 @@
 """Train the denoiser of tiny-sd15 on cached latents; one or two gloo processes of one thread each.
 
-The text tower starts as tiny-clip's. It is frozen for UNFREEZE_STEP steps, as in Stable Diffusion, and then
-trained along:
-contrastive training alone leaves it a code of whole captions, from which the denoiser reads single colours
-slowly.
+The text tower starts as tiny-clip's and is trained along: contrastive training alone leaves it a code of
+whole captions, from which the denoiser reads single colours slowly.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +23,7 @@ from align_cli.models.base import TextCond
 from align_cli.models.unet import unet_predict
 from align_cli.shapes.build import components
 from align_cli.shapes.build.latents import Captions, Latents
-from align_cli.shapes.build.run import Clock, Resumable
+from align_cli.shapes.build.run import Stage
 from align_cli.shapes.captions import PROMPT_KINDS, recaption
 from align_cli.shapes.dataset import eval_prompts
 from align_cli.shapes.oracle import judge
@@ -38,40 +35,31 @@ DROPOUT = 0.1
 LONG_RATE = 0.15
 MAX_WEIGHT = 50.0
 EMA = 0.9975
-UNFREEZE_STEP = 3400
 
 
 class Painter(nn.Module):
-    """What is trained: the UNet and, later on, the text tower."""
+    """What is trained: the UNet and the text tower."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.unet = components.unet().to(memory_format=torch.channels_last)
         self.text = CLIPModel.from_pretrained(folder / "tiny-clip").text_model
 
-    def forward(self, z: Tensor, t: Tensor, ids: Tensor, *, train_text: bool = False) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """(B, 4, 8, 8) prediction; ids (B, L)."""
-        with torch.set_grad_enabled(train_text and torch.is_grad_enabled()):
-            cond = self.text(ids).last_hidden_state
-        prediction: Tensor = self.unet(z, t, cond).sample
+        prediction: Tensor = self.unet(z, t, self.text(ids).last_hidden_state).sample
         return prediction
 
 
-def loss(
-    model: Painter, process: NoiseProcess, x0: Tensor, ids: Tensor, rng: torch.Generator, *, train_text: bool
-) -> Tensor:
-    """Mean squared error of the model's own target, t drawn as 1000 sqrt(u): binding and layout are decided
-    early.
+def loss(model: Painter, process: NoiseProcess, x0: Tensor, ids: Tensor, rng: torch.Generator) -> Tensor:
+    """Mean squared error of the epsilon, t drawn as 1000 sqrt(u): binding and layout are decided early.
 
-    An epsilon model is weighted by min(1 / alpha_bar, MAX_WEIGHT), which is the velocity loss up to the cap.
+    Weighted by min(1 / alpha_bar, MAX_WEIGHT), which is the velocity loss up to the cap.
     """
     t = (1000 * torch.rand(len(x0), generator=rng).sqrt()).long().clamp(max=999)
     eps = torch.randn(x0.shape, generator=rng)
-    error = model(process.add_noise(x0, eps, t), t, ids, train_text=train_text) - process.target(x0, eps, t)
-    each = error.square().mean((1, 2, 3))
-    if process.prediction_type == "epsilon":
-        each = each * (1 / process.alphas_cumprod[t]).clamp(max=MAX_WEIGHT)
-    return each.mean()
+    error = model(process.add_noise(x0, eps, t), t, ids) - process.target(x0, eps, t)
+    return (error.square().mean((1, 2, 3)) * (1 / process.alphas_cumprod[t]).clamp(max=MAX_WEIGHT)).mean()
 
 
 @torch.no_grad()
@@ -106,11 +94,8 @@ def evaluate(
     return " ".join(parts)
 
 
-def train(out: Path, minutes: float, seed: int, prediction: str = "epsilon") -> None:
-    """Train for `minutes` of wall clock and save an ordinary diffusers UNet2DConditionModel and the text
-    tower, EMA weights.
-    """
-    name = "denoiser"
+def train(out: Path, steps: int, seed: int) -> None:
+    """Train for `steps` and save the averaged weights: UNet2DConditionModel and text tower."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world > 1:
         dist.init_process_group("gloo")
@@ -119,7 +104,7 @@ def train(out: Path, minutes: float, seed: int, prediction: str = "epsilon") -> 
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=0.01)
     state: dict[str, Tensor] = average.state_dict()
-    run = Resumable(out / f"{name}.state", model, optimizer, average=state)
+    stage = Stage(out / "denoiser.state", model, optimizer, average=state)
     average.load_state_dict(state)
     if rank == 0:
         latents = Latents(out, seed)
@@ -129,71 +114,58 @@ def train(out: Path, minutes: float, seed: int, prediction: str = "epsilon") -> 
         latents = Latents(out, seed)
     captions = Captions(out)
     vae = AutoencoderKL.from_pretrained(out / "vae").eval()
-    process = NoiseProcess.from_scheduler_config(dict(components.scheduler(prediction).config))
-    clock = Clock(minutes, run.seconds)
-    start, shown, running = time.time(), run.step, 0.0
-    over = False
-    while not over:
-        key = [seed, 4, run.step, rank]
-        rng = np.random.default_rng(key)
+    process = NoiseProcess.from_scheduler_config(dict(components.scheduler().config))
+
+    def loss_at(step: int) -> Tensor:
+        rng = np.random.default_rng([seed, 4, step, rank])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         rows = rng.integers(0, len(latents.scenes), BATCH)
         x0 = latents.mean[rows] + latents.std[rows] * torch.randn(BATCH, 4, 8, 8, generator=generator)
         texts = [recaption(latents.scenes[i], rng, long_rate=LONG_RATE).text for i in rows]
         texts = [t if rng.random() > DROPOUT else "" for t in texts]
-        train_text = run.step >= UNFREEZE_STEP
-        value = loss(model, process, x0, captions.ids(texts), generator, train_text=train_text)
-        value.backward()
-        seconds = clock.seconds()
-        if world > 1:
-            seconds = _average_gradients(model, world, seconds)
-        over = seconds >= clock.limit
-        rate = clock.cosine(LR, run.step, warmup=100, seconds=seconds)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        run.step += 1
-        with torch.no_grad():
-            decay = min(EMA, run.step / (run.step + 20))
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        running += value.item()
-        if run.step % 200 == 0 and rank == 0:
-            run.save(clock.seconds())
-            speed = (run.step - shown) * BATCH * world / (time.time() - start)
-            print(
-                f"{name} step {run.step} loss {running / (run.step - shown):.4f} {speed:.0f} img/s",
-                flush=True,
-            )
-            if run.step % 1000 == 0:
-                print(
-                    f"  {run.step * BATCH * world} {evaluate(average, process, captions, vae, 160, 'train')}",
-                    flush=True,
-                )
-            start, shown, running = time.time(), run.step, 0.0
+        return loss(model, process, x0, captions.ids(texts), generator)
+
+    @torch.no_grad()
+    def after_step(step: int) -> None:
+        decay = min(EMA, step / (step + 20))
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+    def report() -> str:
+        if stage.step % 1000:
+            return ""
+        return evaluate(average, process, captions, vae, 160, "train")
+
+    stage.fit(
+        loss_at,
+        steps=steps,
+        lr=LR,
+        warmup=100,
+        every=200,
+        report=report,
+        main=rank == 0,
+        average_gradients=(lambda: _average_gradients(model, world)) if world > 1 else None,
+        after_step=after_step,
+    )
     if rank == 0:
-        average.unet.save_pretrained(out / name / "unet")
-        average.text.save_pretrained(out / name / "text_encoder")
-        components.scheduler(prediction).save_pretrained(out / name / "scheduler")
+        average.unet.save_pretrained(out / "denoiser" / "unet")
+        average.text.save_pretrained(out / "denoiser" / "text_encoder")
+        components.scheduler().save_pretrained(out / "denoiser" / "scheduler")
         for split in ("train", "test"):
-            print(f"{name} final {split} {evaluate(average, process, captions, vae, 500, split)}", flush=True)
-        run.finish(out / f"{name}.json", clock.seconds(), {"images": run.step * BATCH * world})
+            shown = evaluate(average, process, captions, vae, 500, split)
+            print(f"denoiser final {split} {shown}", flush=True)
+        measured = {"processes": world, "images": stage.step * BATCH * world}
+        stage.finish(out / "denoiser.json", seed, measured)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _average_gradients(model: nn.Module, world: int, seconds: float) -> float:
-    """Average gradients over processes as one flat tensor; returns the first process's clock, so that all
-    agree.
-    """
+def _average_gradients(model: nn.Module, world: int) -> None:
+    """Average gradients over processes as one flat tensor."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    clock = torch.tensor([seconds if dist.get_rank() == 0 else 0.0])
-    flat = torch.cat([g.reshape(-1) for g in grads] + [clock])
+    flat = torch.cat([g.reshape(-1) for g in grads])
     dist.all_reduce(flat)
     offset = 0
     for g in grads:
         g.copy_(flat[offset : offset + g.numel()].view_as(g) / world)
         offset += g.numel()
-    return float(flat[-1])

@@ -1,4 +1,6 @@
-"""What every build stage shares: a clock with a schedule, and a state file that survives being killed."""
+"""What every build stage shares: one training loop over a fixed number of steps, and a state file that
+survives being killed.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +9,23 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-class Clock:
-    """Wall clock of a stage, counted over resumes. The learning rate follows it, so a stage always ends
-    annealed.
+def cosine(peak: float, step: int, steps: int, warmup: int) -> float:
+    """Learning rate at `step`: linear warm-up, then a cosine from `peak` to 3 % of it at the last step."""
+    return peak * min(1.0, (step + 1) / warmup) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+class Stage:
+    """Model, optimiser, step and seconds of one stage in one atomically replaced file.
+
+    `extra` are further dicts of tensors that the file keeps.
     """
-
-    def __init__(self, minutes: float, used: float) -> None:
-        self.limit, self.used, self.start = 60 * minutes, used, time.monotonic()
-
-    def seconds(self) -> float:
-        return self.used + time.monotonic() - self.start
-
-    def over(self) -> bool:
-        return self.seconds() >= self.limit
-
-    def cosine(self, peak: float, step: int, *, warmup: int, seconds: float | None = None) -> float:
-        """Cosine from `peak` to 3 % of it over the time limit, after a linear warm-up in steps."""
-        done = min(1.0, (self.seconds() if seconds is None else seconds) / self.limit)
-        return peak * min(1.0, (step + 1) / warmup) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-class Resumable:
-    """Model, optimiser, step and seconds of one stage in one atomically replaced file."""
 
     def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **extra: dict) -> None:
         self.path, self.model, self.optimizer = path, model, optimizer
@@ -48,18 +39,68 @@ class Resumable:
             self.step, self.seconds = saved["step"], saved["seconds"]
             print(f"resumed {path} at step {self.step}, {self.seconds:.0f} s", flush=True)
 
-    def save(self, seconds: float) -> None:
+    def fit(
+        self,
+        loss_at: Callable[[int], Tensor],
+        *,
+        steps: int,
+        lr: float,
+        warmup: int,
+        every: int,
+        report: Callable[[], str],
+        main: bool = True,
+        average_gradients: Callable[[], None] | None = None,
+        after_step: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train up to `steps`. Everything random comes from the step number, so a stage that was killed and
+        run again ends with the same weights.
+
+        Parameters
+        ----------
+        loss_at
+            The scalar loss of a step.
+        every
+            Steps between state files and log lines; the main process writes them.
+        report
+            Measurements for the log line.
+        average_gradients, after_step
+            Called after the backward pass and after the optimiser's step (with the count of finished steps).
+        """
+        start, shown, total = time.monotonic(), self.step, 0.0
+        while self.step < steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = cosine(lr, self.step, steps, warmup)
+            value = loss_at(self.step)
+            value.backward()
+            if average_gradients is not None:
+                average_gradients()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            total += value.item()
+            if after_step is not None:
+                after_step(self.step)
+            if self.step % every == 0 or self.step == steps:
+                spent, done = time.monotonic() - start, self.step - shown
+                self.seconds += spent
+                if main:
+                    self.save()
+                    head = f"{self.path.stem} step {self.step} loss {total / done:.4f}"
+                    print(f"{head} {spent / done:.3f} s/step {report()}", flush=True)
+                start, shown, total = time.monotonic(), self.step, 0.0
+
+    def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state | self.extra | {"step": self.step, "seconds": seconds}, temporary)
+        torch.save(state | self.extra | {"step": self.step, "seconds": self.seconds}, temporary)
         os.replace(temporary, self.path)
 
-    def finish(self, card: Path, seconds: float, measured: dict[str, float]) -> None:
-        """Save the state and the measurements of the finished stage."""
-        self.save(seconds)
-        facts = {"seconds": round(seconds), "steps": self.step, "torch": torch.__version__}
-        facts |= {"machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
+    def finish(self, card: Path, seed: int, measured: dict[str, float]) -> None:
+        """Write the facts of the finished stage."""
+        facts = {"steps": self.step, "seed": seed, "seconds": round(self.seconds)}
+        facts |= {"torch": torch.__version__, "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
         card.write_text(json.dumps(facts | {"measured": measured}, indent=2))
 
 
