@@ -2,7 +2,7 @@
 
     save_adapter -> folder -> load_adapter -> attach(model, ["folder", "other@0.7"])
 
-Officially released files are imported into the same format.
+Officially released files are imported into the same format. Importing this costs no torch.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
-from torch import Tensor
 
 import align_cli
 from align_cli import config as configs
 from align_cli import registry
 from align_cli.errors import UserError
-from align_cli.methods.base import Method
-from align_cli.models.base import BaseModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align_cli.methods.base import Method
+    from align_cli.models.base import BaseModel
 
 FORMAT_VERSION = 1
 """Version of the folder's layout that this code writes; it reads this one and older ones."""
@@ -116,11 +116,13 @@ def write_adapter(
     folder: Path, info: AdapterInfo, state: Mapping[str, Tensor], *, overwrite: bool = False
 ) -> AdapterInfo:
     """Write tensors and facts; versions, shapes and sha256 are filled in. Returns what adapter.json holds."""
+    from safetensors.torch import save
+
     folder = Path(folder)
     if not overwrite:
         refuse_existing(folder)
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
-    content = save_safetensors(tensors)
+    content = save(tensors)
     found = {name: _version(name) for name in PACKAGES}
     info = AdapterInfo(
         **{
@@ -178,7 +180,22 @@ def load_adapter(path: Path | str) -> Adapter:
     """Read an adapter folder; nothing but tensors is unpickled.
 
     Raises:
-        UserError: no such folder; no adapter; a newer format; damaged, truncated or altered tensors.
+        UserError: as `read_adapter`; tensors that cannot be read.
+    """
+    folder, info, content = read_adapter(path)
+    from safetensors.torch import load
+
+    try:
+        return Adapter(folder, info, load(content))
+    except SafetensorError as error:
+        raise UserError(f"adapter {path} is damaged: {TENSORS}: {error}") from error
+
+
+def read_adapter(path: Path | str) -> tuple[Path, AdapterInfo, bytes]:
+    """Folder, facts and tensor file of an adapter, without torch.
+
+    Raises:
+        UserError: no such folder; no adapter; a newer format; a truncated or altered tensor file.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -199,11 +216,7 @@ def load_adapter(path: Path | str) -> Adapter:
             "its sha256 is not the "
             f"one in {INFO}"
         )
-    try:
-        state = load_safetensors(content)
-    except SafetensorError as error:
-        raise UserError(f"adapter {path} is damaged: {TENSORS}: {error}") from error
-    return Adapter(folder, info, state)
+    return folder, info, content
 
 
 def _read_info(folder: Path) -> AdapterInfo:
@@ -222,9 +235,14 @@ def _read_info(folder: Path) -> AdapterInfo:
             f"{FORMAT_VERSION}: upgrade t2ialign"
         )
     known = {f.name: f for f in fields(AdapterInfo)}
-    for name, kind in {"method": str, "model_id": str, "family": str, "sha256": str}.items():
-        if not isinstance(raw.get(name), kind):
+    for name in ("method", "model_id", "family", "sha256"):
+        if name not in raw:
             raise UserError(f"adapter {folder} is damaged: {INFO} lacks {name}")
+        if not (isinstance(raw[name], str) and raw[name]):
+            raise UserError(
+                f"adapter {folder} is damaged: {name} of {INFO} must be a text that is not empty, "
+                f"got {raw[name]!r}"
+            )
     for name in ("config", "origin", "versions", "shapes"):
         if not isinstance(raw.get(name, {}), dict):
             raise UserError(f"adapter {folder} is damaged: {name} of {INFO} is not an object")
@@ -316,8 +334,12 @@ def import_official(method: str, path: Path | str, model: str, out: Path) -> Ada
         raise UserError(
             f"there is no importer for released files of {method} (there is: {', '.join(IMPORTERS)})"
         )
+    registry.model_source(model)
     refuse_existing(out)
-    info, state = registry.load(IMPORTERS, method)(Path(path).expanduser(), model)
+    source = Path(path).expanduser()
+    if not source.exists():
+        raise UserError(f"{path} does not exist; give the released file or the folder that holds it")
+    info, state = registry.load(IMPORTERS, method)(source, model)
     return write_adapter(out, info, state)
 
 
@@ -329,6 +351,8 @@ def load_pickle(path: Path, allowed: Sequence[type]) -> Any:
     """A `.pth` file, unpickled with weights_only=True; of classes, only `allowed` may occur. UserError if it
     is damaged.
     """
+    import torch
+
     with torch.serialization.safe_globals(list(allowed)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)

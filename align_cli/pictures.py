@@ -179,11 +179,12 @@ class _Sheet:
 
 
 def wrap(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines of at most `width` pixels, broken at blanks, but not before a lone comma or full stop; a word
-    that is too long is broken anywhere."""
+    """Lines of at most `width` pixels, broken at blanks; a word that is too long is broken anywhere. Blanks
+    before a lone comma or full stop, which some captions have, are left out.
+    """
     lines: list[str] = []
     line = ""
-    for word in re.findall(r"\S+(?: [,.;:!?](?=\s|$))*", " ".join(text.split())):
+    for word in re.sub(r"\s+([,.;:!?])(?=\s|$)", r"\1", text).split():
         if line and font.getlength(f"{line} {word}") <= width:
             line = f"{line} {word}"
             continue

@@ -44,6 +44,10 @@ MODELS = Table(
 """Alias -> hub id, or "embedded:" and a folder of align_cli/shapes/weights; `model_source` reads it."""
 
 
+WEIGHTS = Path(__file__).resolve().parent / "shapes" / "weights"
+"""Folder of the embedded models, one subfolder each."""
+
+
 def path_of(table: Table, name: str) -> str:
     """What the table says about `name`; UserError listing the known names and the nearest."""
     if name not in table:

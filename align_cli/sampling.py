@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from align_cli.diffusion.rollout import rollout
-from align_cli.errors import UserError
 from align_cli.models.base import BaseModel
 from align_cli.pictures import Note, contact_sheet, save_png
 from align_cli.settings import SampleSettings
@@ -84,18 +83,8 @@ def sample(
 
 def check_settings(model: BaseModel, settings: SampleSettings) -> int:
     """Pixels of the picture's side. UserError for settings that this model cannot draw with."""
-    side = settings.image_size or model.image_size
-    if side % model.vae_factor:
-        near = max(1, round(side / model.vae_factor)) * model.vae_factor
-        raise UserError(
-            f"sample.image_size must be a multiple of {model.vae_factor} pixels for {model.model_id}, "
-            f"got {side}; try {near}"
-        )
-    if settings.steps > model.process.num_train_timesteps:
-        raise UserError(
-            f"sample.steps must be at most {model.process.num_train_timesteps}, got {settings.steps}"
-        )
-    return side
+    settings.check_model(model.model_id, model.vae_factor, model.process.num_train_timesteps)
+    return settings.image_size or model.image_size
 
 
 def picture_seeds(seed: int, n: int) -> list[int]:

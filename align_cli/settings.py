@@ -8,6 +8,7 @@ One TOML layout serves presets, `--config` files and `config.toml` beside every 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from align_cli.errors import UserError
@@ -39,6 +40,11 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        known = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device)
+        require(
+            known is not None,
+            f"model.device must be one of auto, cpu, cuda, cuda:N, mps, got {self.device!r}",
+        )
         require(bool(self.name), "model.name must not be empty")
 
 
@@ -180,6 +186,23 @@ class SampleSettings:
         require(self.guidance >= 0, f"sample.guidance must be >= 0, got {self.guidance}")
         require(0 <= self.eta <= 1, f"sample.eta must be in [0, 1], got {self.eta}")
         require(self.image_size >= 0, f"sample.image_size must be >= 0, got {self.image_size}")
+
+    def check_model(self, model: str, vae_factor: int, num_train_timesteps: int) -> None:
+        """UserError for a picture size or a number of steps that a model of these facts cannot draw with.
+
+        Args:
+            vae_factor: pixels per latent position along one side.
+        """
+        near = max(1, round(self.image_size / vae_factor)) * vae_factor
+        require(
+            self.image_size % vae_factor == 0,
+            f"sample.image_size must be a multiple of {vae_factor} pixels for {model}, got "
+            f"{self.image_size}; try {near}",
+        )
+        require(
+            self.steps <= num_train_timesteps,
+            f"sample.steps must be at most {num_train_timesteps} for {model}, got {self.steps}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

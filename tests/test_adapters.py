@@ -211,7 +211,8 @@ def test_damaged(folder):
         ({"format_version": None}, "has no format_version"),
         ({"format_version": 2}, r"has format 2; this t2ialign .* reads up to 1: upgrade"),
         ({"sha256": None}, "lacks sha256"),
-        ({"method": 3}, "lacks method"),
+        ({"method": 3}, "method of adapter.json must be a text that is not empty, got 3"),
+        ({"model_id": ""}, "model_id of adapter.json must be a text that is not empty, got ''"),
         ({"config": []}, "config of adapter.json is not an object"),
     ):
         (folder / INFO).write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from align_cli import config
 from align_cli.adapters import save_adapter
+from align_cli.cli.drawing import make_plan
 from align_cli.cli.main import app
 from align_cli.methods.softrepa.method import SoftREPA
 from align_cli.models.loading import load_model
@@ -148,6 +150,51 @@ def test_sample_bad_input(tiny_sd15_folder, adapter, tmp_path):
     assert_one_line(call("sample", "--model", "tiny-sd51", "--prompt", "x"), "tiny-sd15")
 
 
+def test_a_folder_of_others_is_refused(tiny_sd15_folder, adapter, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    drawn = ("sample", "--model", tiny_sd15_folder, *QUICK, "--prompt", "a red circle", "--out")
+    measured = ("eval", "shapes", "--adapter", adapter, *QUICK, "--n", 2, "--out")
+    for command in (drawn, measured):
+        assert_one_line(call(*command, tmp_path), "holds nothing that t2ialign wrote", "--overwrite")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    assert call(*drawn, tmp_path, "--overwrite").exit_code == 0
+    result = call(*measured, tmp_path)  # pictures of t2ialign lie there now
+    assert result.exit_code == 0, result.stderr
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    assert call(*measured, run).exit_code == 0
+    assert call(*measured, adapter).exit_code == 0
+
+
+def test_the_sheet_names_the_adapter_once(adapter):
+    plan = make_plan(None, [f"{adapter}@0.5"], {}, {})
+    assert plan.title().count(str(adapter)) == 1
+    assert plan.describe().count(str(adapter)) == 1
+
+
+def test_a_wrong_base_model_is_blamed_on_the_adapter(adapter, tmp_path):
+    broken = shutil.copytree(adapter, tmp_path / "broken")
+    info = json.loads((broken / "adapter.json").read_text())
+    for model_id, part in (
+        ("tiny-sd51", "did you mean 'tiny-sd15'"),
+        ("/gone", "does not exist"),
+        ("", "''"),
+    ):
+        (broken / "adapter.json").write_text(json.dumps(info | {"model_id": model_id}))
+        refused = call("sample", "--adapter", broken, "--prompt", "a red circle")
+        assert_one_line(refused, str(broken), "model_id of adapter.json", part)
+
+
+def test_an_adapter_finds_its_base_model_from_anywhere(adapter, tiny_sd15_folder, tmp_path):
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    info = json.loads((moved / "adapter.json").read_text())
+    info["config"]["model"]["name"] = "models/tiny"  # as typed where it was trained
+    (moved / "adapter.json").write_text(json.dumps(info))
+    plan = make_plan(None, [str(moved)], {}, {})
+    assert plan.model.name == info["model_id"] == str(tiny_sd15_folder)
+
+
 def test_eval_base_and_json(tiny_sd15_folder, tmp_path):
     args = ("eval", "shapes", "--model", tiny_sd15_folder, "--n", 12, *QUICK)
     result = call(*args, "--out", tmp_path / "e")
@@ -207,5 +254,5 @@ def test_eval_bad_input(tiny_sd15_folder):
     base = ("--model", tiny_sd15_folder, *QUICK)
     assert_one_line(call("eval", "shape", *base), "shapes")
     assert_one_line(call("eval", "shapes", *base, "--split", "tests"), "test")
-    assert_one_line(call("eval", "shapes", *base, "--n", "0"), "at least one prompt")
+    assert_one_line(call("eval", "shapes", *base, "--n", "0"), "'--n'")
     assert_one_line(call("eval", "shapes", *base, "--interval", "z"), "bootstrap")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -58,6 +59,57 @@ def test_help_lists_what_works_and_nothing_else():
     assert call().stdout == result.stdout
 
 
+@pytest.mark.parametrize("command", ["train", "sample", "eval"])
+def test_help_names_what_an_option_wants(command):
+    options = [line for line in call(command, "--help").stdout.splitlines() if line.startswith("  --")]
+    assert not any("<" in line for line in options), options
+
+
+MISTAKES = [
+    ["sample"],
+    ["sample", "--prompt", "x", "--model", "tiny-sd51"],
+    ["sample", "--prompt", "x", "--device", "foo"],
+    ["sample", "--prompt", "x", "--dtype", "foo"],
+    ["sample", "--prompt", "x", "--sampler", "foo"],
+    ["sample", "--prompt", "x", "--steps", "0"],
+    ["sample", "--prompt", "x", "--steps", "1001"],
+    ["sample", "--prompt", "x", "--image-size", "33"],
+    ["sample", "--prompt", "x", "--adapter", "nowhere"],
+    ["sample", "--prompt", "x", "--out", "full"],
+    ["eval", "shapes", "--n", "0"],
+    ["eval", "shapes", "--split", "foo"],
+    ["eval", "shapes", "--interval", "foo"],
+    ["eval", "shapes", "--steps", "1001"],
+    ["eval", "shapes", "--adapter", "nowhere"],
+    ["train", "softrepa", "--device", "foo"],
+    ["train", "softrepa", "--set", "train.lr=foo"],
+    ["adapters", "info", "nowhere"],
+    ["adapters", "import", "softrepa", "nowhere", "--out", "out"],
+    ["adapters", "import", "softrepa", "full", "--model", "sd51", "--out", "out"],
+]
+EARLY = """
+import sys
+from align_cli.cli.main import app
+for line in sys.stdin:
+    try:
+        app(line.split(), prog_name="t2ialign")
+    except SystemExit as error:
+        print(error.code, "torch" in sys.modules, line)
+"""
+
+
+def test_mistakes_are_found_before_torch_is_imported(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "other").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY], input="\n".join(map(" ".join, MISTAKES)), cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert [line for line in done.stdout.splitlines() if line and not line.startswith("2 False ")] == []
+    assert len(done.stderr.splitlines()) == len(MISTAKES)
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
+
+
 def test_help_is_quick():
     """Processor seconds: what a person waits on an idle machine, whatever else runs here."""
     used = []
@@ -75,7 +127,7 @@ def test_help_is_quick():
         (["trian"], "No such command 'trian'. Did you mean 'train'? (see t2ialign --help)"),
         (["presets", "shwo", "x"], "see t2ialign presets --help"),
         (["doctor", "--jsno"], "No such option"),
-        (["presets", "show"], "Missing argument 'name'"),
+        (["presets", "show"], "Missing argument 'NAME'"),
         (["--nothing"], "No such option"),
         (["presets"], "Missing command (see t2ialign presets --help)"),
     ],
@@ -199,6 +251,8 @@ def test_doctor_json_and_text_agree():
     assert facts["hub"].startswith("offline")
     assert set(facts["models"]) == {a for a, s in registry.MODELS.items() if not s.startswith("embedded:")}
     text = call("doctor").stdout
+    headings = [line for line in text.splitlines() if line and line[0] != " "]
+    assert headings[1] == "packages" and "optional extras" in headings and headings[-1] == "problems"
     assert f"torch            {torch.__version__}" in re.sub(r" {2,}", " " * 12, text)
     assert text.count("\n") >= len(facts["versions"]) + len(facts["models"])
 
@@ -208,6 +262,15 @@ def test_embedded_models_are_in_order():
     facts = doctor.examine()
     assert "tiny-sd15" in facts["embedded"]
     assert facts["problems"] == []
+
+
+@pytest.mark.usefixtures("offline")
+def test_an_extra_that_is_not_installed_is_no_problem(monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRAS", {"x": ("no-such-package-here",), "y": ("torch", "nor-this")})
+    result = call("doctor")
+    assert result.exit_code == 0 and "missing" not in result.stdout
+    assert "x  not installed (pip install 't2ialign[x]')" in result.stdout
+    assert f"y  torch {torch.__version__}, nor-this not installed (pip" in result.stdout
 
 
 def test_doctor_sees_damaged_and_missing_weights(tmp_path):

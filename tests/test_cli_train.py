@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,8 +50,9 @@ def refused(*args: object) -> str:
     """The one line of a user error."""
     result = call(*args)
     assert result.exit_code == 2 and result.stdout == "", result.output
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
+    said = re.sub(r"^loading .* \.\.\.\n", "", result.stderr)
+    assert said.startswith("error: ") and said.count("\n") == 1, result.stderr
+    return said
 
 
 def interrupt_at(monkeypatch, step: int) -> None:
@@ -90,6 +92,7 @@ def test_train_evaluates_and_says_where_things_are(tmp_path, options):
     for name in ("adapter", "result.json", "before-after.png"):
         assert str(out / name) in result.stdout and (out / name).exists()
     assert sorted(p.name for p in (out / "grids").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    assert result.stderr.startswith(f"loading {options[1]} ...\n")
     assert f"step {STEPS}/{STEPS}" in result.stderr
     again = ok(*options[:2], "--out", out, "--resume", "--no-eval")  # finished: saves the adapter anew
     assert "adapter:" in again.stdout and "95 % CI" not in again.stdout
@@ -298,6 +301,8 @@ def test_user_errors_leave_nothing_behind(tmp_path, options):
     assert "unknown dataset 'cocoo'; did you mean 'coco'" in error("--data", "cocoo")
     assert "holds no run to resume" in error("--resume")
     assert "train.lr must be > 0" in error("--lr", "-1")
+    assert "model.device must be one of auto, cpu" in error("--device", "foo")
+    assert "sample.steps must be at most 1000" in error("--set", "sample.steps=1001")
     if not torch.cuda.is_available():
         assert "cuda" in error("--device", "cuda")
     root = make_coco(tmp_path / "coco")
@@ -305,6 +310,26 @@ def test_user_errors_leave_nothing_behind(tmp_path, options):
         assert "no multiple of 4" in error(
             "--data", "coco", "--data-path", root, "--set", "data.image_size=18"
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*have no caption")
+def test_a_grid_shows_captions_that_are_not_trained_on(tmp_path, options, monkeypatch):
+    shown = []
+
+    def contact_sheet(rows, captions, path, **_):
+        shown.append(list(captions))
+
+    monkeypatch.setattr("align_cli.pictures.contact_sheet", contact_sheet)
+    few = [*options, "--steps", "2", "--no-eval", "--set", "train.grid_every=1"]
+    ok(*few, "--out", tmp_path / "shapes")
+    assert len(shown) == 2 and shown[0] == shown[1] and len(shown[0]) == 4
+    root = make_coco(tmp_path / "coco")
+    coco = [*few, "--data", "coco", "--data-path", root, "--set", "data.image_size=32"]
+    assert "note: sample grids" not in ok(*coco, "--out", tmp_path / "coco-val").stderr
+    assert shown[-1] == [f"image {i} text 4" for i in (2, 5, 7, 31)]  # of val, there the last is first
+    (root / "annotations" / "captions_val2017.json").unlink()
+    assert "note: sample grids show training" in ok(*coco, "--out", tmp_path / "coco-train").stderr
+    assert [caption[: len("image 2")] for caption in shown[-1][:3]] == ["image 2", "image 5", "image 7"]
 
 
 def test_a_broken_image_is_named(tmp_path, options):

@@ -80,11 +80,12 @@ def test_softrepa_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_s
     out, reports = two
     alone = softrepa(str(tiny_sd15_folder), tmp_path / "one")
     one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / "softrepa"))
+    assert one[0]["step"] == 1
     for a, b in zip(one, both, strict=True):
         for key in ("softrepa/loss", "softrepa/err_own", "grad_norm"):
-            assert b[key] == pytest.approx(a[key], abs=1e-6)
+            # an AdamW step is lr times a sign where the gradient is near nothing: rounding grows from there
+            assert b[key] == pytest.approx(a[key], abs=1e-6 if a["step"] == 1 else 1e-5)
     assert reports[0]["softrepa"] == reports[1]["softrepa"]
-    # an AdamW step is lr times a sign where the gradient is near nothing, hence not 1e-6
     for a, b in zip(alone, reports[0]["softrepa"], strict=True):
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
 

@@ -86,10 +86,14 @@ def test_wrap_keeps_every_letter():
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert all(font.getlength(line) <= 120 for line in lines)
     assert wrap("", 120, font) == []
-    for width in range(60, 200, 7):
-        assert not any(
-            line.startswith(".") for line in wrap("in this picture there is a circle . " * 5, width, font)
-        )
+
+
+def test_captions_have_no_blank_before_punctuation():
+    font = ImageFont.load_default(16)
+    assert wrap("a red circle , a blue square . is it ? yes !", 1000, font) == [
+        "a red circle, a blue square. is it? yes!"
+    ]
+    assert wrap("a .5 scale :) of , , commas", 1000, font) == ["a .5 scale :) of,, commas"]
 
 
 def test_prompt_file(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from align_cli.cli.text import print_table
 from align_cli.evaluation.benchmarks import ShapesBenchmark, spread
 from align_cli.evaluation.results import BaseResult, Example, PairedResult, RunFacts
 from align_cli.evaluation.stats import paired, rate
@@ -110,17 +111,37 @@ def test_table_fits_its_width(width):
     assert "0.050" in text
 
 
-def test_base_table_and_json():
-    x = np.r_[np.ones(30), np.zeros(70)]
-    rows = {m: rate(x) for m in METRICS}
-    one = BaseResult(
-        facts=facts(100, {"base": 3.0}),
+def base_result(x: np.ndarray) -> BaseResult:
+    """A model alone whose every metric is x."""
+    return BaseResult(
+        facts=facts(len(x), {"base": 3.0}),
         headline="all",
-        rows=rows,
-        kinds={k: {m: rate(x[s]) for m in METRICS} for k, s in _halves(100).items()},
+        rows={m: rate(x) for m in METRICS},
+        kinds={k: {m: rate(x[s]) for m in METRICS} for k, s in _halves(len(x)).items()},
         floor=dict.fromkeys(METRICS, 0.05),
         examples=examples(2),
     )
+
+
+def test_both_tables_say_where_prompts_are_too_few():
+    for text in (printed(base_result(np.ones(12))), printed(paired_result(0.1, n=12))):
+        assert "too few prompts" not in row(text, "* all")
+        assert row(text, "pair").rstrip().endswith("too few prompts")
+    assert "too few prompts" in row(printed(base_result(np.ones(8))), "* all")
+
+
+def test_a_table_in_a_pipe_has_no_blank_lines(capsys):
+    for result in (paired_result(0.1), base_result(np.ones(100))):
+        print_table(result)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == [line.rstrip() for line in lines if line.strip()]
+        assert [line.split() for line in lines] == [
+            s for line in printed(result).splitlines() if (s := line.split())
+        ]
+
+
+def test_base_table_and_json():
+    one = base_result(np.r_[np.ones(30), np.zeros(70)])
     text = printed(one)
     assert "0.300" in row(text, "* all")
     assert "0.050" in row(text, "* all")

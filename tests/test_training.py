@@ -16,7 +16,7 @@ from rich.console import Console
 from training_helpers import FullDisk, LinearMap, Points, settings, trace
 
 from align_cli.errors import UserError
-from align_cli.training import checkpoint, loop, run_folder
+from align_cli.training import checkpoint, log, loop, run_folder
 from align_cli.training.log import duration_text, rate_text, read_metrics
 from align_cli.training.loop import train
 
@@ -416,6 +416,7 @@ def test_plain_lines_where_output_is_no_terminal(tmp_path):
     lines = console.file.getvalue().splitlines()
     assert lines[0].startswith("linear: 36 trained numbers, 20 examples, batch 4, 12 steps, fp32 on cpu")
     assert lines[1].startswith("step 1/12  loss ") and lines[-1].startswith("step 12/12  loss ")
+    assert "eta" not in lines[1]  # one step tells nothing: start-up is in it
     assert "eta 0:00" in lines[-1] and not any("\x1b" in line for line in lines)
 
 
@@ -424,6 +425,23 @@ def test_a_live_bar_on_a_terminal(tmp_path):
     run(tmp_path, console=console)
     shown = console.file.getvalue()
     assert "12/12" in shown and "loss" in shown and "steps/s" in shown
+
+
+def test_speed_and_eta_are_those_of_recent_steps(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), width=80)
+    display = log.Display(console, total=200, start=10)
+    for done, seconds in (
+        (11, 100.0),
+        *((n, 10.0) for n in range(12, 31)),
+        *((n, 2.0) for n in range(31, 61)),
+    ):
+        clock[0] += seconds
+        display.step(done, 0.5)
+    lines = console.file.getvalue().splitlines()
+    assert lines[:2] == ["step 11/200  loss 0.5", "step 12/200  loss 0.5  10 s/step  eta 31:20"]
+    assert lines[-1] == "step 60/200  loss 0.5  2 s/step  eta 4:40"
 
 
 def test_time_texts():

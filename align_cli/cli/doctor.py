@@ -6,12 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 import align_cli
 from align_cli import registry
+from align_cli.cli import options
 from align_cli.cli.text import columns
 
 CORE = (
@@ -29,9 +29,6 @@ EXTRAS = {
 }
 """Optional extras and their packages, as in pyproject.toml."""
 
-WEIGHTS = Path(align_cli.__file__).resolve().parent / "shapes" / "weights"
-"""Folder of the embedded models, one subfolder each."""
-
 PARTS = ("unet", "vae", "text_encoder")
 """Subfolders of a Stable Diffusion pipeline that hold weights."""
 
@@ -39,11 +36,7 @@ HUB_TIMEOUT = 3.0
 """Seconds until the hub counts as unreachable."""
 
 
-def doctor(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
-    ] = False,
-) -> None:
+def doctor(as_json: options.AsJson = False) -> None:
     """Versions, devices, extras, weights and base models here. Exit code 1 if something is missing."""
     facts = examine()
     if as_json:
@@ -60,7 +53,7 @@ def examine() -> dict[str, object]:
 
     versions = {name: installed_version(name) for name in CORE}
     extras = {extra: {name: installed_version(name) for name in names} for extra, names in EXTRAS.items()}
-    embedded = {name: examine_weights(WEIGHTS / name) for name in embedded_names()}
+    embedded = {name: examine_weights(registry.WEIGHTS / name) for name in embedded_names()}
     problems = [f"package {name} is not installed" for name, version in versions.items() if version is None]
     problems += [
         f"embedded model {name}: {fact['state']}" for name, fact in embedded.items() if fact["state"] != "ok"
@@ -124,7 +117,8 @@ def devices() -> list[dict[str, object]]:
 def embedded_names() -> list[str]:
     """Embedded models that the registry names or that lie in the package."""
     named = {s.removeprefix("embedded:") for s in registry.MODELS.values() if s.startswith("embedded:")}
-    lying = {folder.name for folder in WEIGHTS.iterdir() if folder.is_dir()} if WEIGHTS.is_dir() else set()
+    folders = registry.WEIGHTS.iterdir() if registry.WEIGHTS.is_dir() else ()
+    lying = {folder.name for folder in folders if folder.is_dir()}
     return sorted(named | {name for name in lying if not name.startswith(("_", "."))})
 
 
@@ -184,33 +178,43 @@ def cache_state(repo: str) -> str:
 
 
 def as_text(facts: dict[str, object]) -> str:
-    """The facts as aligned lines."""
-    rows: list[tuple[str, ...]] = [
-        (key, str(facts[key])) for key in ("t2ialign", "python", "platform", "executable")
-    ]
+    """The facts as aligned lines under headings."""
     versions, extras, embedded, models = (
         _table(facts, key) for key in ("versions", "extras", "embedded", "models")
     )
     found, problems = facts["devices"], facts["problems"]
     assert isinstance(found, list)
     assert isinstance(problems, list)
-    rows += [("package", name, str(version or "missing")) for name, version in versions.items()]
-    for device in found:
-        detail = [f"{key} {value}" for key, value in device.items() if key not in ("device", "name")]
-        rows.append(("device", device["device"], ", ".join([device["name"], *detail])))
-    for extra, packages in extras.items():
-        rows.append(
-            (
-                "extra",
-                extra,
-                ", ".join(f"{name} {version or 'missing'}" for name, version in packages.items()),
-            )
-        )
-    rows += [("embedded", name, f"{fact['state']}, {fact['mb']} MB") for name, fact in embedded.items()]
-    rows.append(("hub", str(facts["hub"])))
-    rows += [("model", alias, f"{fact['id']}: {fact['state']}") for alias, fact in models.items()]
-    rows += [("problem", problem) for problem in problems]
-    return columns(rows)
+    groups: dict[str, list[tuple[str, ...]]] = {
+        "this installation": [
+            (key, str(facts[key])) for key in ("t2ialign", "python", "platform", "executable")
+        ],
+        "packages": [(name, str(version or "missing")) for name, version in versions.items()],
+        "devices, the best first": [(device["device"], _device_text(device)) for device in found],
+        "embedded models": [(name, f"{fact['state']}, {fact['mb']} MB") for name, fact in embedded.items()],
+        "models of the hub": [
+            *((alias, f"{fact['id']}: {fact['state']}") for alias, fact in models.items()),
+            ("hub", str(facts["hub"])),
+        ],
+        "optional extras": [(extra, _extra_text(extra, packages)) for extra, packages in extras.items()],
+        "problems": [(problem,) for problem in problems] or [("none",)],
+    }
+    return "\n\n".join(f"{title}\n{columns(('', *row) for row in rows)}" for title, rows in groups.items())
+
+
+def _device_text(device: dict[str, object]) -> str:
+    detail = [f"{key} {value}" for key, value in device.items() if key not in ("device", "name")]
+    return ", ".join([str(device["name"]), *detail])
+
+
+def _extra_text(extra: str, packages: dict[str, object]) -> str:
+    """Versions of an extra's packages; what is not installed is no problem, and how to get it."""
+    there = [f"{name} {version}" for name, version in packages.items() if version is not None]
+    absent = [name for name, version in packages.items() if version is None]
+    if absent:
+        which = f"{', '.join(absent)} " if there else ""
+        there.append(f"{which}not installed (pip install 't2ialign[{extra}]')")
+    return ", ".join(there)
 
 
 def _table(facts: dict[str, object], key: str) -> dict[str, dict[str, object]]:

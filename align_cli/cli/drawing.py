@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,14 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_cli import config, registry
+from align_cli.adapters import INFO, AdapterInfo, parse_spec, read_adapter
+from align_cli.cli.text import say_loading
 from align_cli.errors import UserError
 from align_cli.settings import ModelSettings, SampleSettings
+from align_cli.training import run_folder
 
 if TYPE_CHECKING:
-    from align_cli.adapters import AdapterInfo
     from align_cli.models.base import BaseModel
 
 DEFAULTS = "the defaults"
+SHEET = "sheet.png"
+OURS = (SHEET, "eval-*.json", run_folder.RUN, INFO)
+"""Any of these tells that a folder was written by t2ialign."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Plan:
 
     def load(self) -> tuple[BaseModel, Plan]:
         """The model, with a look whether every adapter fits it, and the plan with nothing left open."""
+        say_loading(self.model.name)
         from align_cli.adapters import attach
         from align_cli.models.loading import load_model, pick_device
         from align_cli.sampling import check_settings
@@ -52,12 +59,16 @@ class Plan:
         return model, replace(self, model=settings, sample=replace(self.sample, spacing=spacing))
 
     def describe(self) -> str:
-        """One line: what is drawn with which settings."""
+        """One line: what is drawn with which settings, and where they come from."""
+        return f"{self._settings()}, as {self.origin}"
+
+    def title(self) -> str:
+        """One line for a picture: what is drawn with which settings and adapters."""
+        return self._settings() + (f"; adapter {', '.join(self.adapters)}" if self.adapters else "")
+
+    def _settings(self) -> str:
         s = self.sample
-        return (
-            f"{self.model.name}: {s.sampler}, {s.steps} steps ({s.spacing}), guidance {s.guidance:g}, as "
-            f"{self.origin}"
-        )
+        return f"{self.model.name}: {s.sampler}, {s.steps} steps ({s.spacing}), guidance {s.guidance:g}"
 
 
 def make_plan(
@@ -71,19 +82,19 @@ def make_plan(
         adapters: "PATH" or "PATH@SCALE" each.
         model_flags, flags: fields of ModelSettings and SampleSettings; None means not given.
     Raises:
-        UserError: an unknown model, an adapter that does not load, an impossible value.
+        UserError: an unknown model, an adapter that is damaged or not there, an impossible value.
     """
-    from align_cli.adapters import load_adapter, parse_spec
-
-    infos = [load_adapter(parse_spec(spec)[0]).info for spec in adapters]
+    infos = [read_adapter(parse_spec(spec)[0])[1] for spec in adapters]
     base, drawing, origin = _recorded(model, infos[0] if infos else None, adapters)
     given = {key: value for key, value in flags.items() if value is not None}
     if given:
         origin += ", with " + ", ".join(config.flag_name(f"sample.{key}") for key in given)
     held = {key: value for key, value in model_flags.items() if value is not None}
+    base, drawing = replace(base, **held), replace(drawing, **given)
+    _check_files(base.name, drawing)
     return Plan(
-        model=replace(base, **held),
-        sample=replace(drawing, **given),
+        model=base,
+        sample=drawing,
         adapters=adapters,
         infos=infos,
         origin=origin,
@@ -96,13 +107,23 @@ def _recorded(
     model: str | None, info: AdapterInfo | None, adapters: list[str]
 ) -> tuple[ModelSettings, SampleSettings, str]:
     """Model and sampling settings before flags, and where they come from."""
+    name = model or ModelSettings().name
+    if model is None and info is not None:
+        name = info.model_id
+        try:
+            registry.model_source(name)
+        except UserError as error:
+            raise UserError(
+                f"adapter {adapters[0]}: model_id of {INFO}: {error}; name the base model with --model"
+            ) from error
+    registry.model_source(name)
     if info is not None and "sample" in info.config:
         raw = {**info.config, "method": info.method}
         saved = config.Resolved.from_dict(raw, info.origin, where=f"adapter {adapters[0]}: config")
-        held = saved.model if model in (None, saved.model.name) else ModelSettings(name=str(model))
+        same = name in (info.model_id, saved.model.name)
+        held = replace(saved.model, name=name) if same else ModelSettings(name=name)
         # where it was trained says nothing about this machine
         return replace(held, device="auto"), saved.sample, f"recorded in {adapters[0]}"
-    name = model or (info.model_id if info is not None else ModelSettings().name)
     preset = preset_of(name)
     if preset is None:
         return ModelSettings(name=name), SampleSettings(), DEFAULTS
@@ -117,14 +138,46 @@ def preset_of(model: str) -> str | None:
     return next((p for p in config.list_presets() if p.partition("/")[2] in aliases), None)
 
 
+def _check_files(model: str, sample: SampleSettings) -> None:
+    """Refuse what the model cannot draw with, as far as its JSON files lie on this machine: a look of no
+    cost before the weights are loaded, after which `sampling.check_settings` knows for certain.
+    """
+    scheduler, vae = (
+        _read_json(model, f"{part}.json") for part in ("scheduler/scheduler_config", "vae/config")
+    )
+    try:
+        facts = 2 ** (len(vae["block_out_channels"]) - 1), int(scheduler["num_train_timesteps"])
+    except (KeyError, TypeError, ValueError):
+        return
+    sample.check_model(model, *facts)
+
+
+def _read_json(model: str, file: str) -> Any:
+    """Content of a file of a model: embedded, a folder, or in the hub's cache. None if it is not there."""
+    source = registry.model_source(model)
+    folder = Path(source).expanduser()
+    if source.startswith("embedded:"):
+        folder = registry.WEIGHTS / source.removeprefix("embedded:")
+    try:
+        if folder.is_dir():
+            return json.loads((folder / file).read_text(encoding="utf-8"))
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(source, file)
+        return json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, str) else None
+    except (OSError, ValueError):
+        return None  # loading the model tells what is wrong with it
+
+
 def choose_folder(out: Path | None, default: str, names: list[str], overwrite: bool) -> Path:
     """The folder to write to; nothing is made yet.
 
     Args:
         out: as given with --out; None takes `default`, or `default`-2, -3, ... if that exists.
-        names: files that will be written; one that is there already is refused unless `overwrite`.
+        names: files that will be written; one that is there already is refused unless `overwrite`, and so
+        is a folder of other things.
     Raises:
-        UserError: it holds such files, or is a file.
+        UserError: it holds such files or nothing that t2ialign wrote, is a file, or cannot be looked into.
     """
     if out is None:
         out = Path(default)
@@ -134,11 +187,24 @@ def choose_folder(out: Path | None, default: str, names: list[str], overwrite: b
             out = Path(f"{default}-{number}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder; choose another one with --out")
+    if overwrite or not out.exists():
+        return out
     there = [name for name in names if (out / name).exists()]
-    if there and not overwrite:
+    if there:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise UserError(
             f"{out} already holds {there[0]}{more}; choose another folder with --out, or give --overwrite"
+        )
+    try:
+        foreign = any(out.iterdir()) and not any(any(out.glob(name)) for name in OURS)
+    except OSError as error:
+        raise UserError(
+            f"cannot look into {out}: {error.strerror}; choose another folder with --out"
+        ) from error
+    if foreign:
+        raise UserError(
+            f"{out} is not empty and holds nothing that t2ialign wrote; choose another folder with --out, "
+            f"or give --overwrite"
         )
     return out
 

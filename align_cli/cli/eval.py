@@ -10,40 +10,37 @@ from typing import Annotated
 import typer
 
 from align_cli import registry
+from align_cli.cli import options
+from align_cli.cli.text import print_table
 from align_cli.errors import UserError
-from align_cli.settings import EvalSettings
-
-PLAIN_WIDTH = 100
-"""Columns of a table that goes to a file or a pipe."""
+from align_cli.settings import EvalSettings, one_of
 
 
 def evaluate(
-    benchmark: Annotated[str, typer.Argument(help="Which benchmark: shapes.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Alias, hub id or folder. Default: the adapter's, else tiny-sd15."),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", help="Adapter folder, or FOLDER@SCALE; repeatable, stacks."),
-    ] = None,
-    n: Annotated[int, typer.Option("--n", help="Prompts.")] = EvalSettings().num_prompts,
+    benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help="Which benchmark: shapes.")],
+    model: options.Model = None,
+    adapter: options.Adapters = None,
+    n: Annotated[int, typer.Option("--n", metavar="N", min=1, help="Prompts.")] = EvalSettings().num_prompts,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Seed of prompts and noise.")
+        int, typer.Option("--seed", metavar="SEED", min=0, help="Seed of prompts and noise.")
     ] = EvalSettings().seed,
-    split: Annotated[str, typer.Option("--split", help="test, val or train compositions.")] = "test",
-    interval: Annotated[str, typer.Option("--interval", help="t or bootstrap.")] = "t",
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 is off.")] = None,
-    sampler: Annotated[str | None, typer.Option("--sampler", help="ddim or ddpm.")] = None,
-    spacing: Annotated[str | None, typer.Option("--spacing", help="leading, trailing or linspace.")] = None,
-    eta: Annotated[float | None, typer.Option("--eta", help="DDIM eta; 0 is deterministic.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Pictures drawn at once.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the numbers and a picture.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
+    split: Annotated[
+        str, typer.Option("--split", metavar="NAME", help="test, val or train compositions.")
+    ] = "test",
+    interval: Annotated[str, typer.Option("--interval", metavar="NAME", help="t or bootstrap.")] = "t",
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    spacing: options.Spacing = None,
+    eta: options.Eta = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.AsJson = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Folder for the numbers and a picture.")
+    ] = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Measure alignment on held-out prompts: same prompts and noise for base and aligned, 95 % intervals.
 
@@ -53,8 +50,8 @@ def evaluate(
     from align_cli.cli.drawing import choose_folder, make_folder, make_plan
 
     registry.path_of(registry.BENCHMARKS, benchmark)
-    if interval not in ("t", "bootstrap"):
-        raise UserError(f"--interval must be t or bootstrap, got {interval!r}")
+    one_of("--split", split, ("test", "val", "train"))
+    one_of("--interval", interval, ("t", "bootstrap"))
     flags = {
         "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
         "batch_size": batch_size,
@@ -62,15 +59,13 @@ def evaluate(
     plan = make_plan(model, adapter or [], {"device": device, "dtype": dtype}, flags)
     numbers, picture = f"eval-{benchmark}.json", f"eval-{benchmark}.png"
     folder = None if out is None else choose_folder(out, "", [numbers, picture], overwrite)
-    prompts = registry.load(registry.BENCHMARKS, benchmark)().prompts(n, seed, split=split)
-
-    from rich.console import Console
+    loaded, plan = plan.load()
 
     from align_cli.cli.progress import DrawingProgress
     from align_cli.evaluation.paired import evaluate_alignment, evaluate_base
     from align_cli.evaluation.results import BaseResult, PairedResult
 
-    loaded, plan = plan.load()
+    prompts = registry.load(registry.BENCHMARKS, benchmark)().prompts(n, seed, split=split)
     if folder is not None:
         make_folder(folder)
     typer.echo(plan.describe(), err=True)
@@ -89,9 +84,7 @@ def evaluate(
     if as_json:
         typer.echo(text)
         return
-    console = Console()
-    width = console.width if console.is_terminal else PLAIN_WIDTH
-    Console(width=width).print(result.to_table(width))
+    print_table(result)
     if folder is not None:
         typer.echo(f"numbers: {folder / numbers}\npicture: {folder / picture}")
 

@@ -23,7 +23,7 @@ def presets_list() -> None:
 
 @presets_app.command("show")
 def presets_show(
-    name: Annotated[str, typer.Argument(help="Name of a preset, for example softrepa/sd15.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a preset, for example softrepa/sd15.")],
 ) -> None:
     """The text of one preset, with the source of every value."""
     typer.echo(config.read_preset(name)[1].rstrip("\n"))
@@ -36,7 +36,9 @@ def preset_title(text: str) -> str:
 
 
 @adapters_app.command("info")
-def adapters_info(path: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> None:
+def adapters_info(
+    path: Annotated[Path, typer.Argument(metavar="FOLDER", help="Adapter folder.")],
+) -> None:
     """What an adapter folder holds: method, base model, tensors, and the configuration of its training."""
     from align_cli.adapters import load_adapter
 
@@ -60,11 +62,18 @@ def adapters_info(path: Annotated[Path, typer.Argument(help="Adapter folder.")])
 @adapters_app.command("import")
 def adapters_import(
     method: Annotated[
-        str, typer.Argument(help="Method that the file was released for, for example softrepa.")
+        str,
+        typer.Argument(metavar="METHOD", help="Method that the file was released for, for example softrepa."),
     ],
-    path: Annotated[Path, typer.Argument(help="The released file, or the folder that holds it.")],
-    out: Annotated[Path, typer.Option("--out", help="Adapter folder to write; must not exist.")],
-    model: Annotated[str, typer.Option("--model", help="Base model that it was trained on.")] = "sd15",
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="The released file, or the folder that holds it.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Adapter folder to write; must not exist.")
+    ],
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="Base model that it was trained on.")
+    ] = "sd15",
 ) -> None:
     """Turn an officially released file into an adapter folder."""
     from align_cli.adapters import import_official

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from align_cli.cli import options
+from align_cli.cli.drawing import SHEET
 from align_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,40 +20,41 @@ if TYPE_CHECKING:
     from align_cli.cli.drawing import Plan
     from align_cli.models.base import BaseModel
 
-SHEET = "sheet.png"
-
 
 def sample(
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; repeatable.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to draw; repeatable.")
+    ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Text file, one prompt per line, UTF-8.")
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Text file, one prompt per line, UTF-8."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Alias, hub id or folder. Default: the adapter's, else tiny-sd15."),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", help="Adapter folder, or FOLDER@SCALE; repeatable, stacks."),
-    ] = None,
+    model: options.Model = None,
+    adapter: options.Adapters = None,
     compare: Annotated[bool, typer.Option("--compare", help="Draw the base beside the aligned.")] = False,
-    n: Annotated[int, typer.Option("--n", min=1, help="Pictures per prompt: seeds SEED, SEED + 1, ...")] = 1,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 2**20, help="Seed of the first.")] = 42,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 is off.")] = None,
-    sampler: Annotated[str | None, typer.Option("--sampler", help="ddim or ddpm.")] = None,
-    spacing: Annotated[str | None, typer.Option("--spacing", help="leading, trailing or linspace.")] = None,
-    eta: Annotated[float | None, typer.Option("--eta", help="DDIM eta; 0 is deterministic.")] = None,
+    n: Annotated[
+        int, typer.Option("--n", metavar="N", min=1, help="Pictures per prompt: seeds SEED, SEED + 1, ...")
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="SEED", min=0, max=2**63 - 2**20, help="Seed of the first.")
+    ] = 42,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    spacing: options.Spacing = None,
+    eta: options.Eta = None,
     image_size: Annotated[
-        int | None, typer.Option("--image-size", help="Pixels per side; 0: the model's.")
+        int | None,
+        typer.Option("--image-size", metavar="PIXELS", help="Pixels per side; 0: the model's."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Pictures drawn at once.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the pictures. Default: samples.")
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder for the pictures. Default: samples."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Draw pictures: one PNG each, and a contact sheet of all.
 
@@ -170,6 +173,6 @@ def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndar
         folder / SHEET,
         headers=[f"{job.variant or 'seed'} {job.seed}" for job in jobs if job.number == 0],
         notes=[[notes[i] for i in row] for row in rows.values()] if notes else (),
-        title=plan.describe() + (f"; adapter {', '.join(plan.adapters)}" if plan.adapters else ""),
+        title=plan.title(),
         metadata=common,
     )

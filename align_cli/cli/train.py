@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_cli import config, registry
+from align_cli.cli import options
+from align_cli.cli.text import columns, print_table, say_loading
 from align_cli.errors import UserError
 from align_cli.training import run_folder
 
@@ -24,39 +26,58 @@ if TYPE_CHECKING:
 
 GRID_PROMPTS = 4
 """Rows of a sample grid."""
-PLAIN_WIDTH = 100
-"""Columns of a table that goes to a file or a pipe."""
 
 
 def train(
-    method: Annotated[str, typer.Argument(help=f"Which method: {', '.join(registry.METHODS)}.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help=f"Which method: {', '.join(registry.METHODS)}.")
+    ],
     model: Annotated[
         str | None,
-        typer.Option("--model", help="Alias, hub id or folder. Default: tiny-sd15, which is built in."),
+        typer.Option(
+            "--model", metavar="NAME", help="Alias, hub id or folder. Default: tiny-sd15, which is built in."
+        ),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option("--preset", help="See 't2ialign presets list'. Default: the one of the model."),
+        typer.Option(
+            "--preset", metavar="NAME", help="See 't2ialign presets list'. Default: the one of the model."
+        ),
     ] = None,
     config_file: Annotated[
-        Path | None, typer.Option("--config", help="TOML file with settings; goes above the preset.")
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="TOML file with settings; goes above the preset."),
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="One setting, section.key=value; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting; repeatable. --dry-run lists all keys."),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Optimiser steps.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", metavar="X", help="Learning rate.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Pairs per step, all processes together.")
+        int | None,
+        typer.Option("--batch-size", metavar="N", help="Pairs per step, all processes together."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="The only source of randomness.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Dataset: shapes or coco.")] = None,
-    data_path: Annotated[Path | None, typer.Option("--data-path", help="Folder of the dataset.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="SEED", help="The only source of randomness.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="NAME", help="Dataset: shapes or coco.")
+    ] = None,
+    data_path: Annotated[
+        Path | None, typer.Option("--data-path", metavar="FOLDER", help="Folder of the dataset.")
+    ] = None,
+    device: options.Device = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the run. Default: runs/METHOD-MODEL-seedN.")
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder of the run. Default: runs/METHOD-MODEL-seedN."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in the folder; its settings need not be given again."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every setting with its origin; touch nothing.")
@@ -145,8 +166,6 @@ def default_name(resolved: config.Resolved) -> str:
 
 def describe(resolved: config.Resolved) -> str:
     """Every setting with its value and its origin, in columns."""
-    from align_cli.cli.text import columns
-
     rows = [("setting", "value", "origin")]
     rows += [(key, json.dumps(value), origin) for key, value, origin in resolved.values()]
     return f"method: {resolved.method}\n\n{columns(rows)}"
@@ -154,6 +173,7 @@ def describe(resolved: config.Resolved) -> str:
 
 def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Load, train, save, evaluate."""
+    say_loading(resolved.model.name)
     dataset: Dataset = registry.load(registry.DATASETS, resolved.data.name)(
         resolved.data, seed=resolved.train.seed, split="train"
     )
@@ -162,6 +182,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
     from rich.console import Console
 
     from align_cli.models.loading import load_model
+    from align_cli.sampling import check_settings
     from align_cli.training.distributed import is_main, leave_group, rank_device
     from align_cli.training.loop import tracker_available
     from align_cli.training.loop import train as train_loop
@@ -179,6 +200,8 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
             f"per latent "
             f"position of {resolved.model.name}"
         )
+    if resolved.eval.num_prompts or resolved.train.grid_every:
+        check_settings(model, resolved.sample)  # and not after hours of training
     method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
     method.check(resolved.train)
     result = train_loop(
@@ -206,12 +229,19 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
 
 
 def _grid(model: BaseModel, method: Method, dataset: Dataset, resolved: config.Resolved) -> Grid:
-    """Draws base beside aligned for the first training prompts, always from the same noise."""
+    """Draws base beside aligned for the first validation prompts, always from the same noise."""
     from align_cli.pictures import contact_sheet
     from align_cli.sampling import picture_seeds, sample
+    from align_cli.training.distributed import is_main
     from align_cli.training.order import item_rng
 
     seed = resolved.train.seed
+    few = replace(resolved.data, num_examples=GRID_PROMPTS)
+    try:
+        dataset = registry.load(registry.DATASETS, few.name)(few, seed=seed, split="val")
+    except UserError as error:
+        if is_main():
+            typer.echo(f"note: sample grids show training captions, there are no others: {error}", err=True)
     count = min(GRID_PROMPTS, len(dataset))
     prompts = [dataset.get(i, item_rng(seed, 0, i)).prompt for i in range(count)]
 
@@ -308,11 +338,4 @@ def _evaluate(
         )
     found.save_picture(folder / run_folder.PICTURE)
 
-    def show() -> None:
-        from rich.console import Console
-
-        console = Console()
-        width = console.width if console.is_terminal else PLAIN_WIDTH
-        Console(width=width).print(found.to_table(width))
-
-    return found.to_json(), show
+    return found.to_json(), lambda: print_table(found)

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from align_cli.evaluation.stats import GAIN, LOSS, NO_CHANGE, TOO_FEW, Estimate, Paired
+from align_cli.evaluation.stats import GAIN, LOSS, MIN_CLUSTERS, NO_CHANGE, TOO_FEW, Estimate, Paired
 
 if TYPE_CHECKING:
     from align_cli.evaluation.results import BaseResult, PairedResult, RunFacts
@@ -58,11 +58,13 @@ def base_table(result: BaseResult, width: int = 100) -> Group:
     table = _table(width)
     for name in ("score", "95 % CI", "n", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
 
     def add(name: str, row: Estimate, style: str = "") -> None:
         interval = f"[{_number(row.low)}, {_number(row.high)}]" if row.n else "-"
         floor = _number(result.floor.get(name.removeprefix("* "), math.nan))
-        table.add_row(name, _number(row.mean), interval, str(row.n), floor, style=style)
+        few = "not asked" if not row.n else TOO_FEW if row.clusters < MIN_CLUSTERS else ""
+        table.add_row(name, _number(row.mean), interval, str(row.n), floor, Text(few, "dim"), style=style)
 
     _rows(table, result.rows, result.kinds, result.headline, add)
     return Group(table, *_footer(result.facts, "these", {}))
@@ -115,7 +117,7 @@ def _footer(facts: RunFacts, whose: str, floor: dict[str, float]) -> list[Text]:
         "* headline metric, fixed before the run: all that is asked for is there, and no object more.",
         f"floor: {whose} pictures judged against other prompts of their kind (no alignment at all){scores}.",
         f"{facts.prompts}{held} prompts ({facts.split} split: {kinds}; {facts.distinct_prompts} distinct), "
-        f"seed {facts.seed}{both}; intervals clustered by composition.",
+        f"seed {facts.seed}{both}; intervals clustered by composition, trusted from {MIN_CLUSTERS} of them.",
         f"{facts.model}, {_sampling(facts.sample)}, {facts.dtype} on {facts.device}: {_cost(facts)}",
     ]
     return [Text(line, "dim") for line in lines]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,18 +16,16 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
-    Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
-from rich.text import Text
 
 from align_cli.training.checkpoint import file_errors, write_text
 
 PLAIN_SECONDS = 5.0
 """Least seconds between plain progress lines."""
+RECENT_STEPS = 20
+"""Steps from which speed and ETA come."""
 
 
 class Meter:
@@ -95,13 +94,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-class _Rate(ProgressColumn):
-    """Steps per second, or seconds per step where a step is long."""
-
-    def render(self, task: Task) -> Text:
-        return Text(rate_text(task.finished_speed or task.speed or 0.0), style="cyan")
-
-
 def rate_text(speed: float) -> str:
     """ "3.2 steps/s" or "4.1 s/step"; "" if nothing is known yet."""
     if speed <= 0:
@@ -121,16 +113,16 @@ class Display:
 
     def __init__(self, console: Console | None, *, total: int, start: int) -> None:
         self.console, self.total, self.start = console, total, start
-        self.began = self.spoke = time.monotonic()
+        self.spoke = time.monotonic()
+        self.ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)  # of steps; the first has start-up in it
         self.bar: Progress | None = None
         if console is not None and console.is_terminal:
             self.bar = Progress(
-                TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[loss]}"),
-                _Rate(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+                TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.fields[words]}"),
                 console=console,
             )  # fmt: skip
-            self.task = self.bar.add_task("training", total=total, completed=start, loss="")
+            self.task = self.bar.add_task("training", total=total, completed=start, words="")
 
     def __enter__(self) -> Display:
         if self.bar is not None:
@@ -153,10 +145,17 @@ class Display:
         if self.console is None:
             return
         now = time.monotonic()
+        self.ends.append(now)
+        words = f"loss {loss:.4g}{self._pace(self.total - done)}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, loss=f"loss {loss:.4g}")
+            self.bar.update(self.task, completed=done, words=words)
         elif done in (self.start + 1, self.total) or now - self.spoke >= PLAIN_SECONDS:
             self.spoke = now
-            speed = (done - self.start) / max(1e-9, now - self.began)
-            eta = duration_text((self.total - done) / speed)
-            self.say(f"step {done}/{self.total}  loss {loss:.4g}  {rate_text(speed)}  eta {eta}")
+            self.say(f"step {done}/{self.total}  {words}")
+
+    def _pace(self, left: int) -> str:
+        """Speed of the recent steps, and how long the steps that are left take at it."""
+        if len(self.ends) < 2:
+            return ""
+        speed = (len(self.ends) - 1) / max(1e-9, self.ends[-1] - self.ends[0])
+        return f"  {rate_text(speed)}  eta {duration_text(left / speed)}"

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from align_cli import config, registry
+from align_cli import config
 from align_cli.adapters import AdapterInfo, load_pickle
 from align_cli.errors import UserError
 from align_cli.methods.softrepa.config import TABLE_ROWS
@@ -123,7 +123,6 @@ def _choose(folder: Path) -> Path:
 
 def _width(model: str) -> tuple[int, str]:
     """(text width, family) of a base model."""
-    registry.model_source(model)
     if model not in WIDTHS:
         from align_cli.models.loading import load_model
         from align_cli.settings import ModelSettings

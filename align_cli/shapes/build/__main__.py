@@ -7,8 +7,14 @@ import os
 from importlib import import_module
 from pathlib import Path
 
-STAGES = {"vae": "autoencoder", "clip": "contrastive", "denoiser": "denoiser"}
-STEPS = {"vae": 900, "clip": 3000, "denoiser": 8000}
+STAGES = {
+    "vae": "autoencoder:train",
+    "clip": "contrastive:train",
+    "clip-refine": "contrastive:refine",
+    "denoiser": "denoiser:train",
+}
+"""Stage -> module and function; the denoiser needs vae and clip."""
+STEPS = {"vae": 900, "clip": 3000, "clip-refine": 4000, "denoiser": 8000}
 """Steps of the shipped weights; the learning rate ends with them."""
 
 
@@ -24,8 +30,9 @@ def main() -> None:
     if args.stage == "assemble":
         import_module("align_cli.shapes.build.assemble").assemble(args.out)
         return
-    stage = import_module(f"align_cli.shapes.build.{STAGES[args.stage]}")
-    stage.train(args.out, args.steps or STEPS[args.stage], args.seed)
+    module, _, function = STAGES[args.stage].partition(":")
+    stage = getattr(import_module(f"align_cli.shapes.build.{module}"), function)
+    stage(args.out, args.steps or STEPS[args.stage], args.seed)
 
 
 if __name__ == "__main__":

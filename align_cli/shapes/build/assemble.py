@@ -31,26 +31,24 @@ def assemble(out: Path) -> None:
 def tiny_clip(out: Path) -> None:
     """The contrastive model, rounded to fp16 and measured as rounded."""
     folder = WEIGHTS / "tiny-clip"
-    model, tok = (
-        CLIPModel.from_pretrained(out / "tiny-clip"),
-        CLIPTokenizer.from_pretrained(out / "tiny-clip"),
-    )
+    source = out / "tiny-clip-refined"
+    model, tok = CLIPModel.from_pretrained(source), CLIPTokenizer.from_pretrained(source)
     model.half().save_pretrained(folder)
     tok.save_pretrained(folder)
+    _forget_paths(folder)
     model.float().eval()
     measured = {
         f"{split}_{k}": round(v, 4)
         for split in ("train", "test")
         for k, v in contrastive.evaluate(model, tok, split).items()
     }
-    stage = json.loads((out / "clip.json").read_text())
     card = {
         "model": "tiny-clip",
         "class": "transformers.CLIPModel",
         "trained_on": "shapes world, training split, every picture and caption with its counterfactual twin",
         "input": f"{SIZE}x{SIZE} RGB, x / 127.5 - 1; {components.TOKEN_LIMIT} tokens",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training": stage,
+        "training": _stages(out, "clip", "clip-refine"),
         "measured_fp16": measured,
     }
     _write(folder / "card.json", card)
@@ -74,6 +72,7 @@ def tiny_sd15(out: Path, name: str = "denoiser") -> None:
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(folder)
+    _forget_paths(folder)
     card = {
         "model": "tiny-sd15",
         "class": "diffusers.StableDiffusionPipeline",
@@ -85,9 +84,7 @@ def tiny_sd15(out: Path, name: str = "denoiser") -> None:
             n: sum(p.numel() for p in m.parameters())
             for n, m in (("unet", unet), ("vae", vae), ("text_encoder", text))
         },
-        "training": {
-            stage: json.loads((out / f"{stage}.json").read_text()) for stage in ("vae", "clip", name)
-        },
+        "training": _stages(out, "vae", "clip", name),
         "measured_fp16": measure(folder),
     }
     _write(folder / "card.json", card)
@@ -107,6 +104,18 @@ def measure(folder: Path, n: int = 800) -> dict[str, dict[str, float]]:
         out[split] = {k: round(float(np.nanmean(v)), 4) for k, v in values.items()}
         out[split] |= {f"all_{k}": round(float(values["all"][kinds == k].mean()), 4) for k in PROMPT_KINDS}
     return out
+
+
+def _stages(out: Path, *names: str) -> dict[str, dict]:
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in names}
+
+
+def _forget_paths(folder: Path) -> None:
+    """Take out of every configuration where its part was built."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _write(path: Path, card: dict) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -97,11 +97,14 @@ class Stage:
         torch.save(state | self.extra | {"step": self.step, "seconds": self.seconds}, temporary)
         os.replace(temporary, self.path)
 
-    def finish(self, card: Path, seed: int, measured: dict[str, float]) -> None:
+    def finish(self, card: Path, seed: int, measured: Mapping[str, float]) -> None:
         """Write the facts of the finished stage."""
-        facts = {"steps": self.step, "seed": seed, "seconds": round(self.seconds)}
-        facts |= {"torch": torch.__version__, "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
-        card.write_text(json.dumps(facts | {"measured": measured}, indent=2))
+        facts: dict[str, object] = {"steps": self.step, "seed": seed, "seconds": round(self.seconds)}
+        facts |= {
+            "torch": str(torch.__version__),
+            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        }
+        card.write_text(json.dumps(facts | {"measured": dict(measured)}, indent=2))
 
 
 def line(metrics: dict[str, float]) -> str:

@@ -1,0 +1,37 @@
+"""Options that more than one subcommand has. No torch at import."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="NAME", help="Alias, hub id or folder. Default: the adapter's, else tiny-sd15."
+    ),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="FOLDER", help="Adapter folder, or FOLDER@SCALE; repeatable, stacks."),
+]
+Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", metavar="X", help="Guidance scale; 1 is off.")]
+Sampler = Annotated[str | None, typer.Option("--sampler", metavar="NAME", help="ddim or ddpm.")]
+Spacing = Annotated[
+    str | None, typer.Option("--spacing", metavar="NAME", help="leading, trailing or linspace.")
+]
+Eta = Annotated[float | None, typer.Option("--eta", metavar="X", help="DDIM eta; 0 is deterministic.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Pictures drawn at once.")]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="float32, float16 or bfloat16.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Write into any folder, and replace the files there that have the same names."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")]
