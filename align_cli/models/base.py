@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from align_cli.diffusion.process import NoiseProcess
+from align_cli.diffusion.process import Process
 
 
 @dataclass
@@ -45,12 +45,14 @@ class BaseModel(Protocol):
     """sd15, sd21 (both UNets with one text encoder), sdxl or sd3."""
     model_id: str
     """What the user named: alias, hub id or absolute path."""
-    process: NoiseProcess
+    process: Process
     denoiser: nn.Module
     """The UNet or transformer, for methods that hook into it."""
     image_size: int
     """Pixels of the model's own square picture."""
     latent_channels: int
+    text_width: int
+    """D of the encoded text."""
     vae_factor: int
     """Pixels per latent position along one side."""
     device: torch.device
