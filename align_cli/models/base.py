@@ -38,6 +38,30 @@ class TextCond:
         )
 
 
+@dataclass
+class Posterior:
+    """What the autoencoder says about pictures: latents are (mean + std * noise - shift) * scale.
+
+    mean, std: (B, C, h, w), unscaled, in the autoencoder's dtype; std is None for one frozen draw in `mean`.
+    """
+
+    mean: Tensor
+    std: Tensor | None
+    scale: float
+    shift: float = 0.0
+
+    def draw(self, noise: Tensor | None) -> Tensor:
+        """Scaled latents (B, C, h, w). noise: (B, C, h, w) of N(0, 1), None for the mean; unused by a frozen
+        draw.
+        """
+        latents = self.mean
+        if noise is not None and self.std is not None:
+            latents = latents + self.std * noise.to(latents.device, latents.dtype)
+        if self.shift:
+            latents = latents - self.shift
+        return latents * self.scale
+
+
 class BaseModel(Protocol):
     """A frozen pipeline of one family. Every module is in eval mode and requires no gradient."""
 
@@ -81,6 +105,10 @@ class BaseModel(Protocol):
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise
         is None.
         """
+        ...
+
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """(B, 3, H, W) in [-1, 1] -> what `encode_image` draws from."""
         ...
 
     def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:

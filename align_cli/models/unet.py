@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from align_cli.diffusion.process import NoiseProcess
-from align_cli.models.base import TextCond
+from align_cli.models.base import Posterior, TextCond
 
 SD21_WIDTH = 1024
 """Text width of SD2.x (OpenCLIP ViT-H); SD1.x has 768."""
@@ -102,11 +102,12 @@ class UNetModel:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise
         is None.
         """
-        posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
-        latents: Tensor = posterior.mean
-        if noise is not None:
-            latents = latents + posterior.std * noise.to(latents.device, latents.dtype)
-        return latents * self.vae.config.scaling_factor
+        return self.posterior(pixels).draw(noise)
+
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """(B, 3, H, W) in [-1, 1] -> what `encode_image` draws from."""
+        found = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+        return Posterior(found.mean, found.std, self.vae.config.scaling_factor)
 
     def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
         """Scaled latents -> (B, 3, H, W) float32 in [0, 1]; differentiable; not clamped if asked."""
