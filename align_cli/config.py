@@ -17,13 +17,21 @@ from pathlib import Path
 
 from align_cli import registry
 from align_cli.errors import UserError, unknown
-from align_cli.settings import DataSettings, EvalSettings, ModelSettings, SampleSettings, TrainSettings
+from align_cli.settings import (
+    DataSettings,
+    EditSettings,
+    EvalSettings,
+    ModelSettings,
+    SampleSettings,
+    TrainSettings,
+)
 
 SECTIONS: dict[str, type] = {
     "model": ModelSettings,
     "data": DataSettings,
     "train": TrainSettings,
     "sample": SampleSettings,
+    "edit": EditSettings,
     "eval": EvalSettings,
 }
 """Sections that every method has; one more has the method's own name."""
@@ -98,6 +106,7 @@ class Resolved:
     data: DataSettings
     train: TrainSettings
     sample: SampleSettings
+    edit: EditSettings
     eval: EvalSettings
     method_config: object
     """The method's own frozen dataclass; its section has the method's name."""

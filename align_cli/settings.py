@@ -3,7 +3,7 @@
 One TOML layout serves presets, `--config` files and `config.toml` beside every artefact:
 
     method = "softrepa"      # which method; its own section has the method's name
-    [model]  [data]  [train]  [sample]  [eval]  [softrepa]
+    [model]  [data]  [train]  [sample]  [edit]  [eval]  [softrepa]
 """
 
 from __future__ import annotations
@@ -180,6 +180,60 @@ class SampleSettings:
         require(self.guidance >= 0, f"sample.guidance must be >= 0, got {self.guidance}")
         require(0 <= self.eta <= 1, f"sample.eta must be in [0, 1], got {self.eta}")
         require(self.image_size >= 0, f"sample.image_size must be >= 0, got {self.image_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSettings:
+    """How pictures are edited (FlowEdit). Defaults: SoftREPA's edit_sd3.py, for its tokens on SD3.
+
+    Without tokens the official values are n_start 33 and tgt_guidance 13.5.
+    """
+
+    steps: int = 50
+    """Timesteps of the whole path from noise to picture (NFE); only the last n_start of them are run."""
+    n_start: int = 30
+    """Steps that are run. Fewer stay closer to the source; 0 returns it."""
+    n_min: int = 0
+    """Of those, the last ones that are ordinary sampling under the target prompt (FlowEdit's second phase)."""
+    n_avg: int = 1
+    """Noises averaged in every step."""
+    src_guidance: float = 3.5
+    """Guidance scale of the source prompt; 1 skips its unconditional pass."""
+    tgt_guidance: float = 9.0
+    """Guidance scale of the target prompt, in the form that `convention` says."""
+    convention: str = "softrepa"
+    """What tgt_guidance multiplies: softrepa is v + s (v - u), flowedit is u + s (v - u), so that softrepa's s
+    is flowedit's s + 1.
+    """
+    image_size: int = 0
+    """Pixels per side that a picture is resized to; 0 takes the model's own, -1 leaves its size alone."""
+    keep_aspect: bool = False
+    """Resize to the area of image_size x image_size in place of that square."""
+    batch_size: int = 4
+    """Rows of one denoiser call. An edit has four (source and target, each with and without its prompt), so
+    8 makes two edits at once and 1 one call after the other.
+    """
+
+    def __post_init__(self) -> None:
+        one_of("edit.convention", self.convention, ("softrepa", "flowedit"))
+        for name, least in {"steps": 1, "n_start": 0, "n_min": 0, "n_avg": 1, "batch_size": 1}.items():
+            value = getattr(self, name)
+            require(value >= least, f"edit.{name} must be >= {least}, got {value}")
+        require(
+            self.n_start <= self.steps,
+            f"edit.n_start must be at most edit.steps ({self.steps}), got {self.n_start}",
+        )
+        require(
+            self.n_min <= self.n_start,
+            f"edit.n_min must be at most edit.n_start ({self.n_start}), got {self.n_min}",
+        )
+        for name in ("src_guidance", "tgt_guidance"):
+            require(getattr(self, name) >= 0, f"edit.{name} must be >= 0, got {getattr(self, name)}")
+        require(self.image_size >= -1, f"edit.image_size must be >= -1, got {self.image_size}")
+        require(
+            not (self.keep_aspect and self.image_size == -1),
+            "edit.keep_aspect resizes, edit.image_size -1 does not: choose one of them",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ FREE = frozenset(
     }
 )
 """Settings that may differ when a run goes on; the data of another path must have the same fingerprint."""
-FREE_SECTIONS = ("sample", "eval")
+FREE_SECTIONS = ("sample", "edit", "eval")
 
 
 def check(out: Path, *, resume: bool, overwrite: bool) -> None:
