@@ -194,7 +194,7 @@ class EditSettings:
     n_start: int = 30
     """Steps that are run. Fewer stay closer to the source; 0 returns it."""
     n_min: int = 0
-    """Of those, the last ones that are ordinary sampling under the target prompt (FlowEdit's second phase)."""
+    """Of those, the last ones that sample under the target prompt alone (FlowEdit's second phase)."""
     n_avg: int = 1
     """Noises averaged in every step."""
     src_guidance: float = 3.5
@@ -202,7 +202,7 @@ class EditSettings:
     tgt_guidance: float = 9.0
     """Guidance scale of the target prompt, in the form that `convention` says."""
     convention: str = "softrepa"
-    """What tgt_guidance multiplies: softrepa is v + s (v - u), flowedit is u + s (v - u), so that softrepa's s
+    """How tgt_guidance enters: softrepa is v + s (v - u), flowedit is u + s (v - u), so that softrepa's s
     is flowedit's s + 1.
     """
     image_size: int = 0
