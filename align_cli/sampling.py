@@ -56,7 +56,7 @@ def sample(
     pictures: list[Tensor] = []
     for start in range(0, len(prompts), settings.batch_size):
         part = list(prompts[start : start + settings.batch_size])
-        noise = _Noise(seeds[start : start + settings.batch_size], shape, model)
+        noise = PictureNoise(seeds[start : start + settings.batch_size], shape, model)
         size, first = len(part), start * settings.steps
 
         def report(step: int, size: int = size, first: int = first) -> None:
@@ -103,7 +103,7 @@ def picture_seeds(seed: int, n: int) -> list[int]:
     return [int(s) for s in np.random.SeedSequence([seed, 40]).generate_state(n, np.uint32)]
 
 
-class _Noise:
+class PictureNoise:
     """Standard normal noise (B, C, h, w) float32, every picture from its own CPU generator."""
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], model: BaseModel) -> None:
