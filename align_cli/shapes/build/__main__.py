@@ -7,9 +7,15 @@ import os
 from importlib import import_module
 from pathlib import Path
 
-STAGES = {"vae": "autoencoder", "clip": "contrastive", "denoiser": "denoiser"}
-STEPS = {"vae": 900, "clip": 3000, "denoiser": 8000}
-"""Steps of the shipped weights; the learning rate ends with them."""
+STAGES = {
+    "vae": ("autoencoder", 900),
+    "clip": ("contrastive", 3000),
+    "clip-refine": ("contrastive", 4000),
+    "denoiser": ("denoiser", 8000),
+    "denoiser-sdxl": ("denoiser", 4000),
+    "denoiser-sd3": ("denoiser", 8000),
+}
+"""Stage -> module, and steps of the shipped weights (the learning rate ends with them), in order."""
 
 
 def main() -> None:
@@ -24,8 +30,9 @@ def main() -> None:
     if args.stage == "assemble":
         import_module("align_cli.shapes.build.assemble").assemble(args.out)
         return
-    stage = import_module(f"align_cli.shapes.build.{STAGES[args.stage]}")
-    stage.train(args.out, args.steps or STEPS[args.stage], args.seed)
+    module, steps = STAGES[args.stage]
+    stage = import_module(f"align_cli.shapes.build.{module}")
+    stage.train(args.out, args.steps or steps, args.seed, args.stage)
 
 
 if __name__ == "__main__":

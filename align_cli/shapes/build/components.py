@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Whitespace
@@ -127,6 +133,41 @@ def unet() -> UNet2DConditionModel:
         attention_head_dim=4,
         norm_num_groups=16,
     )
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """The denoiser of tiny-sdxl: that of tiny-sd15 with the text of two towers and SDXL's added embedding."""
+    return UNet2DConditionModel.from_config(
+        {
+            **unet().config,
+            "cross_attention_dim": 2 * WIDTH,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 16,
+            "projection_class_embeddings_input_dim": WIDTH + 6 * 16,
+        }
+    )
+
+
+def transformer() -> SD3Transformer2DModel:
+    """The denoiser of tiny-sd3: one token per latent position."""
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        caption_projection_dim=128,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=16,
+    )
+
+
+def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """SD3's schedule."""
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 def scheduler() -> DDIMScheduler:

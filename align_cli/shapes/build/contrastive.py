@@ -19,6 +19,7 @@ from align_cli.shapes.world import render, sample_scenes
 
 BATCH = 64
 LR = 1e-3
+REFINE_LR = 7e-4
 WEIGHTS = (0.15, 0.5, 0.15, 0.2)
 LONG_RATE = 0.1
 
@@ -81,26 +82,36 @@ def evaluate(model: CLIPModel, tok: CLIPTokenizer, split: str, n: int = 1000) ->
     return out
 
 
-def train(out: Path, steps: int, seed: int) -> None:
-    """Train for `steps` and save a transformers CLIPModel folder with its tokenizer."""
+def train(out: Path, steps: int, seed: int, name: str) -> None:
+    """Train for `steps` and save a transformers CLIPModel folder with its tokenizer.
+
+    name: "clip", where the text towers of the pipelines start; or "clip-refine", which goes on from it under
+    a new cosine and ships as tiny-clip.
+    """
     torch.manual_seed(seed)
     tok = components.tokenizer()
     model = components.clip(tok)
+    refining = name != "clip"
+    lr = REFINE_LR if refining else LR
+    if refining:
+        model = CLIPModel.from_pretrained(out / "tiny-clip")
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.98), weight_decay=0.05)
-    stage = Stage(out / "clip.state", model, optimizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98), weight_decay=0.05)
+    stage = Stage(out / f"{name}.state", model, optimizer)
 
     def loss_at(step: int) -> Tensor:
-        x, prompts, twins = examples(BATCH // 2, np.random.default_rng([seed, 2, step]), "train")
+        rng = np.random.default_rng([seed, 5 if refining else 2, step])
+        x, prompts, twins = examples(BATCH // 2, rng, "train")
         return loss(model, tok, x, [p.text for p in prompts + twins])
 
     report = lambda: line(evaluate(model, tok, "val", 300))  # noqa: E731
-    stage.fit(loss_at, steps=steps, lr=LR, warmup=100, every=200, report=report)
+    stage.fit(loss_at, steps=steps, lr=lr, warmup=100, every=200, report=report)
     model.eval()
     metrics = {
         f"{split}_{k}": v for split in ("train", "test") for k, v in evaluate(model, tok, split).items()
     }
-    print("clip final", line(metrics), flush=True)
-    model.save_pretrained(out / "tiny-clip")
-    tok.save_pretrained(out / "tiny-clip")
-    stage.finish(out / "clip.json", seed, {"pairs": stage.step * BATCH} | metrics)
+    print(name, "final", line(metrics), flush=True)
+    folder = out / ("tiny-clip-refined" if refining else "tiny-clip")
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    stage.finish(out / f"{name}.json", seed, {"pairs": stage.step * BATCH} | metrics)
