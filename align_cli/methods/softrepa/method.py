@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from align_cli.errors import UserError
 from align_cli.losses import denoising_error, softrepa_terms
-from align_cli.methods.base import Batch, StepContext
+from align_cli.methods.base import Batch, StepContext, encoded_latents, encoded_text, latent_shape
 from align_cli.methods.softrepa.config import TABLE_ROWS, SoftREPAConfig
 from align_cli.methods.softrepa.placement import PLACEMENTS, placement
 from align_cli.methods.softrepa.tokens import SoftTokens
@@ -138,20 +138,16 @@ class SoftREPA:
         Logs (means over this process's images): loss, ce, err_own (E under the own caption), err_other,
         accuracy (own caption has the smallest error), spread (std of the logits over an image's captions).
         """
-        if batch.pixels is None:
-            raise UserError("softrepa trains on images with captions, but this dataset has captions only")
         c, model = self.config, self.model
         count = len(batch.prompts)
         total = count * ctx.world_size
         with torch.no_grad():
-            side = [n // model.vae_factor for n in batch.pixels.shape[-2:]]
-            shape = (model.latent_channels, *side)
+            shape = latent_shape(model, batch)
             t = torch.randint(c.min_t, c.max_t, (), generator=ctx.rng)
             posterior = ctx.rows(torch.randn(total, *shape, generator=ctx.rng))
             eps = ctx.rows(self._noise(total, shape, ctx.rng))
-            latents = model.encode_image(batch.pixels, posterior).float()
-            negatives = self._negatives(batch)
-            encoded = model.encode_text([*batch.prompts, *negatives])
+            latents = encoded_latents(model, batch, posterior).float()
+            encoded = encoded_text(model, batch, self._negatives(batch))
             texts = _gathered(encoded[:count], ctx)
         own = torch.arange(count, device=latents.device) + ctx.rank * count
         eps = eps.to(latents.device)
