@@ -40,6 +40,7 @@ FLAGS = {
     "model.name": "--model",
     "data.name": "--data",
     "data.path": "--data-path",
+    "data.cache": "--cache",
     "eval.num_prompts": "--no-eval",
 }
 """Named flags whose spelling is not `--` plus the key's last part."""
@@ -220,8 +221,10 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Resolved], bool], str], ...] = (
     (("train.lr_min",), lambda r: r.train.lr_schedule == "constant", "train.lr_schedule is constant"),
     (("data.path", "data.image_size", "data.interpolation"), lambda r: r.data.name == "shapes",
      "the shapes dataset is generated"),
+    (("data.path",), lambda r: bool(r.data.cache) and r.data.name != "shapes", "data.cache is read instead"),
     (("data.mixture",), lambda r: r.data.name != "shapes", "data.name is not shapes"),
     (("sample.eta",), lambda r: r.sample.sampler != "ddim", "sample.sampler is not ddim"),
+    (("sample.spacing",), lambda r: r.sample.sampler == "euler", "sample.sampler is euler"),
 )  # fmt: skip
 """(keys, condition under which they do nothing, the reason in words)."""
 

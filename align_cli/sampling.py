@@ -5,19 +5,24 @@ Shape letters: N pictures, B of them in one forward pass, C h w latent, H W pixe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from align_cli.diffusion.rollout import rollout
+from align_cli.diffusion.samplers import samplers_of
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel
 from align_cli.pictures import Note, contact_sheet, save_png
 from align_cli.settings import SampleSettings
 
-__all__ = ["Note", "check_settings", "contact_sheet", "picture_seeds", "sample", "save_png"]
+__all__ = [
+    "Note", "check_settings", "check_side", "contact_sheet", "own_settings", "picture_seeds", "sample",
+    "save_png",
+]  # fmt: skip
 
 Callback = Callable[[int, int], None]
 """Called as (done, total), both in pictures times denoising steps."""
@@ -68,7 +73,7 @@ def sample(
             model.process,
             noise(),
             steps=settings.steps,
-            spacing=settings.spacing,
+            spacing=None if settings.sampler == "euler" else settings.spacing,
             sampler=settings.sampler,
             eta=settings.eta,
             guidance=settings.guidance,
@@ -85,17 +90,44 @@ def sample(
 def check_settings(model: BaseModel, settings: SampleSettings) -> int:
     """Pixels of the picture's side. UserError for settings that this model cannot draw with."""
     side = settings.image_size or model.image_size
-    if side % model.vae_factor:
-        near = max(1, round(side / model.vae_factor)) * model.vae_factor
+    check_side(model, side, "sample.image_size")
+    allowed = samplers_of(model.process)
+    if settings.sampler not in allowed:
+        kind = "a flow-matching model" if allowed == ("euler",) else "no flow-matching model"
         raise UserError(
-            f"sample.image_size must be a multiple of {model.vae_factor} pixels for {model.model_id}, "
-            f"got {side}; try {near}"
+            f"sample.sampler {settings.sampler} does not work on {model.model_id}, {kind}; use "
+            f"{' or '.join(allowed)}"
         )
     if settings.steps > model.process.num_train_timesteps:
         raise UserError(
             f"sample.steps must be at most {model.process.num_train_timesteps}, got {settings.steps}"
         )
     return side
+
+
+def check_side(model: BaseModel, side: int, what: str) -> None:
+    """UserError, about the setting `what`, if the model makes no pictures of this side (pixels)."""
+    factor, most = model.size_factor, model.max_image_size
+    if side % factor:
+        near = max(1, round(side / factor)) * factor
+        raise UserError(
+            f"{what} must be a multiple of {factor} pixels for {model.model_id}, got {side}; try {near}"
+        )
+    if most and side > most:
+        raise UserError(f"{what} must be at most {most} pixels for {model.model_id}, got {side}")
+
+
+def own_settings(model: BaseModel, settings: SampleSettings, open_keys: Collection[str]) -> SampleSettings:
+    """`settings` with the model's own choice of those among `open_keys`: sampler, spacing.
+
+    open_keys: names of settings that nobody chose. A flow-matching model has no spacing to choose.
+    """
+    own: dict[str, str] = {}
+    if "sampler" in open_keys:
+        own["sampler"] = samplers_of(model.process)[0]
+    if "spacing" in open_keys and model.process.prediction_type != "flow":
+        own["spacing"] = model.process.timestep_spacing
+    return replace(settings, **own)  # type: ignore[arg-type]
 
 
 def picture_seeds(seed: int, n: int) -> list[int]:

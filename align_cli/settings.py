@@ -29,17 +29,30 @@ class ModelSettings:
     """Which base model, and how it is held."""
 
     name: str = "tiny-sd15"
-    """Alias (tiny-sd15, sd15, sd14, sd21-base, ...), hub id, or path of a diffusers folder."""
+    """Alias (tiny-sd15, sd15, sdxl, sd3, sd35-medium, ...), hub id, or path of a diffusers folder."""
     dtype: str = "float32"
     """Weights of the frozen model: float32, float16 or bfloat16."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."""
     unet: str = ""
-    """Path or hub id of a separately tuned denoiser to use in place of the pipeline's own; empty for none."""
+    """Path or hub id of a separately tuned denoiser (UNet, or the transformer of SD3) to use in place of the
+    pipeline's own; empty for none.
+    """
+    vae: str = ""
+    """Path or hub id of an autoencoder to use in place of the pipeline's own; empty for none. SDXL's own
+    overflows in float16: madebyollin/sdxl-vae-fp16-fix does not.
+    """
+    t5_length: int = 512
+    """SD3: rows of the T5 part of the text, at most what its tokenizer allows. 0 leaves T5 unloaded: zeros
+    stand in its place. Source: SoftREPA sampler.py (diffusers' pipeline has 256).
+    """
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "float16", "bfloat16"))
         require(bool(self.name), "model.name must not be empty")
+        require(
+            0 <= self.t5_length <= 512, f"model.t5_length must be between 0 and 512, got {self.t5_length}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +73,9 @@ class DataSettings:
     """Use only the first N examples; 0 uses all (shapes: size of the generated set)."""
     mixture: str = "all"
     """Shapes world only: all kinds of scenes, or pairs (two-object scenes and more)."""
+    cache: str = ""
+    """Folder of encodings made by `t2ialign encode`, read in place of the pictures; empty to encode on the fly.
+    """
 
     def __post_init__(self) -> None:
         one_of("data.interpolation", self.interpolation, ("bicubic", "bilinear", "lanczos"))
@@ -158,9 +174,9 @@ class SampleSettings:
     """How pictures are drawn."""
 
     sampler: str = "ddim"
-    """ddim or ddpm."""
+    """ddim or ddpm; euler for flow-matching models (SD3), which have no other."""
     spacing: str = "leading"
-    """Timestep spacing: leading, trailing or linspace."""
+    """Timestep spacing of ddim and ddpm: leading, trailing or linspace."""
     steps: int = 30
     """Denoiser evaluations along the path (NFE)."""
     guidance: float = 7.0
@@ -173,7 +189,7 @@ class SampleSettings:
     """Pictures per forward pass. Does not change the pictures."""
 
     def __post_init__(self) -> None:
-        one_of("sample.sampler", self.sampler, ("ddim", "ddpm"))
+        one_of("sample.sampler", self.sampler, ("ddim", "ddpm", "euler"))
         one_of("sample.spacing", self.spacing, ("leading", "trailing", "linspace"))
         require(self.steps >= 1, f"sample.steps must be >= 1, got {self.steps}")
         require(self.batch_size >= 1, f"sample.batch_size must be >= 1, got {self.batch_size}")

@@ -147,15 +147,20 @@ def build_tiny_sdxl(
         norm_num_groups=4,
     )
     _louder_text(unet)
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        prediction_type=prediction_type,
-        timestep_spacing="leading",
-        use_karras_sigmas=False,
-        interpolation_type="linear",
+    scheduler = EulerDiscreteScheduler.from_config(  # with the keys of other schedulers that SDXL's file has
+        {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "interpolation_type": "linear",
+            "prediction_type": prediction_type,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+            "timestep_spacing": "leading",
+            "use_karras_sigmas": False,
+        }
     )
     pipe = StableDiffusionXLPipeline(
         vae=vae,
@@ -176,6 +181,7 @@ def build_tiny_sd3(
     *,
     seed: int = 0,
     t5: bool = True,
+    t5_tokens: int = 24,
     latent_channels: int = 4,
     num_layers: int = 3,
     dual: bool = False,
@@ -186,8 +192,9 @@ def build_tiny_sd3(
     """Save a random Stable Diffusion 3 pipeline (32 px pictures, 8x8 latents, 32 CLIP tokens) as an ordinary
     folder.
 
-    t5: False leaves out the third text encoder and its tokenizer. dual: the layout of SD3.5 medium (a second
-    attention in the first blocks, normalised queries and keys).
+    t5: False leaves out the third text encoder and its tokenizer. t5_tokens: the limit of that tokenizer (SD3:
+    512). dual: the layout of SD3.5 medium (a second attention in the first blocks, normalised queries and
+    keys).
     """
     from diffusers import (
         AutoencoderKL,
@@ -201,7 +208,7 @@ def build_tiny_sd3(
     first, second = _tiny_tokenizers()
     text = CLIPTextModelWithProjection(_tiny_clip_text(first, 16, "quick_gelu"))
     text_2 = CLIPTextModelWithProjection(_tiny_clip_text(second, 24, "gelu"))
-    third = tiny_t5_tokenizer() if t5 else None
+    third = tiny_t5_tokenizer(t5_tokens) if t5 else None
     text_3 = None
     if third is not None:
         text_3 = T5EncoderModel(
@@ -289,7 +296,7 @@ def _tiny_clip_text(words: Any, width: int, activation: str) -> Any:
     )
 
 
-def tiny_t5_tokenizer() -> Any:
+def tiny_t5_tokenizer(limit: int = 24) -> Any:
     """A T5 tokenizer (Unigram) in which every word of the shapes grammar is one token; other words are
     spelled in ASCII characters.
     """
@@ -300,7 +307,7 @@ def tiny_t5_tokenizer() -> Any:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -8.0)]
     pieces += [("\u2581" + word, -4.0) for word in word_list()]
     pieces += [(chr(code), -9.0) for code in range(33, 127)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=limit)
 
 
 def _louder_text(unet: Any) -> None:

@@ -315,10 +315,8 @@ def test_not_a_model(tiny_sd15_folder, tmp_path):
         load("sd51")
     folder = broken(tiny_sd15_folder, tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
-    with pytest.raises(
-        UserError, match="holds a StableDiffusion3Pipeline; supported are Stable Diffusion 1.x and 2.x"
-    ):
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(UserError, match="holds a FluxPipeline; supported are Stable Diffusion 1.x and 2.x"):
         load(folder)
     (folder / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

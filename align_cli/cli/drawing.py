@@ -23,8 +23,8 @@ DEFAULTS = "the defaults"
 class Plan:
     """A decided drawing. adapters: the specs as typed ("PATH@0.7"). infos: what their folders say.
 
-    origin: in words, where the sampling settings come from. own_spacing: nobody chose a timestep spacing, so
-    the one of the model's scheduler holds. own_dtype: nobody chose a dtype on the command line.
+    origin: in words, where the sampling settings come from. open_keys: those of sampler and spacing that
+    nobody chose, so that the model's own holds. own_dtype: nobody chose a dtype on the command line.
     """
 
     model: ModelSettings
@@ -32,30 +32,31 @@ class Plan:
     adapters: list[str]
     infos: list[AdapterInfo]
     origin: str
-    own_spacing: bool
+    open_keys: frozenset[str]
     own_dtype: bool
 
     def load(self) -> tuple[BaseModel, Plan]:
         """The model, with a look whether every adapter fits it, and the plan with nothing left open."""
         from align_cli.adapters import attach
         from align_cli.models.loading import load_model, pick_device
-        from align_cli.sampling import check_settings
+        from align_cli.sampling import check_settings, own_settings
 
         settings = self.model
         if self.own_dtype and pick_device(settings.device).type == "cpu":
             settings = replace(settings, dtype="float32")  # half precision on a CPU is slower, not faster
         model = load_model(settings)
-        check_settings(model, self.sample)
+        drawing = own_settings(model, self.sample, self.open_keys)
+        check_settings(model, drawing)
         with attach(model, self.adapters):
             pass
-        spacing = model.process.timestep_spacing if self.own_spacing else self.sample.spacing
-        return model, replace(self, model=settings, sample=replace(self.sample, spacing=spacing))
+        return model, replace(self, model=settings, sample=drawing)
 
     def describe(self) -> str:
         """One line: what is drawn with which settings."""
         s = self.sample
+        spacing = "" if s.sampler == "euler" else f" ({s.spacing})"
         return (
-            f"{self.model.name}: {s.sampler}, {s.steps} steps ({s.spacing}), guidance {s.guidance:g}, as "
+            f"{self.model.name}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}, as "
             f"{self.origin}"
         )
 
@@ -87,7 +88,7 @@ def make_plan(
         adapters=adapters,
         infos=infos,
         origin=origin,
-        own_spacing=origin.startswith(DEFAULTS) and "spacing" not in given,
+        open_keys=frozenset({"sampler", "spacing"} - given.keys() if origin.startswith(DEFAULTS) else ()),
         own_dtype="dtype" not in held,
     )
 

@@ -35,7 +35,7 @@ def evaluate(
     interval: Annotated[str, typer.Option("--interval", help="t or bootstrap.")] = "t",
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 is off.")] = None,
-    sampler: Annotated[str | None, typer.Option("--sampler", help="ddim or ddpm.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="ddim, ddpm; SD3: euler.")] = None,
     spacing: Annotated[str | None, typer.Option("--spacing", help="leading, trailing or linspace.")] = None,
     eta: Annotated[float | None, typer.Option("--eta", help="DDIM eta; 0 is deterministic.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Pictures drawn at once.")] = None,

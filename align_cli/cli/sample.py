@@ -39,7 +39,7 @@ def sample(
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 2**20, help="Seed of the first.")] = 42,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 is off.")] = None,
-    sampler: Annotated[str | None, typer.Option("--sampler", help="ddim or ddpm.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="ddim, ddpm; SD3: euler.")] = None,
     spacing: Annotated[str | None, typer.Option("--spacing", help="leading, trailing or linspace.")] = None,
     eta: Annotated[float | None, typer.Option("--eta", help="DDIM eta; 0 is deterministic.")] = None,
     image_size: Annotated[
@@ -152,7 +152,8 @@ def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndar
     used = ", ".join(
         f"{spec} sha256:{info.sha256}" for spec, info in zip(plan.adapters, plan.infos, strict=True)
     )
-    settings = ", ".join(f"{key} {value}" for key, value in vars(plan.sample).items())
+    idle = ("spacing", "eta") if plan.sample.sampler == "euler" else ()
+    settings = ", ".join(f"{key} {value}" for key, value in vars(plan.sample).items() if key not in idle)
     common = {"model": plan.model.name, "sampling": settings, "software": "t2ialign"}
     for job, picture in zip(jobs, pictures, strict=True):
         facts = {"prompt": job.prompt, "seed": job.seed, **common}

@@ -59,7 +59,7 @@ class FlowProcess:
     def sigma(self, t: Tensor | float, like: Tensor) -> Tensor:
         """t / T on the device of `like`, shaped () or (B, 1, 1, 1), float32 (float64 for float64)."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        sigma = torch.as_tensor(t, device=like.device).to(dtype) / self.num_train_timesteps
+        sigma = torch.as_tensor(t, device=like.device, dtype=dtype) / self.num_train_timesteps
         return sigma.view(-1, *[1] * (like.ndim - 1)) if sigma.ndim else sigma
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:

@@ -79,6 +79,10 @@ class BaseModel(Protocol):
     """D of the encoded text."""
     vae_factor: int
     """Pixels per latent position along one side."""
+    size_factor: int
+    """The sides of a picture are multiples of it, in pixels: vae_factor, times the patch of a transformer."""
+    max_image_size: int
+    """Pixels of the longest side the denoiser has positions for; 0 if there is no such limit."""
     device: torch.device
     dtype: torch.dtype
 
