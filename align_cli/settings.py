@@ -43,8 +43,8 @@ class ModelSettings:
     overflows in float16: madebyollin/sdxl-vae-fp16-fix does not.
     """
     t5_length: int = 512
-    """SD3: rows of the T5 part of the text, at most what its tokenizer allows. 0 leaves T5 unloaded: zeros
-    stand in its place. Source: SoftREPA sampler.py (diffusers' pipeline has 256).
+    """SD3: rows of the T5 part of the text, at most what its tokenizer allows. 0 leaves T5 unloaded: as
+    many zeros as CLIP has rows stand in its place. Source: SoftREPA sampler.py (diffusers' pipeline has 256).
     """
 
     def __post_init__(self) -> None:

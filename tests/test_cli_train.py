@@ -302,7 +302,7 @@ def test_user_errors_leave_nothing_behind(tmp_path, options):
         assert "cuda" in error("--device", "cuda")
     root = make_coco(tmp_path / "coco")
     with pytest.warns(UserWarning, match="no caption"):
-        assert "no multiple of 4" in error(
+        assert "must be a multiple of 4" in error(
             "--data", "coco", "--data-path", root, "--set", "data.image_size=18"
         )
 

@@ -162,6 +162,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
     from rich.console import Console
 
     from align_cli.models.loading import load_model
+    from align_cli.sampling import check_side
     from align_cli.training.distributed import is_main, leave_group, rank_device
     from align_cli.training.loop import tracker_available
     from align_cli.training.loop import train as train_loop
@@ -173,12 +174,9 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
             f"{resolved.method} does not train models of the family {model.family} ({resolved.model.name}); "
             f"it trains {', '.join(sorted(method_class.families))}"
         )
-    if resolved.data.name != "shapes" and resolved.data.image_size % model.vae_factor:
-        raise UserError(
-            f"data.image_size {resolved.data.image_size} is no multiple of {model.vae_factor}, the pixels "
-            f"per latent "
-            f"position of {resolved.model.name}"
-        )
+    if resolved.data.name != "shapes":
+        check_side(model, resolved.data.image_size, "data.image_size")
+    resolved = _with_own_sampling(resolved, model)
     method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
     method.check(resolved.train)
     result = train_loop(
@@ -203,6 +201,20 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         typer.echo(f"go on with: {run_folder.resume_command(resolved.method, folder)}")
         raise typer.Exit(128 + result.signal)
     _conclude(resolved, folder, model, method, dataset, result)
+
+
+def _with_own_sampling(resolved: config.Resolved, model: BaseModel) -> config.Resolved:
+    """The configuration with the model's own sampler and timestep spacing where no layer names one, and with
+    a look whether it can draw so.
+    """
+    from align_cli.sampling import check_settings, own_settings
+
+    keys = {key for key in ("sampler", "spacing") if resolved.origin[f"sample.{key}"] == "default"}
+    drawing = own_settings(model, resolved.sample, keys)
+    check_settings(model, drawing)
+    changed = {key for key in keys if getattr(drawing, key) != getattr(resolved.sample, key)}
+    origin = resolved.origin | {f"sample.{key}": "the model" for key in changed}
+    return replace(resolved, sample=drawing, origin=origin)
 
 
 def _grid(model: BaseModel, method: Method, dataset: Dataset, resolved: config.Resolved) -> Grid:

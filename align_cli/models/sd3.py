@@ -16,9 +16,6 @@ from align_cli.diffusion.flow import FlowProcess
 from align_cli.models.base import TextCond
 from align_cli.models.frozen import FrozenModel, clip_limit, clip_penultimate, count_tokens, token_ids
 
-T5_ZERO_ROWS = 256
-"""Rows of zeros in place of a T5 that was dropped: diffusers' default max_sequence_length."""
-
 
 def mmdit_predict(transformer: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
     """One MMDiT call. z_t (B, C, h, w), t () or (B,) in [0, 1000], int or float, cond.tokens (B, L + N, D),
@@ -39,9 +36,9 @@ def mmdit_predict(transformer: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond
 class SD3Model(FrozenModel):
     """A frozen SD3 pipeline; see `align_cli.models.base.BaseModel`.
 
-    tokenizers, text_encoders: two of CLIP, and that of T5 unless it is left out. t5_length: rows of the T5
-    part of the text, never more than the T5 tokenizer's own limit; without T5 they are zeros, as in diffusers
-    (0: as many as its pipeline takes by default).
+    t5: its tokenizer and encoder, or None: then zeros stand in their place, as many rows as the CLIP part has
+    (as in older versions of diffusers; newer ones take max_sequence_length rows).
+    t5_length: rows of the T5 part, never more than the T5 tokenizer's own limit; unused without T5.
     """
 
     family = "sd3"
@@ -61,16 +58,14 @@ class SD3Model(FrozenModel):
         encoders = [*text_encoders, *([] if t5 is None else [t5[1]])]
         super().__init__(model_id=model_id, process=process, denoiser=transformer, vae=vae, encoders=encoders)
         self.tokenizers = tokenizers
+        self.clip_length = min(map(clip_limit, tokenizers, text_encoders))
         self.t5_tokenizer = None if t5 is None else t5[0]
-        self.t5_length = t5_length or T5_ZERO_ROWS
-        if self.t5_tokenizer is not None:
-            self.t5_length = min(self.t5_length, int(self.t5_tokenizer.model_max_length))
+        self.t5_length = self.clip_length if t5 is None else min(t5_length, int(t5[0].model_max_length))
         config = transformer.config
         self.size_factor = self.vae_factor * int(config.patch_size)
         self.image_size = int(config.sample_size) * self.vae_factor
         self.max_image_size = int(config.pos_embed_max_size) * self.size_factor
         self.text_width = int(config.joint_attention_dim)
-        self.clip_length = min(map(clip_limit, tokenizers, text_encoders))
 
     @property
     def token_limit(self) -> int:
