@@ -52,6 +52,9 @@ def train(
     seed: Annotated[int | None, typer.Option("--seed", help="The only source of randomness.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Dataset: shapes or coco.")] = None,
     data_path: Annotated[Path | None, typer.Option("--data-path", help="Folder of the dataset.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Encodings of the dataset, made by 't2ialign encode'.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the run. Default: runs/METHOD-MODEL-seedN.")
@@ -71,8 +74,8 @@ def train(
     """
     flags: dict[str, object] = {
         "model.name": model, "model.device": device, "data.name": data, "data.path": data_path,
-        "train.steps": steps, "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
-        "eval.num_prompts": 0 if no_eval else None,
+        "data.cache": cache, "train.steps": steps, "train.lr": lr, "train.batch_size": batch_size,
+        "train.seed": seed, "eval.num_prompts": 0 if no_eval else None,
     }  # fmt: skip
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
@@ -154,13 +157,12 @@ def describe(resolved: config.Resolved) -> str:
 
 def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Load, train, save, evaluate."""
-    dataset: Dataset = registry.load(registry.DATASETS, resolved.data.name)(
-        resolved.data, seed=resolved.train.seed, split="train"
-    )
+    dataset = _dataset(resolved)
     method_class = registry.load(registry.METHODS, resolved.method)
 
     from rich.console import Console
 
+    from align_cli.data.cached import CachedDataset
     from align_cli.models.loading import load_model
     from align_cli.sampling import check_side
     from align_cli.training.distributed import is_main, leave_group, rank_device
@@ -177,6 +179,8 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
     if resolved.data.name != "shapes":
         check_side(model, resolved.data.image_size, "data.image_size")
     resolved = _with_own_sampling(resolved, model)
+    if isinstance(dataset, CachedDataset):
+        dataset.check_model(model)
     method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
     method.check(resolved.train)
     result = train_loop(
@@ -201,6 +205,16 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         typer.echo(f"go on with: {run_folder.resume_command(resolved.method, folder)}")
         raise typer.Exit(128 + result.signal)
     _conclude(resolved, folder, model, method, dataset, result)
+
+
+def _dataset(resolved: config.Resolved) -> Dataset:
+    """The training data: a registered dataset, or what was encoded of it."""
+    from align_cli.data.cached import CachedDataset
+
+    named = registry.load(registry.DATASETS, resolved.data.name)
+    kind = CachedDataset if resolved.data.cache else named
+    dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train")
+    return dataset
 
 
 def _with_own_sampling(resolved: config.Resolved, model: BaseModel) -> config.Resolved:

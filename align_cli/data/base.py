@@ -106,8 +106,5 @@ def _posterior(rows: list[Posterior]) -> Posterior:
 def _text(rows: list[TextCond]) -> TextCond:
     tokens = _stacked("text", [r.tokens for r in rows])
     assert tokens is not None
-    return TextCond(
-        tokens,
-        _stacked("pooled text", [r.pooled for r in rows]),
-        _stacked("sizes", [r.time_ids for r in rows]),
-    )
+    pooled = _stacked("pooled text", [r.pooled for r in rows])
+    return TextCond(tokens, pooled, _stacked("sizes", [r.time_ids for r in rows]))

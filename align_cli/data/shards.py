@@ -1,8 +1,8 @@
 """Shards: safetensors files of many rows whose size is known before they are written.
 
-A shard holds tensors (n, ...) of equal n, one row per item. It is there completely or not at all: written to a
-temporary name, flushed to the disk and renamed. The writer is our own because safetensors' hides a full disk
-in a text and would have to be read again to be hashed; any safetensors library reads the files.
+A shard holds tensors (n, ...) of equal n, one row per item. It is there completely or not at all: written to
+a temporary name, flushed to the disk and renamed. The writer is our own because safetensors' hides a full
+disk in a text, and its file would have to be read again to be hashed; any safetensors library reads these.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Field:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return math.prod(self.shape) * torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
+        return math.prod(self.shape) * number_bytes(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,13 @@ def file_bytes(fields: Sequence[Field], rows: int) -> int:
 
 def _laid_out(fields: Sequence[Field]) -> list[Field]:
     """The order in the file: wide numbers first, so that all are aligned."""
-    return sorted(
-        fields, key=lambda f: (-torch.empty(0, dtype=getattr(torch, f.dtype)).element_size(), f.name)
-    )
+    return sorted(fields, key=lambda f: (-number_bytes(f.dtype), f.name))
+
+
+def number_bytes(dtype: str) -> int:
+    """Bytes of one number."""
+    kind: torch.dtype = getattr(torch, dtype)
+    return kind.itemsize
 
 
 def part_path(path: Path) -> Path:
@@ -126,7 +130,7 @@ def write_shard(path: Path, fields: Sequence[Field], tensors: Mapping[str, Tenso
 def _blocks(fields: Sequence[Field], rows: int, tensors: Mapping[str, Tensor]) -> Any:
     yield header(fields, rows)
     for field in _laid_out(fields):
-        data = memoryview(tensors[field.name].contiguous().view(torch.uint8).numpy()).cast("B")
+        data = tensors[field.name].contiguous().view(torch.uint8).numpy().data.cast("B")
         for start in range(0, len(data), BLOCK):
             yield data[start : start + BLOCK]
 
