@@ -205,7 +205,7 @@ def test_impossible_values():
     "process", [EPSILON, VELOCITY, ZERO_SNR, FlowProcess()], ids=lambda p: p.prediction_type
 )
 def test_rectified_velocity_is_exact(process):
-    """Probability flow of N(m, var): z = (1 - sigma) m + sqrt((1 - sigma)^2 var + sigma^2) n in rectified form,
+    """Rectified probability flow of N(m, var): z = (1 - sigma) m + sqrt((1 - sigma)^2 var + sigma^2) n
     for one fixed n; the velocity is its derivative.
     """
     model, m, var = Gaussian(process), 0.7, 0.3

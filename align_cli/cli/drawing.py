@@ -45,10 +45,10 @@ class Plan:
         if self.own_dtype and pick_device(settings.device).type == "cpu":
             settings = replace(settings, dtype="float32")  # half precision on a CPU is slower, not faster
         model = load_model(settings)
+        with attach(model, self.adapters):
+            pass  # before the settings, which may come from an adapter that does not fit
         drawing = own_settings(model, self.sample, self.open_keys)
         check_settings(model, drawing)
-        with attach(model, self.adapters):
-            pass
         return model, replace(self, model=settings, sample=drawing)
 
     def describe(self) -> str:
