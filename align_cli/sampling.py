@@ -93,9 +93,9 @@ def check_settings(model: BaseModel, settings: SampleSettings) -> int:
     check_side(model, side, "sample.image_size")
     allowed = samplers_of(model.process)
     if settings.sampler not in allowed:
-        kind = "a flow-matching model" if allowed == ("euler",) else "no flow-matching model"
+        word = "is" if settings.sampler == "euler" else "is not"
         raise UserError(
-            f"sample.sampler {settings.sampler} does not work on {model.model_id}, {kind}; use "
+            f"sample.sampler {settings.sampler} {word} for flow-matching models; {model.model_id} draws with "
             f"{' or '.join(allowed)}"
         )
     if settings.steps > model.process.num_train_timesteps:
