@@ -86,6 +86,8 @@ def encode(
     """
     from align_cli.data.filling import check_folder
 
+    if overwrite and (resume or verify):
+        raise UserError("--resume and --verify need the encodings that --overwrite removes; give one of them")
     flags = {
         "model.name": model, "model.dtype": dtype, "model.device": device, "data.name": data,
         "data.path": None if data_path is None else data_path.expanduser().resolve(),
@@ -108,7 +110,7 @@ def encode(
         raise UserError(
             f"--overwrite is for one process: remove {folder} first, then start several without it"
         )
-    check_folder(folder, resume=resume, overwrite=overwrite)
+    check_folder(folder, resume=resume)
     if dry_run:
         _dry_run(request, folder)
         return

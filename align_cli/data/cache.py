@@ -283,15 +283,13 @@ class Cache:
     @cached_property
     def index(self) -> Index:
         """items.json. UserError if it is missing or not the one that the manifest was written with."""
-        path = self.folder / INDEX
+        path, repair = self.folder / INDEX, f"repair with: t2ialign encode --resume --out {self.folder}"
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}); encode again with --overwrite"
-            ) from error
+            raise UserError(f"{path} cannot be read ({error.strerror}); {repair}") from error
         if sha256(content).hexdigest() != self.about["index_sha256"]:
-            raise UserError(f"{path} is damaged (another sha256); encode again with --overwrite")
+            raise UserError(f"{path} is damaged (another sha256); {repair}")
         return Index(**json.loads(content))
 
     def damaged(self) -> dict[str, str]:

@@ -44,11 +44,12 @@ class CachedDataset:
             now |= {"image_size": settings.image_size, "interpolation": settings.interpolation}
         self._refuse(now)
         self.cache.check_whole()
-        self.size = settings.num_examples or about["num_examples"]
-        if self.size > about["num_examples"]:
+        held = about["num_examples"]
+        self.size = settings.num_examples or held
+        if self.size > held:
             raise UserError(
-                f"data.num_examples is {self.size}, but {settings.cache} holds {about['items']} items; "
-                f"leave it away, or encode more with t2ialign encode"
+                f"data.num_examples is {self.size}, but {settings.cache} holds {held} items; leave it away, "
+                "or encode more with t2ialign encode"
             )
         self.exact = about["layout"] != "captions"
         index = self.cache.index

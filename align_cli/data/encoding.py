@@ -172,9 +172,10 @@ def describe(
         "dtype": dtype_name(model.dtype),
         "data": data.name,
         "image_size": measured.image_size,
-        "fingerprint": dataset.fingerprint(),
+        **({"mixture": data.mixture} if data.name in GENERATED else {"interpolation": data.interpolation}),
         "num_examples": len(dataset),
         "seed": request.seed,
+        "fingerprint": dataset.fingerprint(),
         "layout": request.layout,
         "posterior": request.posterior,
         "captions": request.captions,
@@ -187,7 +188,6 @@ def describe(
         "shift": measured.shift,
         "encoders": encoder_identity(model, text=request.layout != "captions"),
     }
-    about |= {"mixture": data.mixture} if data.name in GENERATED else {"interpolation": data.interpolation}
     if model.family == "sd3":
         about["t5_length"] = getattr(model, "t5_length", None)
     about["settings"] = request.to_json()

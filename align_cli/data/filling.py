@@ -61,14 +61,12 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
-def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
+def check_folder(out: Path, *, resume: bool) -> None:
     """Refuse an output folder before anything is loaded; what only several processes can know comes later.
 
     Raises:
-        UserError: both options, a file in its place, or nothing to resume.
+        UserError: a file in its place, or nothing to resume.
     """
-    if resume and overwrite:
-        raise UserError("--resume goes on with the encodings and --overwrite removes them; give one of them")
     blocked = next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None)
     if blocked is not None:
         raise UserError(f"{blocked} is a file, not a folder; choose another folder with --out")
@@ -101,19 +99,18 @@ class Filling:
         self.others = False
 
     def __enter__(self) -> Filling:
-        fresh = not self.folder.exists()
         with file_errors(f"cannot write to {self.folder}", "choose another folder with --out"):
-            if fresh:  # before the folder is made, so that a refusal leaves nothing
+            if not self.folder.exists():  # before it is made, so that a refusal leaves nothing
                 check_room(self.folder, self.missing_bytes())
             self.folder.mkdir(parents=True, exist_ok=True)
             self.claims = Claims(self.folder / LOCK).__enter__()
-        try:
-            with self.claims.order():
-                self.others = not self.claims.come()
-                self._open()
-        except BaseException:
-            self.claims.__exit__(None, None, None)
-            raise
+            try:
+                with self.claims.order():
+                    self.others = not self.claims.come()
+                    self._open()
+            except BaseException:
+                self.claims.__exit__(None, None, None)
+                raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -136,9 +133,7 @@ class Filling:
                     old.unlink()
         if not path.exists():
             check_room(self.folder, self.missing_bytes())
-            with file_errors(f"cannot write to {self.folder}", "choose another folder with --out"):
-                write_text(self.folder / INDEX, self.index.to_text())
-                write_text(path, self.cache.to_text())
+            self._write_texts()
             return
         found = Cache.read(self.folder)
         wanted = {key: value for key, value in self.cache.about.items() if key not in NOT_IDENTITY}
@@ -158,18 +153,26 @@ class Filling:
             self.repaired |= changed_shards(self.cache)
         for name in self.repaired:
             del self.cache.shards[name]
-        if self.cache.complete:
+        state = next(iter(self.repaired.values()), None)
+        try:
+            _ = self.cache.index
+        except UserError as error:
+            state = state or str(error).partition(";")[0]
+        if self.cache.complete and state is None:
             return
         if not self.resume:
             unfinished = (
                 f"{self.folder} holds unfinished encodings ({len(self.cache.shards)} of "
                 f"{len(self.cache.plan)} shards)"
             )
-            state = next(iter(self.repaired.values()), unfinished)
-            raise UserError(f"{state}; go on with --resume, or replace them with --overwrite")
+            raise UserError(f"{state or unfinished}; go on with --resume, or replace them with --overwrite")
         check_room(self.folder, self.missing_bytes())
-        with file_errors(f"cannot write to {self.folder}"):
-            write_text(self.folder / MANIFEST, self.cache.to_text())
+        self._write_texts()
+
+    def _write_texts(self) -> None:
+        """items.json and the manifest."""
+        write_text(self.folder / INDEX, self.index.to_text())
+        write_text(self.folder / MANIFEST, self.cache.to_text())
 
     def run(self, encoder: Encoder, report: Report, waiting: Callable[[int], None]) -> None:
         """Write all shards that no other process writes, and wait for those of others; a shard that its
