@@ -213,6 +213,16 @@ def test_resume(tiny_sd15_folder, three, tmp_path, monkeypatch):
     assert "is no picture" in refused(*args, "--out", out, "--resume")
 
 
+def test_resume_notices_another_picture(tiny_sd15_folder, images, tmp_path):
+    picture, out = tmp_path / "mine.png", tmp_path / "out"
+    args = (*PROMPTS, "--image", picture, "--model", tiny_sd15_folder, *QUICK, "--out", out)
+    for name, resumed in (("one.png", ()), ("two.png", ("--resume",))):
+        picture.write_bytes((images / name).read_bytes())
+        result = call(*args, *resumed)
+    assert result.exit_code == 2
+    assert "cannot resume" in result.stderr and "made with another source" in result.stderr
+
+
 def test_default_folder_and_seed(tiny_sd15_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = (*PROMPTS, "--model", tiny_sd15_folder, *QUICK)

@@ -205,6 +205,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self.finished: set[Path] = set()
+        self.sizes: dict[Job, tuple[int, int]] = {}  # filled by `check`
 
     @property
     def side(self) -> int:
