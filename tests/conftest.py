@@ -4,7 +4,9 @@ network.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,8 @@ def build_tiny_sd15(
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from align_cli.shapes.build.components import tokenizer
-
     torch.manual_seed(seed)
-    words = tokenizer()
+    words = _words()
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words),
@@ -192,8 +192,8 @@ def build_tiny_sd3(
     """Save a random Stable Diffusion 3 pipeline (32 px pictures, 8x8 latents, 32 CLIP tokens) as an ordinary
     folder.
 
-    t5: False leaves out the third text encoder and its tokenizer. t5_tokens: the limit of that tokenizer (SD3:
-    512). dual: the layout of SD3.5 medium (a second attention in the first blocks, normalised queries and
+    t5: False leaves out the third text encoder and its tokenizer. t5_tokens: the limit of that tokenizer (of
+    SD3: 512). dual: the layout of SD3.5 medium (a second attention in the first blocks, normalised queries and
     keys).
     """
     from diffusers import (
@@ -271,11 +271,23 @@ def build_tiny_sd3(
 
 def _tiny_tokenizers() -> tuple[Any, Any]:
     """The two CLIP tokenizers of SDXL and SD3: the second pads with "!"."""
+    second = _words()
+    second.pad_token = "!"
+    return _words(), second
+
+
+def _words() -> Any:
+    """The tokenizer of the embedded models. Trained once: its trainer breaks ties at random, so that two
+    trainings may exchange the ids of two tokens.
+    """
+    return copy.deepcopy(_trained_tokenizer())
+
+
+@cache
+def _trained_tokenizer() -> Any:
     from align_cli.shapes.build.components import tokenizer
 
-    first, second = tokenizer(), tokenizer()
-    second.pad_token = "!"
-    return first, second
+    return tokenizer()
 
 
 def _tiny_clip_text(words: Any, width: int, activation: str) -> Any:

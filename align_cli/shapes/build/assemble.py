@@ -37,9 +37,9 @@ def assemble(out: Path) -> None:
     """Write the embedded models whose stages in `out` are finished, each with its card."""
     if (out / "clip-refine.json").exists():
         tiny_clip(out)
-    for stage in PAINTERS:
-        if (out / f"{stage}.json").exists():
-            pipeline(out, stage)
+    for stages in CHAINS:
+        if (out / f"{stages[-1]}.json").exists():
+            pipeline(out, stages)
 
 
 def tiny_clip(out: Path) -> None:
@@ -67,21 +67,21 @@ def tiny_clip(out: Path) -> None:
     _write(folder / "card.json", card)
 
 
-def pipeline(out: Path, stage: str) -> None:
+def pipeline(out: Path, stages: tuple[str, ...]) -> None:
     """The folder of one family that its diffusers pipeline opens, with what it measures as rounded to
-    fp16.
+    fp16. stages: its denoiser stages in order; the last one holds the weights.
     """
+    stage = stages[-1].removesuffix("-refine")
     name = PAINTERS[stage].name
     parts: dict[str, Any] = {"vae": AutoencoderKL.from_pretrained(out / "vae")}
     kind, loaders = PIPELINES[stage]
-    parts |= {part: cls.from_pretrained(out / stage / part) for part, cls in loaders.items()}
+    parts |= {part: cls.from_pretrained(out / stages[-1] / part) for part, cls in loaders.items()}
     tokenizer = CLIPTokenizer.from_pretrained(out / "tiny-clip")
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in loaders if "text" in part]
     absent = dict.fromkeys(ABSENT[stage])
     options = {"requires_safety_checker": False} if stage == "denoiser" else {}
     pipe = kind(**parts, **dict.fromkeys(tokenizers, tokenizer), **absent, **options)
     pipe.to(torch.float16).save_pretrained(WEIGHTS / name)
-    before = ["denoiser"] if stage != "denoiser" else []
     card = {
         "model": name,
         "class": f"diffusers.{kind.__name__}",
@@ -94,12 +94,18 @@ def pipeline(out: Path, stage: str) -> None:
             for n, m in parts.items()
             if isinstance(m, torch.nn.Module)
         },
-        "training": _stages(out, "vae", "clip", *before, stage),
+        "training": _stages(out, "vae", "clip", *stages),
         "measured_fp16": measure(WEIGHTS / name, f"softrepa/{name}"),
     }
     _write(WEIGHTS / name / "card.json", card)
 
 
+CHAINS = (
+    ("denoiser", "denoiser-refine"),
+    ("denoiser", "denoiser-refine", "denoiser-sdxl"),
+    ("denoiser", "denoiser-refine", "denoiser-sd3"),
+)
+"""Denoiser stages behind each pipeline, in order."""
 PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "denoiser": (
         StableDiffusionPipeline,

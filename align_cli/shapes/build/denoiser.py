@@ -23,6 +23,7 @@ from align_cli.shapes.oracle import judge
 BATCH = 32
 """Pictures per process and step."""
 LR = 1e-3
+REFINE_LR = 5e-4
 DROPOUT = 0.1
 LONG_RATE = 0.15
 EMA = 0.9975
@@ -77,14 +78,22 @@ def evaluate(model: Painter, captions: Captions, vae: AutoencoderKL, n: int, spl
 
 
 def train(out: Path, steps: int, seed: int, name: str) -> None:
-    """Train for `steps` and save the averaged weights. name: a stage of `PAINTERS`."""
+    """Train for `steps` and save the averaged weights.
+
+    name: a stage of `PAINTERS`, or one of them and "-refine", which goes on from it under a new cosine.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(seed)
-    model = PAINTERS[name](out).eval()  # no dropout anywhere
+    first = name.removesuffix("-refine")
+    model = PAINTERS[first](out).eval()  # no dropout anywhere
+    refining = name != first
+    if refining:
+        model.load_state_dict(torch.load(out / f"{first}.state", weights_only=True)["average"])
+    lr = REFINE_LR if refining else LR
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.99), weight_decay=0.01)
     state: dict[str, Tensor] = average.state_dict()
     stage = Stage(out / f"{name}.state", model, optimizer, average=state)
     average.load_state_dict(state)
@@ -98,7 +107,7 @@ def train(out: Path, steps: int, seed: int, name: str) -> None:
     vae = AutoencoderKL.from_pretrained(out / "vae").eval()
 
     def loss_at(step: int) -> Tensor:
-        rng = np.random.default_rng([seed, 4, step, rank])
+        rng = np.random.default_rng([seed, 6 if refining else 4, step, rank])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         rows = rng.integers(0, len(latents.scenes), BATCH)
         x0 = latents.mean[rows] + latents.std[rows] * torch.randn(BATCH, 4, 8, 8, generator=generator)
@@ -117,7 +126,7 @@ def train(out: Path, steps: int, seed: int, name: str) -> None:
     stage.fit(
         loss_at,
         steps=steps,
-        lr=LR,
+        lr=lr,
         warmup=100,
         every=200,
         report=report,

@@ -103,8 +103,8 @@ class SDXL(_Epsilon):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.unet = components.sdxl_unet().to(memory_format=torch.channels_last)
-        _widen(self.unet, UNet2DConditionModel.from_pretrained(folder / "denoiser" / "unet"))
-        self.text = CLIPTextModel.from_pretrained(folder / "denoiser" / "text_encoder")
+        _widen(self.unet, UNet2DConditionModel.from_pretrained(folder / "denoiser-refine" / "unet"))
+        self.text = CLIPTextModel.from_pretrained(folder / "denoiser-refine" / "text_encoder")
         self.text_2 = CLIPTextModelWithProjection.from_pretrained(folder / "tiny-clip")
 
     def encode(self, ids: Tensor, empty: Tensor) -> TextCond:
@@ -141,7 +141,7 @@ class SD3(Painter):
         self.process = FlowProcess.from_scheduler_config(dict(components.flow_scheduler().config))
         self.transformer = components.transformer()
         self.text = CLIPTextModelWithProjection.from_pretrained(folder / "tiny-clip")
-        tower = CLIPTextModel.from_pretrained(folder / "denoiser" / "text_encoder")
+        tower = CLIPTextModel.from_pretrained(folder / "denoiser-refine" / "text_encoder")
         names = self.text.text_model.load_state_dict(_bare(tower.state_dict()), strict=True)
         assert not names.missing_keys
         self.text_2 = CLIPTextModelWithProjection.from_pretrained(folder / "tiny-clip")
