@@ -193,8 +193,8 @@ def build_tiny_sd3(
     folder.
 
     t5: False leaves out the third text encoder and its tokenizer. t5_tokens: the limit of that tokenizer (of
-    SD3: 512). dual: the layout of SD3.5 medium (a second attention in the first blocks, normalised queries and
-    keys).
+    SD3: 512). dual: the layout of SD3.5 medium (a second attention in the first blocks, normalised queries
+    and keys).
     """
     from diffusers import (
         AutoencoderKL,

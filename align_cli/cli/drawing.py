@@ -77,7 +77,7 @@ def make_plan(
     from align_cli.adapters import load_adapter, parse_spec
 
     infos = [load_adapter(parse_spec(spec)[0]).info for spec in adapters]
-    base, drawing, origin = _recorded(model, infos[0] if infos else None, adapters)
+    base, drawing, origin, layers = _recorded(model, infos[0] if infos else None, adapters)
     given = {key: value for key, value in flags.items() if value is not None}
     if given:
         origin += ", with " + ", ".join(config.flag_name(f"sample.{key}") for key in given)
@@ -88,27 +88,31 @@ def make_plan(
         adapters=adapters,
         infos=infos,
         origin=origin,
-        open_keys=frozenset({"sampler", "spacing"} - given.keys() if origin.startswith(DEFAULTS) else ()),
+        open_keys=frozenset(
+            key
+            for key in ("sampler", "spacing")
+            if key not in given and layers.get(f"sample.{key}", "default") == "default"
+        ),
         own_dtype="dtype" not in held,
     )
 
 
 def _recorded(
     model: str | None, info: AdapterInfo | None, adapters: list[str]
-) -> tuple[ModelSettings, SampleSettings, str]:
-    """Model and sampling settings before flags, and where they come from."""
+) -> tuple[ModelSettings, SampleSettings, str, Mapping[str, str]]:
+    """Model and sampling settings before flags, where they come from, and the layer of every value."""
     if info is not None and "sample" in info.config:
         raw = {**info.config, "method": info.method}
         saved = config.Resolved.from_dict(raw, info.origin, where=f"adapter {adapters[0]}: config")
         held = saved.model if model in (None, saved.model.name) else ModelSettings(name=str(model))
         # where it was trained says nothing about this machine
-        return replace(held, device="auto"), saved.sample, f"recorded in {adapters[0]}"
+        return replace(held, device="auto"), saved.sample, f"recorded in {adapters[0]}", saved.origin
     name = model or (info.model_id if info is not None else ModelSettings().name)
     preset = preset_of(name)
     if preset is None:
-        return ModelSettings(name=name), SampleSettings(), DEFAULTS
+        return ModelSettings(name=name), SampleSettings(), DEFAULTS, {}
     found = config.resolve(preset.partition("/")[0], preset=preset)
-    return replace(found.model, name=name), found.sample, f"preset {preset}"
+    return replace(found.model, name=name), found.sample, f"preset {preset}", found.origin
 
 
 def preset_of(model: str) -> str | None:
