@@ -74,7 +74,8 @@ class DataSettings:
     mixture: str = "all"
     """Shapes world only: all kinds of scenes, or pairs (two-object scenes and more)."""
     cache: str = ""
-    """Folder of encodings made by `t2ialign encode`, read in place of the pictures; empty to encode on the fly.
+    """Folder of encodings made by `t2ialign encode`, read in place of the pictures; empty to encode on the
+    fly.
     """
 
     def __post_init__(self) -> None:

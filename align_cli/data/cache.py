@@ -160,7 +160,7 @@ def known_shapes(model: str, image_size: int, dtype: str, t5_length: int) -> Sha
             latent, dtype, (_CLIP_ROWS, width), dtype, (Part("tokens", 0, _CLIP_ROWS, width),), pooled
         )
     parts = [Part("clip", 0, _CLIP_ROWS, width)]
-    rows = _CLIP_ROWS + t5_length
+    rows = _CLIP_ROWS + (t5_length or _CLIP_ROWS)  # without T5, as many zeros as CLIP has rows
     if t5_length:
         parts.append(Part("t5", _CLIP_ROWS, rows, _T5_WIDTH))
     return Shapes(latent, dtype, (rows, _T5_WIDTH), dtype, tuple(parts), pooled)
