@@ -407,6 +407,8 @@ def test_a_foreign_cache_is_refused_with_the_reason(tmp_path, cached, models, co
     bare = copy.copy(model)
     bare.vae, bare.encoders, bare.tokenizer, bare.model_id = None, [], None, "sd14"
     assert "the model '" in refused(cached, bare) and "now it is 'sd14'" in refused(cached, bare)
+    bare.vae = model.vae  # a model that holds the autoencoder only
+    assert "now it is 'sd14'" in refused(cached, bare)
     bare.model_id = model.model_id
     CachedDataset(cached, seed=SEED).check_model(bare)
 

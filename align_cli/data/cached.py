@@ -85,18 +85,17 @@ class CachedDataset:
     def check_model(self, model: BaseModel) -> None:
         """UserError unless the cache was made by encoders like those of `model`.
 
-        Their weights are compared as far as `model` holds them; where it holds none, its name must be that of
-        the model that made the cache.
+        Their weights are compared as far as `model` holds them; if it does not hold all of them, its name
+        must be that of the model that made the cache, too.
         """
         about = self.cache.about
         now: dict[str, Any] = {"family": model.family, "dtype": dtype_name(model.dtype)}
         if self.exact and "t5_length" in about:
             now["t5_length"] = getattr(model, "t5_length", None)
         self._refuse(now)
-        now = {"encoders": encoder_identity(model, text=self.exact)}
-        if not now["encoders"]:
-            now = {"model_id": model.model_id}
-        self._refuse(now)
+        found = encoder_identity(model, text=self.exact)
+        named = {} if found.keys() >= about["encoders"].keys() else {"model_id": model.model_id}
+        self._refuse({"encoders": found, **named})
 
     def _refuse(self, now: Mapping[str, Any]) -> None:
         if found := differences(self.cache.about, now):
