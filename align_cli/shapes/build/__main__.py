@@ -12,7 +12,7 @@ STAGES = {
     "clip": ("contrastive", 3000),
     "clip-refine": ("contrastive", 4000),
     "denoiser": ("denoiser", 8000),
-    "denoiser-refine": ("denoiser", 4000),
+    "denoiser-refine": ("denoiser", 5000),
     "denoiser-sdxl": ("denoiser", 4000),
     "denoiser-sd3": ("denoiser", 8000),
 }

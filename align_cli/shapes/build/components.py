@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from itertools import pairwise
 
 from diffusers import (
     AutoencoderKL,
@@ -11,10 +12,6 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.trainers import BpeTrainer
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -35,13 +32,7 @@ def tokenizer() -> CLIPTokenizer:
     one.
     """
     words = word_list()
-    bpe = Tokenizer(BPE(unk_token=None, end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = Whitespace()
-    trainer = BpeTrainer(
-        vocab_size=5000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False, special_tokens=[]
-    )
-    bpe.train_from_iterator([" ".join(words)] * 3, trainer)
-    merges = _merges(bpe)
+    merges = _merges(words)
     base = list(bytes_to_unicode().values())
     tokens = base + [c + "</w>" for c in base] + ["".join(pair) for pair in merges] + [START, END]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
@@ -60,11 +51,23 @@ def tokenizer() -> CLIPTokenizer:
     return made
 
 
-def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
-    return [
-        tuple(m) if isinstance(m, list) else tuple(m.split(" "))
-        for m in json.loads(bpe.to_str())["model"]["merges"]
-    ]
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every word one token, the most frequent pair first, then by alphabet: the
+    same on every machine (the trainer of `tokenizers` breaks ties at random).
+    """
+    parts = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
+    merges: list[tuple[str, str]] = []
+    while any(len(part) > 1 for part in parts):
+        counts = Counter(pair for part in parts for pair in pairwise(part))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for part in parts:
+            at = 0
+            while at < len(part) - 1:
+                if (part[at], part[at + 1]) == best:
+                    part[at : at + 2] = ["".join(best)]
+                at += 1
+    return merges
 
 
 def _text_config(tok: CLIPTokenizer) -> CLIPTextConfig:

@@ -89,12 +89,14 @@ def train(out: Path, steps: int, seed: int, name: str) -> None:
     a new cosine and ships as tiny-clip.
     """
     torch.manual_seed(seed)
-    tok = components.tokenizer()
-    model = components.clip(tok)
     refining = name != "clip"
     lr = REFINE_LR if refining else LR
     if refining:
+        tok = CLIPTokenizer.from_pretrained(out / "tiny-clip")
         model = CLIPModel.from_pretrained(out / "tiny-clip")
+    else:
+        tok = components.tokenizer()
+        model = components.clip(tok)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98), weight_decay=0.05)
     stage = Stage(out / f"{name}.state", model, optimizer)
