@@ -17,13 +17,21 @@ from pathlib import Path
 
 from align_cli import registry
 from align_cli.errors import UserError, unknown
-from align_cli.settings import DataSettings, EvalSettings, ModelSettings, SampleSettings, TrainSettings
+from align_cli.settings import (
+    DataSettings,
+    EditSettings,
+    EvalSettings,
+    ModelSettings,
+    SampleSettings,
+    TrainSettings,
+)
 
 SECTIONS: dict[str, type] = {
     "model": ModelSettings,
     "data": DataSettings,
     "train": TrainSettings,
     "sample": SampleSettings,
+    "edit": EditSettings,
     "eval": EvalSettings,
 }
 """Sections that every method has; one more has the method's own name."""
@@ -32,6 +40,7 @@ FLAGS = {
     "model.name": "--model",
     "data.name": "--data",
     "data.path": "--data-path",
+    "data.cache": "--cache",
     "eval.num_prompts": "--no-eval",
 }
 """Named flags whose spelling is not `--` plus the key's last part."""
@@ -98,6 +107,7 @@ class Resolved:
     data: DataSettings
     train: TrainSettings
     sample: SampleSettings
+    edit: EditSettings
     eval: EvalSettings
     method_config: object
     """The method's own frozen dataclass; its section has the method's name."""
@@ -211,8 +221,10 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Resolved], bool], str], ...] = (
     (("train.lr_min",), lambda r: r.train.lr_schedule == "constant", "train.lr_schedule is constant"),
     (("data.path", "data.image_size", "data.interpolation"), lambda r: r.data.name == "shapes",
      "the shapes dataset is generated"),
+    (("data.path",), lambda r: bool(r.data.cache) and r.data.name != "shapes", "data.cache is read instead"),
     (("data.mixture",), lambda r: r.data.name != "shapes", "data.name is not shapes"),
     (("sample.eta",), lambda r: r.sample.sampler != "ddim", "sample.sampler is not ddim"),
+    (("sample.spacing",), lambda r: r.sample.sampler == "euler", "sample.sampler is euler"),
 )  # fmt: skip
 """(keys, condition under which they do nothing, the reason in words)."""
 

@@ -38,7 +38,12 @@ MODELS = Table(
         "sd14": "CompVis/stable-diffusion-v1-4",
         "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "sd21-base": "stabilityai/stable-diffusion-2-1-base",
+        "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+        "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
+        "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
         "tiny-sd15": "embedded:tiny-sd15",
+        "tiny-sd3": "embedded:tiny-sd3",
+        "tiny-sdxl": "embedded:tiny-sdxl",
     },
 )
 """Alias -> hub id, or "embedded:" and a folder of align_cli/shapes/weights; `model_source` reads it."""

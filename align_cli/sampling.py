@@ -5,18 +5,24 @@ Shape letters: N pictures, B of them in one forward pass, C h w latent, H W pixe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from align_cli.diffusion.rollout import rollout
+from align_cli.diffusion.samplers import samplers_of
+from align_cli.errors import UserError
 from align_cli.models.base import BaseModel
 from align_cli.pictures import Note, contact_sheet, save_png
 from align_cli.settings import SampleSettings
 
-__all__ = ["Note", "check_settings", "contact_sheet", "picture_seeds", "sample", "save_png"]
+__all__ = [
+    "Note", "check_settings", "check_side", "contact_sheet", "own_settings", "picture_seeds", "sample",
+    "save_png",
+]  # fmt: skip
 
 Callback = Callable[[int, int], None]
 """Called as (done, total), both in pictures times denoising steps."""
@@ -55,7 +61,7 @@ def sample(
     pictures: list[Tensor] = []
     for start in range(0, len(prompts), settings.batch_size):
         part = list(prompts[start : start + settings.batch_size])
-        noise = _Noise(seeds[start : start + settings.batch_size], shape, model)
+        noise = PictureNoise(seeds[start : start + settings.batch_size], shape, model)
         size, first = len(part), start * settings.steps
 
         def report(step: int, size: int = size, first: int = first) -> None:
@@ -67,7 +73,7 @@ def sample(
             model.process,
             noise(),
             steps=settings.steps,
-            spacing=settings.spacing,
+            spacing=None if settings.sampler == "euler" else settings.spacing,
             sampler=settings.sampler,
             eta=settings.eta,
             guidance=settings.guidance,
@@ -83,8 +89,42 @@ def sample(
 
 def check_settings(model: BaseModel, settings: SampleSettings) -> int:
     """Pixels of the picture's side. UserError for settings that this model cannot draw with."""
+    side = settings.image_size or model.image_size
+    check_side(model, side, "sample.image_size")
     settings.check_model(model.model_id, model.vae_factor, model.process.num_train_timesteps)
-    return settings.image_size or model.image_size
+    allowed = samplers_of(model.process)
+    if settings.sampler not in allowed:
+        word = "is" if settings.sampler == "euler" else "is not"
+        raise UserError(
+            f"sample.sampler {settings.sampler} {word} for flow-matching models; {model.model_id} draws with "
+            f"{' or '.join(allowed)}"
+        )
+    return side
+
+
+def check_side(model: BaseModel, side: int, what: str) -> None:
+    """UserError, about the setting `what`, if the model makes no pictures of this side (pixels)."""
+    factor, most = model.size_factor, model.max_image_size
+    if side % factor:
+        near = max(1, round(side / factor)) * factor
+        raise UserError(
+            f"{what} must be a multiple of {factor} pixels for {model.model_id}, got {side}; try {near}"
+        )
+    if most and side > most:
+        raise UserError(f"{what} must be at most {most} pixels for {model.model_id}, got {side}")
+
+
+def own_settings(model: BaseModel, settings: SampleSettings, open_keys: Collection[str]) -> SampleSettings:
+    """`settings` with the model's own choice of those among `open_keys`: sampler, spacing.
+
+    open_keys: names of settings that nobody chose. A flow-matching model has no spacing to choose.
+    """
+    own: dict[str, str] = {}
+    if "sampler" in open_keys:
+        own["sampler"] = samplers_of(model.process)[0]
+    if "spacing" in open_keys and model.process.prediction_type != "flow":
+        own["spacing"] = model.process.timestep_spacing
+    return replace(settings, **own)  # type: ignore[arg-type]
 
 
 def picture_seeds(seed: int, n: int) -> list[int]:
@@ -92,7 +132,7 @@ def picture_seeds(seed: int, n: int) -> list[int]:
     return [int(s) for s in np.random.SeedSequence([seed, 40]).generate_state(n, np.uint32)]
 
 
-class _Noise:
+class PictureNoise:
     """Standard normal noise (B, C, h, w) float32, every picture from its own CPU generator."""
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], model: BaseModel) -> None:

@@ -3,7 +3,7 @@
 One TOML layout serves presets, `--config` files and `config.toml` beside every artefact:
 
     method = "softrepa"      # which method; its own section has the method's name
-    [model]  [data]  [train]  [sample]  [eval]  [softrepa]
+    [model]  [data]  [train]  [sample]  [edit]  [eval]  [softrepa]
 """
 
 from __future__ import annotations
@@ -30,13 +30,23 @@ class ModelSettings:
     """Which base model, and how it is held."""
 
     name: str = "tiny-sd15"
-    """Alias (tiny-sd15, sd15, sd14, sd21-base, ...), hub id, or path of a diffusers folder."""
+    """Alias (tiny-sd15, sd15, sdxl, sd3, sd35-medium, ...), hub id, or path of a diffusers folder."""
     dtype: str = "float32"
     """Weights of the frozen model: float32, float16 or bfloat16."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."""
     unet: str = ""
-    """Path or hub id of a separately tuned denoiser to use in place of the pipeline's own; empty for none."""
+    """Path or hub id of a separately tuned denoiser (UNet, or the transformer of SD3) to use in place of the
+    pipeline's own; empty for none.
+    """
+    vae: str = ""
+    """Path or hub id of an autoencoder to use in place of the pipeline's own; empty for none. SDXL's own
+    overflows in float16: madebyollin/sdxl-vae-fp16-fix does not.
+    """
+    t5_length: int = 512
+    """SD3: rows of the T5 part of the text, at most what its tokenizer allows. 0 leaves T5 unloaded: as
+    many zeros as CLIP has rows stand in its place. Source: SoftREPA sampler.py (diffusers' pipeline has 256).
+    """
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "float16", "bfloat16"))
@@ -46,6 +56,9 @@ class ModelSettings:
             f"model.device must be one of auto, cpu, cuda, cuda:N, mps, got {self.device!r}",
         )
         require(bool(self.name), "model.name must not be empty")
+        require(
+            0 <= self.t5_length <= 512, f"model.t5_length must be between 0 and 512, got {self.t5_length}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +79,10 @@ class DataSettings:
     """Use only the first N examples; 0 uses all (shapes: size of the generated set)."""
     mixture: str = "all"
     """Shapes world only: all kinds of scenes, or pairs (two-object scenes and more)."""
+    cache: str = ""
+    """Folder of encodings made by `t2ialign encode`, read in place of the pictures; empty to encode on the
+    fly.
+    """
 
     def __post_init__(self) -> None:
         one_of("data.interpolation", self.interpolation, ("bicubic", "bilinear", "lanczos"))
@@ -164,9 +181,9 @@ class SampleSettings:
     """How pictures are drawn."""
 
     sampler: str = "ddim"
-    """ddim or ddpm."""
+    """ddim or ddpm; euler for flow-matching models (SD3), which have no other."""
     spacing: str = "leading"
-    """Timestep spacing: leading, trailing or linspace."""
+    """Timestep spacing of ddim and ddpm: leading, trailing or linspace."""
     steps: int = 30
     """Denoiser evaluations along the path (NFE)."""
     guidance: float = 7.0
@@ -179,7 +196,7 @@ class SampleSettings:
     """Pictures per forward pass. Does not change the pictures."""
 
     def __post_init__(self) -> None:
-        one_of("sample.sampler", self.sampler, ("ddim", "ddpm"))
+        one_of("sample.sampler", self.sampler, ("ddim", "ddpm", "euler"))
         one_of("sample.spacing", self.spacing, ("leading", "trailing", "linspace"))
         require(self.steps >= 1, f"sample.steps must be >= 1, got {self.steps}")
         require(self.batch_size >= 1, f"sample.batch_size must be >= 1, got {self.batch_size}")
@@ -202,6 +219,60 @@ class SampleSettings:
         require(
             self.steps <= num_train_timesteps,
             f"sample.steps must be at most {num_train_timesteps} for {model}, got {self.steps}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSettings:
+    """How pictures are edited (FlowEdit). Defaults: SoftREPA's edit_sd3.py, for its tokens on SD3.
+
+    Without tokens the official values are n_start 33 and tgt_guidance 13.5.
+    """
+
+    steps: int = 50
+    """Timesteps of the whole path from noise to picture (NFE); only the last n_start of them are run."""
+    n_start: int = 30
+    """Steps that are run. Fewer stay closer to the source; 0 returns it."""
+    n_min: int = 0
+    """Of those, the last ones that sample under the target prompt alone (FlowEdit's second phase)."""
+    n_avg: int = 1
+    """Noises averaged in every step."""
+    src_guidance: float = 3.5
+    """Guidance scale of the source prompt; 1 skips its unconditional pass."""
+    tgt_guidance: float = 9.0
+    """Guidance scale of the target prompt, in the form that `convention` says."""
+    convention: str = "softrepa"
+    """How tgt_guidance enters: softrepa is v + s (v - u), flowedit is u + s (v - u), so that softrepa's s
+    is flowedit's s + 1.
+    """
+    image_size: int = 0
+    """Pixels per side that a picture is resized to; 0 takes the model's own, -1 leaves its size alone."""
+    keep_aspect: bool = False
+    """Resize to the area of image_size x image_size in place of that square."""
+    batch_size: int = 4
+    """Rows of one denoiser call. An edit has four (source and target, each with and without its prompt), so
+    8 makes two edits at once and 1 one call after the other.
+    """
+
+    def __post_init__(self) -> None:
+        one_of("edit.convention", self.convention, ("softrepa", "flowedit"))
+        for name, least in {"steps": 1, "n_start": 0, "n_min": 0, "n_avg": 1, "batch_size": 1}.items():
+            value = getattr(self, name)
+            require(value >= least, f"edit.{name} must be >= {least}, got {value}")
+        require(
+            self.n_start <= self.steps,
+            f"edit.n_start must be at most edit.steps ({self.steps}), got {self.n_start}",
+        )
+        require(
+            self.n_min <= self.n_start,
+            f"edit.n_min must be at most edit.n_start ({self.n_start}), got {self.n_min}",
+        )
+        for name in ("src_guidance", "tgt_guidance"):
+            require(getattr(self, name) >= 0, f"edit.{name} must be >= 0, got {getattr(self, name)}")
+        require(self.image_size >= -1, f"edit.image_size must be >= -1, got {self.image_size}")
+        require(
+            not (self.keep_aspect and self.image_size == -1),
+            "edit.keep_aspect resizes, edit.image_size -1 does not: choose one of them",
         )
 
 

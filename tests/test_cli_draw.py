@@ -20,6 +20,7 @@ from align_cli.cli.main import app
 from align_cli.methods.softrepa.method import SoftREPA
 from align_cli.models.loading import load_model
 from align_cli.pictures import read_metadata
+from align_cli.settings import ModelSettings
 
 QUICK = ("--steps", "2", "--device", "cpu")
 
@@ -59,6 +60,42 @@ def assert_one_line(result, *parts: str) -> None:
 
 def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize(("folder", "sampler"), [("tiny_sdxl_folder", "ddim"), ("tiny_sd3_folder", "euler")])
+def test_sample_draws_with_every_family(folder, sampler, tmp_path, request):
+    folder = request.getfixturevalue(folder)
+    one = ("sample", "--model", folder, *QUICK, "--prompt", "a red circle", "--prompt", "a blue square")
+    result = call(*one, "--out", tmp_path / "a")
+    assert result.exit_code == 0, result.stderr
+    assert f": {sampler}, 2 steps" in result.stderr
+    name = "001-a-red-circle-seed42.png"
+    facts = read_metadata(tmp_path / "a" / name)
+    assert facts["sampling"].startswith(f"sampler {sampler}, ")
+    assert ("spacing" in facts["sampling"]) == (sampler == "ddim")
+    assert pixels(tmp_path / "a" / name).shape == (32, 32, 3)
+    assert call(*one, "--out", tmp_path / "b", "--batch-size", 1).exit_code == 0
+    apart = pixels(tmp_path / "b" / name).astype(int) - pixels(tmp_path / "a" / name)
+    assert np.abs(apart).max() <= 1 and (apart != 0).mean() < 0.001
+    assert_one_line(call(*one, "--sampler", "ddpm" if sampler == "euler" else "euler"), "draws with", sampler)
+    assert_one_line(call(*one, "--image-size", "33"), "multiple of")
+
+
+def test_recorded_settings_that_nobody_chose_leave_the_sampler_to_the_model(tiny_sd3_folder, tmp_path):
+    model = load_model(ModelSettings(name=str(tiny_sd3_folder), device="cpu"))
+    resolved = config.resolve(
+        "softrepa",
+        preset="none",
+        sets=["softrepa.num_layers=2", "softrepa.init=normal"],
+        flags={"model.name": str(tiny_sd3_folder)},
+    )
+    assert resolved.sample.sampler == "ddim"
+    method = SoftREPA(model, resolved.method_config)
+    save_adapter(tmp_path / "one", method, resolved.to_dict(), resolved.origin)
+    args = ("sample", "--adapter", tmp_path / "one", *QUICK, "--prompt", "a red circle")
+    result = call(*args, "--out", tmp_path / "a")
+    assert result.exit_code == 0, result.stderr
+    assert ": euler, 2 steps" in result.stderr
 
 
 def test_sample_base(tiny_sd15_folder, tmp_path):
@@ -142,7 +179,8 @@ def test_sample_bad_input(tiny_sd15_folder, adapter, tmp_path):
     assert_one_line(call(*base, "--prompts", tmp_path / "no.txt"), "no prompt file")
     one = (*base, "--prompt", "a red circle")
     assert_one_line(call(*one, "--compare"), "--adapter")
-    assert_one_line(call(*one, "--sampler", "euler"), "ddim, ddpm")
+    assert_one_line(call(*one, "--sampler", "heun"), "ddim, ddpm, euler")
+    assert_one_line(call(*one, "--sampler", "euler"), "is for flow-matching models", "ddim or ddpm")
     assert_one_line(call(*one, "--image-size", "33", "--out", tmp_path / "s"), "multiple of")
     assert_one_line(call(*one, "--adapter", tmp_path / "nothing"), "nothing")
     assert_one_line(call(*one, "--adapter", f"{adapter}@lots"), "lots")

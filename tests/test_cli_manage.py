@@ -298,13 +298,20 @@ def test_cache_states(tmp_path, monkeypatch):
     for part in ("unet", "vae"):
         (snapshot / part).mkdir(parents=True)
         (snapshot / part / "x.safetensors").touch()
-    (snapshot / "model_index.json").write_text("{}")
+    names = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    names |= {"text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_3": [None, None]}
+    (snapshot / "model_index.json").write_text(json.dumps(names))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc")
     assert doctor.cache_state("owner/name") == "incomplete (no text_encoder)"
     (snapshot / "text_encoder").mkdir()
     (snapshot / "text_encoder" / "pytorch_model.bin").touch()
     assert doctor.cache_state("owner/name") == "cached"
+    names["text_encoder_3"] = ["transformers", "T5EncoderModel"]
+    (snapshot / "model_index.json").write_text(json.dumps(names))
+    assert doctor.cache_state("owner/name") == "incomplete (no text_encoder_3)"
+    (snapshot / "model_index.json").write_text("[1]")
+    assert doctor.cache_state("owner/name") == "damaged (model_index.json cannot be read)"
 
 
 def test_unreachable_hub(monkeypatch):

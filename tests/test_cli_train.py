@@ -307,7 +307,7 @@ def test_user_errors_leave_nothing_behind(tmp_path, options):
         assert "cuda" in error("--device", "cuda")
     root = make_coco(tmp_path / "coco")
     with pytest.warns(UserWarning, match="no caption"):
-        assert "no multiple of 4" in error(
+        assert "must be a multiple of 4" in error(
             "--data", "coco", "--data-path", root, "--set", "data.image_size=18"
         )
 
@@ -358,3 +358,22 @@ def test_nan_stops_with_the_last_good_checkpoint(tmp_path, options, monkeypatch)
     assert result.exit_code == 2 and "the loss is not finite at step 4 of 6" in result.stderr
     assert "step-00000002" in result.stderr
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_flow_model_draws_with_its_own_sampler(tiny_sd3_folder, tmp_path):
+    out = tmp_path / "run"
+    sets = {
+        "data.num_workers": 0, "data.num_examples": 8, "sample.steps": 2, "sample.guidance": 1.0,
+        "eval.num_prompts": 4, "softrepa.init": "normal", "softrepa.num_layers": 1, "train.num_threads": 1,
+    }  # fmt: skip
+    given = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+    common = ["--model", tiny_sd3_folder, "--preset", "none", "--steps", 1, "--batch-size", 2, *given]
+    assert "sample.sampler ddim is not for flow" in refused(
+        *common, "--out", out, "--set", "sample.sampler=ddim"
+    )
+    assert not out.exists()
+    ok(*common, "--out", out)
+    saved = json.loads((out / "run.json").read_text())
+    assert saved["config"]["sample"]["sampler"] == "euler"
+    assert saved["origin"]["sample.sampler"] == "the model"
+    assert 'sampler = "euler"' in (out / "config.toml").read_text()

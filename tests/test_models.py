@@ -7,15 +7,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from functools import partial
-from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from hub import serve
 from huggingface_hub import constants
 
 from align_cli.diffusion.rollout import rollout
@@ -26,8 +23,6 @@ from align_cli.models.unet import unet_family
 from align_cli.settings import ModelSettings
 
 PROMPTS = ["a red circle left of a blue square", "two green triangles"]
-COMMIT = "2" * 40
-"""Commit of the hub models served here."""
 
 
 def load(name: object, **options: str):
@@ -195,67 +190,16 @@ def test_other_denoiser(make_tiny_sd15, tiny_sd15_folder, tmp_path):
         load(tiny_sd15_folder, unet=str(other / "unet"))
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Just enough of a model hub: HEAD and GET of files at one commit."""
-
-    def __init__(self, root: Path, log: list[str], *args: object) -> None:
-        self.root, self.log = root, log
-        super().__init__(*args)
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, *, body: bool) -> None:
-        parts = self.path.strip("/").split("/")
-        repo, file = "/".join(parts[:2]), self.root / "/".join(parts[:2] + parts[4:])
-        if self.path != "/" and not file.is_file():
-            self.send_response(403 if repo == "org/gated" else 404)
-            errors = {"org/gated": "GatedRepo"}
-            known = (self.root / repo).is_dir()
-            self.send_header("X-Error-Code", errors.get(repo, "EntryNotFound" if known else "RepoNotFound"))
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        content = b"" if self.path == "/" else file.read_bytes()
-        if body:
-            self.log.append("/".join(parts[4:]))
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(tiny_sd15_folder, tmp_path, monkeypatch) -> Iterator[list[str]]:
     """A hub with org/tiny (and org/plain, which is no pipeline). Yields the list of fetched files."""
-    root, log = tmp_path / "hub", []
+    root = tmp_path / "hub"
     shutil.copytree(tiny_sd15_folder, root / "org" / "tiny")
     (root / "org" / "tiny" / "safety_checker").mkdir()
     (root / "org" / "tiny" / "safety_checker" / "model.safetensors").write_bytes(b"never fetched")
     (root / "org" / "plain").mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, root, log))
-    Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield log
-    server.shutdown()
-    server.server_close()
+    with serve(root, tmp_path / "cache", monkeypatch) as log:
+        yield log
 
 
 def test_hub_and_its_cache(hub, tiny_sd15_folder, monkeypatch):
@@ -315,10 +259,8 @@ def test_not_a_model(tiny_sd15_folder, tmp_path):
         load("sd51")
     folder = broken(tiny_sd15_folder, tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
-    with pytest.raises(
-        UserError, match="holds a StableDiffusion3Pipeline; supported are Stable Diffusion 1.x and 2.x"
-    ):
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(UserError, match="holds a FluxPipeline; supported are Stable Diffusion 1.x and 2.x"):
         load(folder)
     (folder / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

@@ -184,7 +184,7 @@ def test_rollout_without_gradient_steps_has_no_graph():
 
 def test_rollout_refuses_nonsense():
     process, toy = NoiseProcess.from_scheduler_config(EPS), Toy()
-    with pytest.raises(ValueError, match="unknown sampler 'euler'"):
+    with pytest.raises(ValueError, match="no sampler 'euler' for prediction type epsilon: ddim, ddpm"):
         rollout(toy, process, START, steps=3, cond=COND, sampler="euler")
     with pytest.raises(ValueError, match=r"grad_steps must be in \[0, 3\)"):
         rollout(toy, process, START, steps=3, cond=COND, grad_steps=frozenset({3}))

@@ -89,7 +89,7 @@ def test_rows_of_tokens_and_table():
     torch.testing.assert_close(rows, torch.stack([tokens + table[0], tokens + table[99]]))
     torch.testing.assert_close(soft.rows(torch.tensor(15), 2), (tokens + table[1]).expand(2, -1, -1))
     assert torch.equal(SoftTokens(tokens, None).rows(torch.tensor(5), 3), tokens.expand(3, -1, -1))
-    with pytest.raises(ValueError, match="table must be"):
+    with pytest.raises(ValueError, match="table must have 100 rows"):
         SoftTokens(tokens, field(1, 99, 3))
 
 
@@ -445,8 +445,8 @@ def test_what_cannot_be_trained(model):
         make(model).check(TrainSettings(batch_size=1))
     make(model, hard_negatives=1).check(TrainSettings(batch_size=1))
     stranger = copy.copy(model)
-    stranger.family = "sd3"
-    with pytest.raises(UserError, match="softrepa works on sd15, sd21; .* is sd3"):
+    stranger.family = "sd9"
+    with pytest.raises(UserError, match="softrepa works on sd15, sd21, sd3, sdxl; .* is sd9"):
         make(stranger)
     blocks = {"down_blocks": torch.nn.ModuleList(), "up_blocks": torch.nn.ModuleList()}
     bare = torch.nn.ModuleDict({**blocks, "mid_block": torch.nn.Identity()})

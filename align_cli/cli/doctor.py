@@ -29,8 +29,8 @@ EXTRAS = {
 }
 """Optional extras and their packages, as in pyproject.toml."""
 
-PARTS = ("unet", "vae", "text_encoder")
-"""Subfolders of a Stable Diffusion pipeline that hold weights."""
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Subfolders of a Stable Diffusion pipeline that hold weights; its model_index.json names those it has."""
 
 HUB_TIMEOUT = 3.0
 """Seconds until the hub counts as unreachable."""
@@ -169,10 +169,16 @@ def cache_state(repo: str) -> str:
     if not isinstance(index, str):
         return "not cached"
     snapshot = Path(index).parent
+    try:
+        named = dict(json.loads(Path(index).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return "damaged (model_index.json cannot be read)"
     lacking = [
-        p
-        for p in PARTS
-        if not any(snapshot.glob(f"{p}/*.safetensors")) and not any(snapshot.glob(f"{p}/*.bin"))
+        part
+        for part in PARTS
+        if named.get(part) not in (None, [None, None])
+        and not any(snapshot.glob(f"{part}/*.safetensors"))
+        and not any(snapshot.glob(f"{part}/*.bin"))
     ]
     return f"incomplete (no {', '.join(lacking)})" if lacking else "cached"
 

@@ -29,8 +29,8 @@ OURS = (SHEET, "eval-*.json", run_folder.RUN, INFO)
 class Plan:
     """A decided drawing. adapters: the specs as typed ("PATH@0.7"). infos: what their folders say.
 
-    origin: in words, where the sampling settings come from. own_spacing: nobody chose a timestep spacing, so
-    the one of the model's scheduler holds. own_dtype: nobody chose a dtype on the command line.
+    origin: in words, where the sampling settings come from. open_keys: those of sampler and spacing that
+    nobody chose, so that the model's own holds. own_dtype: nobody chose a dtype on the command line.
     """
 
     model: ModelSettings
@@ -38,7 +38,7 @@ class Plan:
     adapters: list[str]
     infos: list[AdapterInfo]
     origin: str
-    own_spacing: bool
+    open_keys: frozenset[str]
     own_dtype: bool
 
     def load(self) -> tuple[BaseModel, Plan]:
@@ -46,17 +46,17 @@ class Plan:
         say_loading(self.model.name)
         from align_cli.adapters import attach
         from align_cli.models.loading import load_model, pick_device
-        from align_cli.sampling import check_settings
+        from align_cli.sampling import check_settings, own_settings
 
         settings = self.model
         if self.own_dtype and pick_device(settings.device).type == "cpu":
             settings = replace(settings, dtype="float32")  # half precision on a CPU is slower, not faster
         model = load_model(settings)
-        check_settings(model, self.sample)
         with attach(model, self.adapters):
-            pass
-        spacing = model.process.timestep_spacing if self.own_spacing else self.sample.spacing
-        return model, replace(self, model=settings, sample=replace(self.sample, spacing=spacing))
+            pass  # before the settings, which may come from an adapter that does not fit
+        drawing = own_settings(model, self.sample, self.open_keys)
+        check_settings(model, drawing)
+        return model, replace(self, model=settings, sample=drawing)
 
     def describe(self) -> str:
         """One line: what is drawn with which settings, and where they come from."""
@@ -68,7 +68,8 @@ class Plan:
 
     def _settings(self) -> str:
         s = self.sample
-        return f"{self.model.name}: {s.sampler}, {s.steps} steps ({s.spacing}), guidance {s.guidance:g}"
+        spacing = "" if s.sampler == "euler" else f" ({s.spacing})"
+        return f"{self.model.name}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}"
 
 
 def make_plan(
@@ -85,7 +86,7 @@ def make_plan(
         UserError: an unknown model, an adapter that is damaged or not there, an impossible value.
     """
     infos = [read_adapter(parse_spec(spec)[0])[1] for spec in adapters]
-    base, drawing, origin = _recorded(model, infos[0] if infos else None, adapters)
+    base, drawing, origin, layers = _recorded(model, infos[0] if infos else None, adapters)
     given = {key: value for key, value in flags.items() if value is not None}
     if given:
         origin += ", with " + ", ".join(config.flag_name(f"sample.{key}") for key in given)
@@ -98,15 +99,19 @@ def make_plan(
         adapters=adapters,
         infos=infos,
         origin=origin,
-        own_spacing=origin.startswith(DEFAULTS) and "spacing" not in given,
+        open_keys=frozenset(
+            key
+            for key in ("sampler", "spacing")
+            if key not in given and layers.get(f"sample.{key}", "default") == "default"
+        ),
         own_dtype="dtype" not in held,
     )
 
 
 def _recorded(
     model: str | None, info: AdapterInfo | None, adapters: list[str]
-) -> tuple[ModelSettings, SampleSettings, str]:
-    """Model and sampling settings before flags, and where they come from."""
+) -> tuple[ModelSettings, SampleSettings, str, Mapping[str, str]]:
+    """Model and sampling settings before flags, where they come from, and the layer of every value."""
     name = model or ModelSettings().name
     if model is None and info is not None:
         name = info.model_id
@@ -123,12 +128,12 @@ def _recorded(
         same = name in (info.model_id, saved.model.name)
         held = replace(saved.model, name=name) if same else ModelSettings(name=name)
         # where it was trained says nothing about this machine
-        return replace(held, device="auto"), saved.sample, f"recorded in {adapters[0]}"
+        return replace(held, device="auto"), saved.sample, f"recorded in {adapters[0]}", saved.origin
     preset = preset_of(name)
     if preset is None:
-        return ModelSettings(name=name), SampleSettings(), DEFAULTS
+        return ModelSettings(name=name), SampleSettings(), DEFAULTS, {}
     found = config.resolve(preset.partition("/")[0], preset=preset)
-    return replace(found.model, name=name), found.sample, f"preset {preset}"
+    return replace(found.model, name=name), found.sample, f"preset {preset}", found.origin
 
 
 def preset_of(model: str) -> str | None:

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import align_cli
-from align_cli.cli import doctor, eval, manage, sample, train
+from align_cli.cli import doctor, edit, encode, eval, manage, sample, train
 from align_cli.errors import UserError
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -71,6 +71,8 @@ def _root(
 
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
+app.command("edit")(edit.edit)
+app.command("encode")(encode.encode)
 app.command("eval")(eval.evaluate)
 app.add_typer(manage.presets_app, name="presets")
 app.add_typer(manage.adapters_app, name="adapters")

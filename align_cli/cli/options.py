@@ -18,7 +18,7 @@ Adapters = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", metavar="X", help="Guidance scale; 1 is off.")]
-Sampler = Annotated[str | None, typer.Option("--sampler", metavar="NAME", help="ddim or ddpm.")]
+Sampler = Annotated[str | None, typer.Option("--sampler", metavar="NAME", help="ddim, ddpm; SD3: euler.")]
 Spacing = Annotated[
     str | None, typer.Option("--spacing", metavar="NAME", help="leading, trailing or linspace.")
 ]

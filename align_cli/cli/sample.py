@@ -155,7 +155,8 @@ def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndar
     used = ", ".join(
         f"{spec} sha256:{info.sha256}" for spec, info in zip(plan.adapters, plan.infos, strict=True)
     )
-    settings = ", ".join(f"{key} {value}" for key, value in vars(plan.sample).items())
+    idle = ("spacing", "eta") if plan.sample.sampler == "euler" else ()
+    settings = ", ".join(f"{key} {value}" for key, value in vars(plan.sample).items() if key not in idle)
     common = {"model": plan.model.name, "sampling": settings, "software": "t2ialign"}
     for job, picture in zip(jobs, pictures, strict=True):
         facts = {"prompt": job.prompt, "seed": job.seed, **common}

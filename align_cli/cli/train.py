@@ -67,6 +67,10 @@ def train(
     data_path: Annotated[
         Path | None, typer.Option("--data-path", metavar="FOLDER", help="Folder of the dataset.")
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="FOLDER", help="Encodings of the dataset, by 't2ialign encode'."),
+    ] = None,
     device: options.Device = None,
     out: Annotated[
         Path | None,
@@ -92,8 +96,8 @@ def train(
     """
     flags: dict[str, object] = {
         "model.name": model, "model.device": device, "data.name": data, "data.path": data_path,
-        "train.steps": steps, "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
-        "eval.num_prompts": 0 if no_eval else None,
+        "data.cache": cache, "train.steps": steps, "train.lr": lr, "train.batch_size": batch_size,
+        "train.seed": seed, "eval.num_prompts": 0 if no_eval else None,
     }  # fmt: skip
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
@@ -174,15 +178,14 @@ def describe(resolved: config.Resolved) -> str:
 def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Load, train, save, evaluate."""
     say_loading(resolved.model.name)
-    dataset: Dataset = registry.load(registry.DATASETS, resolved.data.name)(
-        resolved.data, seed=resolved.train.seed, split="train"
-    )
+    dataset = _dataset(resolved)
     method_class = registry.load(registry.METHODS, resolved.method)
 
     from rich.console import Console
 
+    from align_cli.data.cached import CachedDataset
     from align_cli.models.loading import load_model
-    from align_cli.sampling import check_settings
+    from align_cli.sampling import check_side
     from align_cli.training.distributed import is_main, leave_group, rank_device
     from align_cli.training.loop import tracker_available
     from align_cli.training.loop import train as train_loop
@@ -194,14 +197,11 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
             f"{resolved.method} does not train models of the family {model.family} ({resolved.model.name}); "
             f"it trains {', '.join(sorted(method_class.families))}"
         )
-    if resolved.data.name != "shapes" and resolved.data.image_size % model.vae_factor:
-        raise UserError(
-            f"data.image_size {resolved.data.image_size} is no multiple of {model.vae_factor}, the pixels "
-            f"per latent "
-            f"position of {resolved.model.name}"
-        )
-    if resolved.eval.num_prompts or resolved.train.grid_every:
-        check_settings(model, resolved.sample)  # and not after hours of training
+    if resolved.data.name != "shapes":
+        check_side(model, resolved.data.image_size, "data.image_size")
+    resolved = _with_own_sampling(resolved, model)
+    if isinstance(dataset, CachedDataset):
+        dataset.check_model(model)
     method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
     method.check(resolved.train)
     result = train_loop(
@@ -226,6 +226,30 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         typer.echo(f"go on with: {run_folder.resume_command(resolved.method, folder)}")
         raise typer.Exit(128 + result.signal)
     _conclude(resolved, folder, model, method, dataset, result)
+
+
+def _dataset(resolved: config.Resolved) -> Dataset:
+    """The training data: a registered dataset, or what was encoded of it."""
+    from align_cli.data.cached import CachedDataset
+
+    named = registry.load(registry.DATASETS, resolved.data.name)
+    kind = CachedDataset if resolved.data.cache else named
+    dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train")
+    return dataset
+
+
+def _with_own_sampling(resolved: config.Resolved, model: BaseModel) -> config.Resolved:
+    """The configuration with the model's own sampler and timestep spacing where no layer names one, and with
+    a look whether it can draw so.
+    """
+    from align_cli.sampling import check_settings, own_settings
+
+    keys = {key for key in ("sampler", "spacing") if resolved.origin[f"sample.{key}"] == "default"}
+    drawing = own_settings(model, resolved.sample, keys)
+    check_settings(model, drawing)
+    changed = {key for key in keys if getattr(drawing, key) != getattr(resolved.sample, key)}
+    origin = resolved.origin | {f"sample.{key}": "the model" for key in changed}
+    return replace(resolved, sample=drawing, origin=origin)
 
 
 def _grid(model: BaseModel, method: Method, dataset: Dataset, resolved: config.Resolved) -> Grid:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from align_cli.data.base import Example
+from align_cli.data.base import Example, draw_caption
 from align_cli.errors import UserError
 from align_cli.settings import DataSettings
 
@@ -64,7 +64,7 @@ class CocoDataset:
     def get(self, index: int, rng: np.random.Generator) -> Example:
         """Example `index`; `rng` chooses the caption."""
         captions = self.captions[index]
-        chosen = int(rng.integers(len(captions))) if self.split == "train" else 0
+        chosen = draw_caption(captions, rng) if self.split == "train" else 0
         pixels = square_pixels(
             self.folder / self.files[index], self.settings.image_size, self.settings.interpolation
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,44 @@ from torch import Tensor
 
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+class Process(Protocol):
+    """What noises a family's latents: `NoiseProcess` here, or `FlowProcess` of flow.py.
+
+    t: an int or float, or a tensor () or (B,); integer indices in [0, T) for `NoiseProcess`.
+    """
+
+    @property
+    def prediction_type(self) -> str:
+        """What the model predicts: epsilon, v_prediction or flow."""
+        ...
+
+    @property
+    def timestep_spacing(self) -> str:
+        """The model's own spacing of `timesteps`."""
+        ...
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        ...
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Any) -> Tensor:
+        """z_t of clean latents x0 (B, C, H, W) and noise of the same or a broadcast shape."""
+        ...
+
+    def target(self, x0: Tensor, eps: Tensor, t: Any) -> Tensor:
+        """What the model is trained to predict at z_t, (B, C, H, W)."""
+        ...
+
+    def to_x0_eps(self, pred: Tensor, z_t: Tensor, t: Any) -> tuple[Tensor, Tensor]:
+        """Split a prediction (B, C, H, W) at z_t into (x0, eps)."""
+        ...
+
+    def timesteps(self, n: int, spacing: str | None = None) -> Tensor:
+        """(n,) timesteps of a sampling path, descending; spacing None takes the model's own."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

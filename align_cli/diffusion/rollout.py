@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
+from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.guidance import Cond, guided
-from align_cli.diffusion.process import NoiseProcess
-from align_cli.diffusion.samplers import SAMPLERS, ddim_step, ddpm_step
+from align_cli.diffusion.process import NoiseProcess, Process
+from align_cli.diffusion.samplers import ddim_step, ddpm_step, euler_step, samplers_of
 
 
 def rollout(
     predict: Callable[[Tensor, Tensor, Cond], Tensor],
-    process: NoiseProcess,
+    process: Process,
     z: Tensor,
     *,
     steps: int,
@@ -23,7 +25,7 @@ def rollout(
     uncond: Cond | None = None,
     guidance: float = 1.0,
     spacing: str | None = None,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     eta: float = 0.0,
     grad_steps: frozenset[int] | None = None,
     detach_input: bool = False,
@@ -34,11 +36,12 @@ def rollout(
     """Denoise z along `steps` timesteps.
 
     Args:
-        predict: predict(z (B, C, H, W), t () int64, cond) -> eps or velocity, as `process` says.
+        predict: predict(z (B, C, H, W), t (), cond) -> eps or velocity, as `process` says. t is int64, for a
+        flow float32.
         z: (B, C, H, W) standard normal noise. It is held in float32 (or float64) between steps.
         cond, uncond: conditioning of B rows each; uncond is needed unless guidance is 1.
-        spacing: leading, trailing or linspace; None takes the process's own.
-        sampler: "ddim" (with eta) or "ddpm".
+        spacing: leading, trailing or linspace; None takes the process's own, and a flow has no other.
+        sampler: "ddim" (with eta) or "ddpm"; "euler" for a flow, which has no other. None: ddim or euler.
         grad_steps: indices (0 is the noisiest) of the steps whose prediction carries gradient; the others run
         under `torch.no_grad`. None: all. The step arithmetic itself is never detached, so gradient passes
             through the steps between two gradient steps by their linear part (DRaFT, TextCraftor, CoMat do
@@ -53,8 +56,12 @@ def rollout(
     Where DDIM steps to: t - T // steps, also for linspace, where that is not the next listed timestep. DDPM
     steps to the next listed timestep. Both as in diffusers, and so in the official code of all five methods.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: {', '.join(SAMPLERS)}")
+    allowed = samplers_of(process)
+    sampler = sampler or allowed[0]
+    if sampler not in allowed:
+        raise ValueError(
+            f"no sampler {sampler!r} for prediction type {process.prediction_type}: {', '.join(allowed)}"
+        )
     stray = [i for i in grad_steps or () if not 0 <= i < steps]
     if stray:
         raise ValueError(f"grad_steps must be in [0, {steps}), got {stray}")
@@ -73,13 +80,16 @@ def rollout(
         else:
             pred = model(*inputs)
         pred = pred.to(z.dtype)
-        if sampler == "ddim":
+        after = path[i + 1].item() if i + 1 < steps else None
+        if isinstance(process, FlowProcess):
+            z = euler_step(process, pred, z, t, after or 0.0)
+        elif sampler == "ddim":
             noise = _draw(noise_fn, z) if eta > 0 else None
-            z = ddim_step(process, pred, z, t, t - stride, eta, noise)
+            z = ddim_step(cast("NoiseProcess", process), pred, z, t, t - stride, eta, noise)
         else:
-            last = i == steps - 1
-            noise = None if last else _draw(noise_fn, z)
-            z = ddpm_step(process, pred, z, t, -1 if last else int(path[i + 1]), noise)
+            noise = None if after is None else _draw(noise_fn, z)
+            before = -1 if after is None else int(after)
+            z = ddpm_step(cast("NoiseProcess", process), pred, z, t, before, noise)
         if callback is not None:
             callback(i)
     return z

@@ -1,6 +1,7 @@
-"""One denoising step, tensors in and out: DDIM and DDPM. Nothing is detached and nothing is clipped.
+"""One denoising step, tensors in and out: DDIM, DDPM, Euler. Nothing is detached and nothing is clipped.
 
-Letters: B batch, C H W latent. `t`, `t_prev`: integer indices; `t_prev` below 0 is the end of the path.
+Letters: B batch, C H W latent. `t`, `t_prev`: integer indices; `t_prev` below 0 is the end of the path. Of a
+flow they are floats in [0, T], and 0 is the end.
 """
 
 from __future__ import annotations
@@ -8,9 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from align_cli.diffusion.process import NoiseProcess
+from align_cli.diffusion.flow import FlowProcess
+from align_cli.diffusion.process import NoiseProcess, Process
 
-SAMPLERS = ("ddim", "ddpm")
+
+def samplers_of(process: Process) -> tuple[str, ...]:
+    """The samplers that work on a process, its own first."""
+    return ("euler",) if isinstance(process, FlowProcess) else ("ddim", "ddpm")
 
 
 def ddim_step(
@@ -76,3 +81,15 @@ def ddpm_step(
         raise ValueError("a DDPM step that is not the last one needs noise")
     variance = (1 - before) / (1 - abar) * beta
     return mean + torch.where(before < 1, variance, torch.zeros_like(variance)).sqrt() * noise
+
+
+def euler_step(
+    process: FlowProcess, pred: Tensor, z: Tensor, t: float | Tensor, t_prev: float | Tensor
+) -> Tensor:
+    """From z_t to z_{t_prev} along the velocity: z + (sigma_prev - sigma) pred.
+
+    Args:
+        pred, z: (B, C, H, W). t, t_prev: float, () or (B,), in [0, T].
+    Source: diffusers FlowMatchEulerDiscreteScheduler.step; SoftREPA sampler.py.
+    """
+    return z + (process.sigma(t_prev, z) - process.sigma(t, z)) * pred

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from align_cli.models.base import BaseModel
+from align_cli.errors import UserError
+from align_cli.models.base import BaseModel, Posterior, TextCond
 from align_cli.settings import TrainSettings
 
 
@@ -20,13 +21,71 @@ class Batch:
 
     pixels: (B, 3, H, W) float32 in [-1, 1], or None for methods that train on prompts alone.
     prompts: B captions. ids: B dataset indices. extra: lists of length B for methods that need more (boxes,
-    negatives).
+    negatives). latents, text: encodings that were computed beforehand, in place of pixels and of encoding
+    the prompts; `encoded_latents` and `encoded_text` take what is there.
     """
 
     prompts: list[str]
     pixels: Tensor | None = None
     ids: list[int] = field(default_factory=list)
     extra: dict[str, list[object]] = field(default_factory=dict)
+    latents: Posterior | None = None
+    text: TextCond | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed: pinned, on another device, ..."""
+
+        def each(x: Tensor | None) -> Tensor | None:
+            return None if x is None else change(x)
+
+        latents, text = self.latents, self.text
+        if latents is not None:
+            latents = replace(latents, mean=change(latents.mean), std=each(latents.std))
+        if text is not None:
+            text = TextCond(change(text.tokens), each(text.pooled), each(text.time_ids))
+        return replace(self, pixels=each(self.pixels), latents=latents, text=text)
+
+
+def latent_shape(model: BaseModel, batch: Batch) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of a batch with pictures or with latents.
+
+    Raises:
+        UserError: it has captions only.
+    """
+    if batch.latents is not None:
+        channels, height, width = batch.latents.mean.shape[1:]
+        return channels, height, width
+    if batch.pixels is None:
+        raise UserError("this method trains on images with captions, but the dataset has captions only")
+    height, width = (n // model.vae_factor for n in batch.pixels.shape[-2:])
+    return model.latent_channels, height, width
+
+
+@torch.no_grad()
+def encoded_latents(model: BaseModel, batch: Batch, noise: Tensor | None) -> Tensor:
+    """Scaled latents (B, C, h, w), drawn from the stored posterior or from that of the pixels.
+
+    noise: (B, C, h, w) of N(0, 1), None for the mean. The frozen autoencoder runs in its own precision, not
+    under autocast, so that both ways give the same bits.
+    """
+    with torch.autocast(model.device.type, enabled=False):
+        if batch.latents is not None:
+            return batch.latents.draw(noise)
+        if batch.pixels is None:
+            raise ValueError("a batch without pixels and without latents")
+        return model.encode_image(batch.pixels, noise)
+
+
+@torch.no_grad()
+def encoded_text(model: BaseModel, batch: Batch, more: Sequence[str] = ()) -> TextCond:
+    """The batch's prompts and then `more`, (B + len(more), L, D); stored encodings are taken where they are.
+
+    The frozen text encoders run in their own precision, not under autocast, as in `encoded_latents`.
+    """
+    with torch.autocast(model.device.type, enabled=False):
+        if batch.text is None:
+            return model.encode_text([*batch.prompts, *more])
+        return TextCond.cat([batch.text, model.encode_text(list(more))]) if more else batch.text
 
 
 @dataclass

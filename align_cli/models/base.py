@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from align_cli.diffusion.process import NoiseProcess
+from align_cli.diffusion.process import Process
 
 
 @dataclass
@@ -38,6 +38,30 @@ class TextCond:
         )
 
 
+@dataclass
+class Posterior:
+    """What the autoencoder says about pictures: latents are (mean + std * noise - shift) * scale.
+
+    mean, std: (B, C, h, w), unscaled, in the autoencoder's dtype; std is None for one frozen draw in `mean`.
+    """
+
+    mean: Tensor
+    std: Tensor | None
+    scale: float
+    shift: float = 0.0
+
+    def draw(self, noise: Tensor | None) -> Tensor:
+        """Scaled latents (B, C, h, w). noise: (B, C, h, w) of N(0, 1), None for the mean; unused by a frozen
+        draw.
+        """
+        latents = self.mean
+        if noise is not None and self.std is not None:
+            latents = latents + self.std * noise.to(latents.device, latents.dtype)
+        if self.shift:
+            latents = latents - self.shift
+        return latents * self.scale
+
+
 class BaseModel(Protocol):
     """A frozen pipeline of one family. Every module is in eval mode and requires no gradient."""
 
@@ -45,14 +69,20 @@ class BaseModel(Protocol):
     """sd15, sd21 (both UNets with one text encoder), sdxl or sd3."""
     model_id: str
     """What the user named: alias, hub id or absolute path."""
-    process: NoiseProcess
+    process: Process
     denoiser: nn.Module
     """The UNet or transformer, for methods that hook into it."""
     image_size: int
     """Pixels of the model's own square picture."""
     latent_channels: int
+    text_width: int
+    """D of the encoded text."""
     vae_factor: int
     """Pixels per latent position along one side."""
+    size_factor: int
+    """The sides of a picture are multiples of it, in pixels: vae_factor, times the patch of a transformer."""
+    max_image_size: int
+    """Pixels of the longest side the denoiser has positions for; 0 if there is no such limit."""
     device: torch.device
     dtype: torch.dtype
 
@@ -79,6 +109,10 @@ class BaseModel(Protocol):
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise
         is None.
         """
+        ...
+
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """(B, 3, H, W) in [-1, 1] -> what `encode_image` draws from."""
         ...
 
     def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:

@@ -4,111 +4,135 @@ package.
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from align_cli import registry
+from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel
+from align_cli.models.sd3 import SD3Model
+from align_cli.models.sdxl import SDXLModel
+from align_cli.models.sources import (
+    DENOISERS,
+    DIFFUSERS_STEM,
+    TOKENIZERS,
+    Source,
+    find,
+    find_module,
+    first_line,
+    read_json,
+    stem_of,
+    weight_file,
+    with_parts,
+)
 from align_cli.models.unet import UNetModel
 from align_cli.settings import ModelSettings
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-"""`_class_name` of the pipelines whose parts are loaded; safety checkers and feature extractors never are."""
-
-BASENAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-"""Part -> base name of its weight files."""
-
-TOKENIZER_FILES = (
-    "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
-)  # fmt: skip
-"""Files of a CLIP tokenizer; not every pipeline has each."""
-
-HUB_TIMEOUT = 4.0
-"""Seconds until the hub counts as unreachable."""
-
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 """What the libraries raise for damaged, absent or misfitting files."""
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where a pipeline's files are. files: paths below `folder`, present or (hub) still to be fetched."""
+class Family:
+    """What a pipeline consists of: the class of each part that is loaded, and what makes a model of them.
 
-    label: str
-    folder: Path
-    files: tuple[str, ...]
+    Safety checkers, feature extractors and image encoders never are loaded.
+    """
+
+    title: str
+    denoiser: str
+    parts: dict[str, Any]
+    process: Callable[[dict[str, Any]], Any]
+    build: Callable[[_Parts], BaseModel]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The loaded parts of one pipeline, by name, and all else that its model is made of."""
+
+    modules: dict[str, Any]
+    process: Any
+    settings: ModelSettings
+    source: Source
+
+    @property
+    def label(self) -> str:
+        """Who to blame if the denoiser does not fit the rest."""
+        return self.settings.unet or self.source.label
 
 
 def load_model(settings: ModelSettings) -> BaseModel:
     """The frozen base model that `settings` names, in its dtype and on its device.
 
+    A setting that does nothing for this model, and a pipeline without T5, are warnings.
     Raises:
         UserError: unknown name; no network and not cached; no diffusers folder; a pipeline of another family;
-        missing or damaged weights; a device that is not there.
+        missing, damaged or misfitting weights; a device that is not there.
     """
     device = pick_device(settings.device)
-    dtype = getattr(torch, settings.dtype)
-    source = locate(settings.name, half=settings.dtype != "float32")
-    index = _read_json(source.folder / "model_index.json", source.label)
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise UserError(
-            f"{source.label} holds a {kind}; supported are Stable Diffusion 1.x and 2.x ({PIPELINES[0]})"
-        )
-    scheduler = _read_json(source.folder / "scheduler" / "scheduler_config.json", source.label)
+    source = find(settings.name)
+    kind = source.index.get("_class_name")
+    if kind not in FAMILIES:
+        known = ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
+        raise UserError(f"{source.label} holds a {kind}; supported are {known}")
+    family = FAMILIES[kind]
+    scheduler = read_json(source.folder / "scheduler" / "scheduler_config.json", source.label)
     try:
-        process = NoiseProcess.from_scheduler_config(scheduler)
+        process = family.process(scheduler)
     except (ValueError, TypeError) as error:
         raise UserError(f"{source.label}/scheduler: {error}") from error
+    other = {family.denoiser: settings.unet, "vae": settings.vae}
+    wanted = {p: c for p, c in family.parts.items() if not other.get(p) and _wanted(p, source, settings)}
+    half = settings.dtype != "float32"
+    source = with_parts(source, wanted, half=half)
+    dtype = getattr(torch, settings.dtype)
+    modules: dict[str, Any] = {}
     with _quiet():
-        unet = (
-            _load_part(UNet2DConditionModel, source, "unet", dtype)
-            if not settings.unet
-            else _other_unet(settings.unet, dtype)
-        )
-        vae = _load_part(AutoencoderKL, source, "vae", dtype)
-        text = _load_part(CLIPTextModel, source, "text_encoder", dtype)
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(
-                source.folder, subfolder="tokenizer", local_files_only=True
-            )
-        except LOAD_ERRORS as error:
-            raise UserError(f"cannot load the tokenizer of {source.label}: {_first_line(error)}") from error
-    _check_fit(unet, vae, text, settings.unet or source.label)
-    if device.type == "cpu":
+        for part, cls in family.parts.items():
+            if other.get(part):
+                modules[part] = _other_module(cls, part, other[part], dtype)
+            elif part in wanted:
+                modules[part] = (
+                    _load_tokenizer(cls, source, part)
+                    if part in TOKENIZERS
+                    else _load_part(cls, source, part, _part_dtype(kind, part, source, dtype))
+                )
+    for part, module in modules.items():
+        if part not in TOKENIZERS:
+            modules[part] = module.to(device)
+    if settings.t5_length != ModelSettings().t5_length and "text_encoder_3" not in family.parts:
+        warnings.warn(f"model.t5_length has no effect: {source.label} has no T5", stacklevel=2)
+    if device.type == "cpu" and family.denoiser == "unet":
         # the layout of oneDNN's convolutions: 1.3x faster
-        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    return UNetModel(
-        model_id=_model_id(settings.name),
-        tokenizer=tokenizer,
-        text_encoder=text.to(device),
-        vae=vae.to(device),
-        unet=unet.to(device),
-        process=process,
-    )
+        modules["unet"] = modules["unet"].to(memory_format=torch.channels_last)
+    return family.build(_Parts(modules, process, settings, source))
+
+
+def _wanted(part: str, source: Source, settings: ModelSettings) -> bool:
+    """Whether a part is to be loaded: all but the T5 that is not there, or that the user leaves out."""
+    if part not in ("text_encoder_3", "tokenizer_3"):
+        return True
+    return settings.t5_length > 0 and source.names("text_encoder_3")
 
 
 def pick_device(name: str) -> torch.device:
@@ -134,139 +158,31 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def locate(name: str, *, half: bool = False) -> _Source:
-    """The files of the pipeline called `name`, fetched from the hub if need be. half: the fp16 files are
-    enough.
-    """
-    where = registry.model_source(name)
-    if where.startswith("embedded:"):
-        folder = registry.WEIGHTS / where.removeprefix("embedded:")
-        if not (folder / "model_index.json").is_file():
-            raise UserError(
-                f"the embedded model {folder.name} is not in this installation ({folder} is missing); "
-                "reinstall t2ialign"
-            )
-        return _local(name, folder)
-    folder = Path(where).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UserError(
-                f"{where} is no diffusers pipeline folder: it has no model_index.json (and unet/, "
-                "vae/, ... beside it)"
-            )
-        return _local(str(where), folder)
-    return _from_hub(name, where, half)
+# ---------------------------------------------------------------- parts
 
 
-def _local(label: str, folder: Path) -> _Source:
-    files = tuple(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return _Source(label, folder, files)
-
-
-def _from_hub(name: str, repo: str, half: bool) -> _Source:
-    """Fetch what is needed of a hub pipeline: one weight file per part, tokenizer and configurations.
-
-    What the local cache holds is taken from there; without network only that is seen.
-    """
-    label = repo if name == repo else f"{name} ({repo})"
-    reachable = hub_reachable()  # asked once: huggingface_hub would retry every file for half a minute
-
-    def fetch(file: str, revision: str | None = None) -> Path | None:
-        return _fetch(label, repo, file, revision, reachable)
-
-    index = fetch("model_index.json")
-    if index is None:
-        raise UserError(
-            f"model {label} is not in the local cache and the hub cannot be reached; pass a local "
-            "diffusers folder with "
-            f"--model /path/to/folder, or the built-in --model tiny-sd15"
-        )
-    folder = index.parent
-    revision = folder.name  # the commit, so that all files are of one version
-    wanted = ["scheduler/scheduler_config.json", *(f"tokenizer/{f}" for f in TOKENIZER_FILES)]
-    wanted += [f"{part}/config.json" for part in BASENAMES]
-    for part in BASENAMES:
-        for choice in _weight_choices(part, half):
-            if fetch(choice, revision):
-                break
-    for file in wanted:
-        fetch(file, revision)
-    return _local(label, folder)
-
-
-def hub_reachable() -> bool:
-    """Whether the hub answers, within seconds. False under HF_HUB_OFFLINE."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        with urllib.request.urlopen(
-            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT
-        ):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except OSError:
-        return False
-
-
-def _fetch(label: str, repo: str, file: str, revision: str | None, reachable: bool) -> Path | None:
-    """One file of a hub repository in the local cache; None if the hub lacks it, or cannot be reached."""
-    try:
-        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=not reachable))
-    except GatedRepoError as error:
-        raise UserError(
-            f"the hub model {label} asks for its licence to be accepted: do so on "
-            f"huggingface.co/{repo}, then "
-            f"`hf auth login`; or pass a local folder with --model /path/to/folder"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"the hub has no model {label} (or it is private); check the id, or pass a local folder"
-        ) from error
-    except HFValidationError as error:
-        raise UserError(f"{repo!r} is no hub id: {_first_line(error)}") from error
-    except EntryNotFoundError as error:
-        if file == "model_index.json" and not isinstance(error, LocalEntryNotFoundError):
-            raise UserError(f"the hub model {label} is no diffusers pipeline: it has no {file}") from error
-        return None
-    except OSError as error:
-        raise UserError(f"cannot fetch {file} of {label} from the hub: {_first_line(error)}") from error
-
-
-def _weight_choices(part: str, half: bool) -> list[str]:
-    """Names of a part's weights, the best first: safetensors before pickle, the wanted precision before the
-    other.
-    """
-    stem = f"{part}/{BASENAMES[part]}"
-    pickle = f"{part}/{'pytorch_model' if part == 'text_encoder' else BASENAMES[part]}"
-    order = (".fp16", "") if half else ("", ".fp16")
-    return [f"{stem}{v}.safetensors" for v in order] + [f"{pickle}{v}.bin" for v in order]
-
-
-def _weight_file(files: tuple[str, ...], part: str, half: bool) -> str | None:
-    """The best weight file of a part among `files`."""
-    return next((choice for choice in _weight_choices(part, half) if choice in files), None)
-
-
-def _load_part(cls: Any, source: _Source, part: str, dtype: torch.dtype) -> nn.Module:
-    """One module of a pipeline folder, complete: no missing and no misfitting weights."""
-    weight = _weight_file(source.files, part, half=dtype != torch.float32)
+def _load_part(cls: Any, source: Source, part: str, dtype: torch.dtype) -> nn.Module:
+    """One module of a pipeline, complete: no missing and no misfitting weights."""
+    weight = weight_file(source, f"{part}/", stem_of(part), half=dtype != torch.float32)
     if weight is None or f"{part}/config.json" not in source.files:
-        lacking = "config.json" if weight else f"{BASENAMES[part]}.safetensors (or .bin)"
-        raise UserError(f"{source.label} is incomplete: no {part}/{lacking} in {source.folder}")
-    return _load_weights(
-        cls, source.folder / part, weight.rpartition("/")[2], dtype, f"{part} of {source.label}"
-    )
+        lacking = "config.json" if weight else f"{stem_of(part)}.safetensors (or .bin)"
+        advice = "; set model.t5_length = 0 to go without T5" if part == "text_encoder_3" else ""
+        raise UserError(f"{source.label} is incomplete: no {part}/{lacking} in {source.folder}{advice}")
+    name = weight.rpartition("/")[2]
+    return _load_weights(cls, source.folder / part, name, dtype, f"{part} of {source.label}")
 
 
 def _load_weights(cls: Any, folder: Path, weight: str, dtype: torch.dtype, what: str) -> nn.Module:
-    variant = "fp16" if ".fp16." in weight else None
-    dtype_key = "dtype" if cls is CLIPTextModel else "torch_dtype"
-    options = {dtype_key: dtype, "variant": variant, "use_safetensors": weight.endswith(".safetensors")}
+    """weight: the file, or the index of its shards."""
+    options = {
+        "torch_dtype" if cls in DIFFUSERS_CLASSES else "dtype": dtype,
+        "variant": "fp16" if ".fp16." in weight else None,
+        "use_safetensors": ".safetensors" in weight,
+    }
     try:
         module, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     except LOAD_ERRORS as error:
-        raise UserError(f"cannot load the {what} from {folder / weight}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the {what} from {folder / weight}: {first_line(error)}") from error
     lacking = sorted([*info["missing_keys"], *(str(k) for k in info.get("mismatched_keys", ()))])
     if lacking:
         raise UserError(f"the {what} lacks {len(lacking)} weights in {folder / weight}, first {lacking[0]}")
@@ -274,30 +190,142 @@ def _load_weights(cls: Any, folder: Path, weight: str, dtype: torch.dtype, what:
     return result
 
 
-def _other_unet(name: str, dtype: torch.dtype) -> nn.Module:
-    """A separately tuned denoiser: a UNet folder, a pipeline folder, or the hub id of a pipeline."""
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        files = tuple(f"unet/{p.name}" for p in folder.iterdir())
-        weight = _weight_file(files, "unet", half=dtype != torch.float32)
-        if weight is None:
-            raise UserError(
-                f"model.unet {name}: no {BASENAMES['unet']}.safetensors (or .bin) beside config.json"
-            )
-        return _load_weights(UNet2DConditionModel, folder, weight.rpartition("/")[2], dtype, f"unet {name}")
-    return _load_part(UNet2DConditionModel, locate(name, half=dtype != torch.float32), "unet", dtype)
+def _load_tokenizer(cls: Any, source: Source, part: str) -> Any:
+    try:
+        return cls.from_pretrained(source.folder, subfolder=part, local_files_only=True)
+    except LOAD_ERRORS as error:
+        raise UserError(f"cannot load the {part} of {source.label}: {first_line(error)}") from error
 
 
-def _check_fit(unet: Any, vae: Any, text: Any, label: str) -> None:
-    width, given = unet.config.cross_attention_dim, text.config.hidden_size
-    if width != given:
-        raise UserError(f"the UNet of {label} reads {width}-wide text, but the text encoder gives {given}")
-    channels, latent = unet.config.in_channels, vae.config.latent_channels
+def _other_module(cls: Any, part: str, name: str, dtype: torch.dtype) -> nn.Module:
+    """A denoiser or autoencoder from elsewhere: its own folder or hub repository, or a pipeline's."""
+    setting = f"model.{'vae' if part == 'vae' else 'unet'} {name}"
+    half = dtype != torch.float32
+    source, prefix = find_module(name, part, half=half)
+    if f"{prefix}config.json" not in source.files:
+        others = [p for p in DENOISERS if p != part and source.names(p)]
+        held = f"a {source.index[others[0]][1]}" if others and part != "vae" else "none"
+        raise UserError(f"{setting}: a {cls.__name__} is wanted here, and {source.label} holds {held}")
+    found = read_json(source.folder / prefix / "config.json", setting).get("_class_name")
+    if found not in (None, cls.__name__):
+        raise UserError(f"{setting}: a {cls.__name__} is wanted here, and {source.label} holds a {found}")
+    weight = weight_file(source, prefix, DIFFUSERS_STEM, half=half)
+    if weight is None:
+        raise UserError(f"{setting}: no {DIFFUSERS_STEM}.safetensors (or .bin) beside config.json")
+    return _load_weights(cls, source.folder / prefix, weight.rpartition("/")[2], dtype, f"{part} {name}")
+
+
+def _part_dtype(kind: str, part: str, source: Source, dtype: torch.dtype) -> torch.dtype:
+    """float32 for an autoencoder of SDXL that overflows in float16 (force_upcast), as in diffusers; else
+    `dtype`.
+    """
+    if kind != SDXL or part != "vae" or dtype != torch.float16 or "vae/config.json" not in source.files:
+        return dtype
+    upcast = read_json(source.folder / "vae" / "config.json", source.label).get("force_upcast", True)
+    return torch.float32 if upcast else dtype
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of the libraries inside."""
+    shown = [log for log in (transformers_logging, diffusers_logging) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
+# ---------------------------------------------------------------- families
+
+
+def _unet_model(parts: _Parts) -> BaseModel:
+    unet, vae, text = (parts.modules[name] for name in ("unet", "vae", "text_encoder"))
+    if unet.config.addition_embed_type is not None:
+        raise UserError(f"the UNet of {parts.label} is one of SDXL; it needs the rest of an SDXL pipeline")
+    _check_widths("UNet", parts.label, "text", unet.config.cross_attention_dim, text.config.hidden_size)
+    _check_channels("UNet", parts.label, unet, vae)
+    return UNetModel(
+        model_id=_model_id(parts.settings.name),
+        tokenizer=parts.modules["tokenizer"],
+        text_encoder=text,
+        vae=vae,
+        unet=unet,
+        process=parts.process,
+    )
+
+
+def _sdxl_model(parts: _Parts) -> BaseModel:
+    names = ("unet", "vae", "text_encoder", "text_encoder_2")
+    unet, vae, text, text_2 = (parts.modules[name] for name in names)
+    config = unet.config
+    if config.addition_embed_type != "text_time":
+        raise UserError(f"the UNet of {parts.label} is not one of SDXL: it takes no pooled text")
+    both = text.config.hidden_size + text_2.config.hidden_size
+    _check_widths("UNet", parts.label, "text", config.cross_attention_dim, both)
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    _check_widths("UNet", parts.label, "pooled text", pooled, text_2.config.projection_dim)
+    _check_channels("UNet", parts.label, unet, vae)
+    return SDXLModel(
+        model_id=_model_id(parts.settings.name),
+        tokenizers=(parts.modules["tokenizer"], parts.modules["tokenizer_2"]),
+        text_encoders=(text, text_2),
+        vae=vae,
+        unet=unet,
+        process=parts.process,
+        zeros_for_empty=bool(parts.source.index.get("force_zeros_for_empty_prompt", True)),
+    )
+
+
+def _sd3_model(parts: _Parts) -> BaseModel:
+    names = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    transformer, vae, text, text_2 = (parts.modules[name] for name in names)
+    config, t5 = transformer.config, parts.modules.get("text_encoder_3")
+    side_by_side = text.config.hidden_size + text_2.config.hidden_size
+    if side_by_side > config.joint_attention_dim:
+        raise UserError(
+            f"the transformer of {parts.label} reads {config.joint_attention_dim}-wide text, but the CLIP "
+            f"encoders give {side_by_side}"
+        )
+    if t5 is not None:
+        _check_widths("transformer", parts.label, "T5 text", config.joint_attention_dim, t5.config.d_model)
+    pooled = text.config.projection_dim + text_2.config.projection_dim
+    _check_widths("transformer", parts.label, "pooled text", config.pooled_projection_dim, pooled)
+    _check_channels("transformer", parts.label, transformer, vae)
+    if not parts.source.names("text_encoder_3") and not parts.source.embedded:
+        warnings.warn(
+            f"{parts.source.label} has no T5 (text_encoder_3); zeros stand in its place", stacklevel=3
+        )
+    return SD3Model(
+        model_id=_model_id(parts.settings.name),
+        tokenizers=(parts.modules["tokenizer"], parts.modules["tokenizer_2"]),
+        text_encoders=(text, text_2),
+        t5=None if t5 is None else (parts.modules["tokenizer_3"], t5),
+        t5_length=parts.settings.t5_length,
+        vae=vae,
+        transformer=transformer,
+        process=parts.process,
+    )
+
+
+def _check_widths(denoiser: str, label: str, what: str, read: int, given: int) -> None:
+    if read != given:
+        raise UserError(
+            f"the {denoiser} of {label} reads {read}-wide {what}, but the text encoder gives {given}"
+        )
+
+
+def _check_channels(name: str, label: str, denoiser: Any, vae: Any) -> None:
+    channels, latent = denoiser.config.in_channels, vae.config.latent_channels
     if channels != latent:
         raise UserError(
-            f"the UNet of {label} reads {channels} channels, but the autoencoder has {latent} (an "
+            f"the {name} of {label} reads {channels} channels, but the autoencoder has {latent} (an "
             "inpainting model?)"
         )
+    if vae.config.latents_mean is not None or vae.config.latents_std is not None:
+        raise UserError(f"the autoencoder beside {label} scales its channels one by one; that is unsupported")
 
 
 def _model_id(name: str) -> str:
@@ -308,29 +336,54 @@ def _model_id(name: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else name
 
 
-def _read_json(path: Path, label: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{label} is no diffusers pipeline: no {path.name} in {path.parent}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{label}: {path} cannot be read: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{label}: {path} is not a JSON object")
-    return content
+SDXL = "StableDiffusionXLPipeline"
+DIFFUSERS_CLASSES = (AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel)
 
+_UNET_FAMILY = Family(
+    "Stable Diffusion 1.x and 2.x",
+    "unet",
+    {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "tokenizer": CLIPTokenizer,
+    },
+    NoiseProcess.from_scheduler_config,
+    _unet_model,
+)
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers inside."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+FAMILIES = {
+    "StableDiffusionPipeline": _UNET_FAMILY,
+    "StableDiffusionImg2ImgPipeline": _UNET_FAMILY,
+    SDXL: Family(
+        "Stable Diffusion XL",
+        "unet",
+        {
+            "unet": UNet2DConditionModel,
+            "vae": AutoencoderKL,
+            "text_encoder": CLIPTextModel,
+            "text_encoder_2": CLIPTextModelWithProjection,
+            "tokenizer": CLIPTokenizer,
+            "tokenizer_2": CLIPTokenizer,
+        },
+        NoiseProcess.from_scheduler_config,
+        _sdxl_model,
+    ),
+    "StableDiffusion3Pipeline": Family(
+        "Stable Diffusion 3 and 3.5",
+        "transformer",
+        {
+            "transformer": SD3Transformer2DModel,
+            "vae": AutoencoderKL,
+            "text_encoder": CLIPTextModelWithProjection,
+            "text_encoder_2": CLIPTextModelWithProjection,
+            "text_encoder_3": T5EncoderModel,
+            "tokenizer": CLIPTokenizer,
+            "tokenizer_2": CLIPTokenizer,
+            "tokenizer_3": T5TokenizerFast,
+        },
+        FlowProcess.from_scheduler_config,
+        _sd3_model,
+    ),
+}
+"""`_class_name` of a pipeline -> its family."""

@@ -1,17 +1,17 @@
 """SD1.x and SD2.x: one CLIP text encoder, an autoencoder and a UNet with epsilon or velocity target.
 
-Letters: B batch, L tokens, D text width, C h w latent, H W pixels.
+Letters: B batch, L tokens, D text width, P pooled width, C h w latent, H W pixels.
 """
 
 from __future__ import annotations
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.models.base import TextCond
+from align_cli.models.frozen import FrozenModel, clip_limit, count_tokens, token_ids
 
 SD21_WIDTH = 1024
 """Text width of SD2.x (OpenCLIP ViT-H); SD1.x has 768."""
@@ -28,16 +28,24 @@ def unet_family(text_width: int) -> str:
 
 def unet_predict(unet: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
     """One UNet call. z_t (B, C, h, w), t () or (B,), cond.tokens (B, L, D) -> (B, C, h, w) in the UNet's
-    dtype.
+    dtype. A UNet of SDXL also needs cond.pooled (B, P) and cond.time_ids (B, 6).
     """
     dtype = next(unet.parameters()).dtype
+    added = None
+    if cond.pooled is not None:
+        if cond.time_ids is None:
+            raise ValueError("pooled text without time_ids; see align_cli.models.sdxl.size_ids")
+        added = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids}
     prediction: Tensor = unet(
-        z_t.to(dtype), t.to(z_t.device).expand(len(z_t)), encoder_hidden_states=cond.tokens.to(dtype)
+        z_t.to(dtype),
+        t.to(z_t.device).expand(len(z_t)),
+        encoder_hidden_states=cond.tokens.to(dtype),
+        added_cond_kwargs=added,
     ).sample
     return prediction
 
 
-class UNetModel:
+class UNetModel(FrozenModel):
     """A frozen SD1.x or SD2.x pipeline; see `align_cli.models.base.BaseModel`."""
 
     def __init__(
@@ -50,28 +58,20 @@ class UNetModel:
         unet: UNet2DConditionModel,
         process: NoiseProcess,
     ) -> None:
-        self.model_id, self.process = model_id, process
-        self.tokenizer, self.text_encoder, self.vae, self.denoiser = tokenizer, text_encoder, vae, unet
-        for module in (text_encoder, vae, unet):
-            module.eval().requires_grad_(False)
-        weight = next(unet.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        super().__init__(model_id=model_id, process=process, denoiser=unet, vae=vae, encoders=[text_encoder])
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.family = unet_family(unet.config.cross_attention_dim)
-        self.vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_size = int(unet.config.sample_size) * self.vae_factor
-        self.latent_channels = int(vae.config.latent_channels)
         self.text_width = int(unet.config.cross_attention_dim)
 
     @property
     def token_limit(self) -> int:
         """Tokens the text encoder reads, start and end included."""
-        return min(
-            int(self.tokenizer.model_max_length), int(self.text_encoder.config.max_position_embeddings)
-        )
+        return clip_limit(self.tokenizer, self.text_encoder)
 
     def token_count(self, prompt: str) -> int:
         """Tokens of the prompt including start and end, before truncation."""
-        return len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+        return count_tokens(self.tokenizer, prompt)
 
     def encode_text(self, prompts: list[str]) -> TextCond:
         """Last hidden state after the final norm, (B, L, D), padded and truncated to `token_limit`.
@@ -79,41 +79,18 @@ class UNetModel:
         An attention mask is passed only if the encoder's configuration asks for one, as diffusers does (SD1.x
         and SD2.x do not). No gradient unless the text encoder requires it.
         """
-        encoded = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.token_limit,
-            truncation=True,
-            return_tensors="pt",
-        )
+        encoded = token_ids(self.tokenizer, prompts, self.token_limit)
         mask = None
         if getattr(self.text_encoder.config, "use_attention_mask", False):
-            mask = encoded["attention_mask"].to(self.device)
-        trained = any(p.requires_grad for p in self.text_encoder.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            states = self.text_encoder(encoded["input_ids"].to(self.device), attention_mask=mask)
-        return TextCond(states.last_hidden_state)
+            mask = encoded["attention_mask"].to(self.text_encoder.device)
+        with self.text_grad():
+            ids = encoded["input_ids"].to(self.text_encoder.device)
+            states = self.text_encoder(ids, attention_mask=mask)
+        return TextCond(states.last_hidden_state.to(self.device))
 
     def uncond(self, batch: int) -> TextCond:
         """The encoding of the empty prompt, `batch` rows."""
         return TextCond(self.encode_text([""]).tokens.expand(batch, -1, -1))
-
-    def encode_image(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise
-        is None.
-        """
-        posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
-        latents: Tensor = posterior.mean
-        if noise is not None:
-            latents = latents + posterior.std * noise.to(latents.device, latents.dtype)
-        return latents * self.vae.config.scaling_factor
-
-    def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
-        """Scaled latents -> (B, 3, H, W) float32 in [0, 1]; differentiable; not clamped if asked."""
-        pixels = (
-            self.vae.decode(latents.to(self.dtype) / self.vae.config.scaling_factor).sample.float() / 2 + 0.5
-        )
-        return pixels.clamp(0, 1) if clamp else pixels
 
     def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
         """eps or velocity, as `process` says. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w) in the model's

@@ -219,9 +219,7 @@ class _Run:
         rate = lr_at(s, step)
         slices = Meter()
         for part in range(s.accumulation):
-            batch = next(stream)
-            if batch.pixels is not None:
-                batch.pixels = batch.pixels.to(self.device, non_blocking=True)
+            batch = next(stream).map(lambda x: x.to(self.device, non_blocking=True))
             seed = step_seed(s.seed, step, part)
             torch.manual_seed(seed)  # layers with randomness of their own (dropout) are resumable, too
             ctx = StepContext(

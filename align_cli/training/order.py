@@ -124,6 +124,4 @@ def batches(
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        if pin and batch.pixels is not None:
-            batch.pixels = batch.pixels.pin_memory()
-        yield batch
+        yield batch.map(torch.Tensor.pin_memory) if pin else batch

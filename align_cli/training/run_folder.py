@@ -29,6 +29,7 @@ FREE = frozenset(
     {
         "model.device",
         "data.path",
+        "data.cache",
         "data.num_workers",
         "train.steps",
         "train.save_every",
@@ -38,8 +39,8 @@ FREE = frozenset(
         "train.num_threads",
     }
 )
-"""Settings that may differ when a run goes on; the data of another path must have the same fingerprint."""
-FREE_SECTIONS = ("sample", "eval")
+"""Settings that may differ when a run goes on; data of another path or cache need the same fingerprint."""
+FREE_SECTIONS = ("sample", "edit", "eval")
 
 
 def check(out: Path, *, resume: bool, overwrite: bool) -> None:

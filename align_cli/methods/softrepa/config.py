@@ -19,9 +19,17 @@ class SoftREPAConfig:
     """What is trained, and with which contrastive loss. The learning rate is train.lr."""
 
     num_tokens: int = 4
-    """Soft tokens put after the first text token. Source: train.py --n_dc_tokens."""
+    """Soft tokens put after the first text token (SD3: in front of the text of a block). Source: train.py
+    --n_dc_tokens."""
     stages: str = "TFF"
-    """Which UNet stages see them: three letters T or F for down, mid, up. Source: train.py --apply_dc."""
+    """Which UNet stages see them: three letters T or F for down, mid, up; unused by SD3. Source: train.py
+    --apply_dc."""
+    num_layers: int = 5
+    """SD3: how many of its first blocks have tokens, each its own; -1 for all. Unused by UNets. Source:
+    train.py --n_dc_layers."""
+    token_space: str = "text"
+    """text: tokens are as wide as the text encodings, and in SD3 pass its frozen context_embedder (official
+    training). projected: SD3 tokens behind that, as wide as its text stream (the released ones)."""
     use_t_table: bool = False
     """Learn an offset of the tokens for every 10 timesteps. Source: train.py --use_dc_t."""
     dweight: float = 0.0
@@ -45,8 +53,9 @@ class SoftREPAConfig:
     train_dist.py).
     """
     init: str = "bos"
-    """Start of the tokens: bos (copies of the empty prompt's first encoding, as official for SD1.5), normal,
-    or bos+noise (copies of equal start never separate: they stay one token)."""
+    """Start of the tokens: bos (copies of the empty prompt's first encoding, as official for SD1.5), normal
+    (as official for SDXL and SD3), or bos+noise (copies of equal start never separate: they stay one
+    token)."""
     init_noise: float = 0.02
     """Standard deviation of init normal and of the table; for bos+noise in units of the encoding's own.
     Source: 0.02 in transformer.py."""
@@ -62,6 +71,11 @@ class SoftREPAConfig:
             f"softrepa.stages must be three letters T or F (down, mid, up), got {self.stages!r}",
         )
         require("T" in self.stages, "softrepa.stages FFF would put the tokens nowhere; name one stage with T")
+        require(
+            self.num_layers >= 1 or self.num_layers == -1,
+            f"softrepa.num_layers must be >= 1, or -1 for all blocks, got {self.num_layers}",
+        )
+        one_of("softrepa.token_space", self.token_space, ("text", "projected"))
         require(
             0 <= self.min_t < self.max_t <= NUM_TRAIN_TIMESTEPS,
             f"softrepa.min_t and softrepa.max_t must be 0 <= min_t < max_t <= {NUM_TRAIN_TIMESTEPS}, "

@@ -21,16 +21,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from align_cli.errors import UserError
 from align_cli.losses import denoising_error, softrepa_terms
-from align_cli.methods.base import Batch, StepContext
+from align_cli.methods.base import Batch, StepContext, encoded_latents, encoded_text, latent_shape
 from align_cli.methods.softrepa.config import TABLE_ROWS, SoftREPAConfig
-from align_cli.methods.softrepa.tokens import SoftTokens, inserted, selected_blocks
+from align_cli.methods.softrepa.placement import PLACEMENTS, placement
+from align_cli.methods.softrepa.tokens import SoftTokens
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.settings import TrainSettings
 
@@ -79,22 +80,18 @@ class _Flatness:
 
 
 class SoftREPA:
-    """Contrastive soft tokens for SD1.x and SD2.x; follows `align_cli.methods.base.Method`."""
+    """Contrastive soft tokens for every family; follows `align_cli.methods.base.Method`.
+
+    Where the tokens enter the denoiser, and how wide they are, is the business of `placement`.
+    """
 
     name: ClassVar[str] = "softrepa"
     config_class: ClassVar[type] = SoftREPAConfig
-    families: ClassVar[frozenset[str]] = frozenset({"sd15", "sd21"})
+    families: ClassVar[frozenset[str]] = frozenset(PLACEMENTS)
 
     def __init__(self, model: BaseModel, config: SoftREPAConfig, *, seed: int = 0) -> None:
-        if model.family not in self.families:
-            raise UserError(
-                f"softrepa works on {', '.join(sorted(self.families))}; {model.model_id} is {model.family}"
-            )
         self.model, self.config = model, config
-        try:
-            selected_blocks(model.denoiser, config.stages)
-        except ValueError as error:
-            raise UserError(f"softrepa.stages: {error}") from error
+        self.placement = placement(model, config)
         self.tokens = self._start(seed).to(model.device)
         self._flatness = _Flatness()
 
@@ -105,19 +102,26 @@ class SoftREPA:
         for SD1.5).
         """
         c, rng = self.config, torch.Generator().manual_seed(seed)
-        unet: Any = self.model.denoiser
-        width = int(unet.config.cross_attention_dim)
-        noise = torch.randn(c.num_tokens, width, generator=rng) * c.init_noise
-        table = torch.randn(TABLE_ROWS, width, generator=rng) * c.init_noise if c.use_t_table else None
+        shape = self.placement.token_shape
+        noise = torch.randn(*shape, generator=rng) * c.init_noise
+        table = None
+        if c.use_t_table:
+            table = torch.randn(TABLE_ROWS, self.placement.table_width, generator=rng) * c.init_noise
         if c.init == "normal":
             return SoftTokens(noise, table)
-        first = self.model.uncond(1).tokens[0, 0].float().cpu().expand(c.num_tokens, -1)
-        return SoftTokens(first + noise * first[0].std() if c.init == "bos+noise" else first, table)
+        with torch.no_grad():
+            first = self.placement.project(self.model.encode_text([""]).tokens[0, 0]).float().cpu()
+        copies = first.expand(shape)
+        return SoftTokens(copies + noise * first.std() if c.init == "bos+noise" else copies, table)
 
     # ------------------------------------------------------------ training
 
     def check(self, settings: TrainSettings) -> None:
-        """UserError if a batch would hold no caption to contrast with."""
+        """UserError if a batch holds no caption to contrast with; a warning for settings without effect."""
+        default = SoftREPAConfig()
+        for key in self.placement.idle:
+            if getattr(self.config, key) != getattr(default, key):
+                warnings.warn(f"softrepa.{key} has no effect on {self.model.family}", stacklevel=2)
         if settings.batch_size < 2 and not self.config.hard_negatives:
             raise UserError(
                 "softrepa contrasts captions within a batch: train.batch_size must be >= 2 "
@@ -134,21 +138,17 @@ class SoftREPA:
         Logs (means over this process's images): loss, ce, err_own (E under the own caption), err_other,
         accuracy (own caption has the smallest error), spread (std of the logits over an image's captions).
         """
-        if batch.pixels is None:
-            raise UserError("softrepa trains on images with captions, but this dataset has captions only")
         c, model = self.config, self.model
         count = len(batch.prompts)
         total = count * ctx.world_size
         with torch.no_grad():
-            side = [n // model.vae_factor for n in batch.pixels.shape[-2:]]
-            shape = (model.latent_channels, *side)
+            shape = latent_shape(model, batch)
             t = torch.randint(c.min_t, c.max_t, (), generator=ctx.rng)
             posterior = ctx.rows(torch.randn(total, *shape, generator=ctx.rng))
             eps = ctx.rows(self._noise(total, shape, ctx.rng))
-            latents = model.encode_image(batch.pixels, posterior).float()
-            negatives = self._negatives(batch)
-            encoded = model.encode_text([*batch.prompts, *negatives])
-            texts = TextCond(ctx.gather(encoded.tokens[:count].contiguous()))
+            latents = encoded_latents(model, batch, posterior).float()
+            encoded = encoded_text(model, batch, self._negatives(batch))
+            texts = _gathered(encoded[:count], ctx)
         own = torch.arange(count, device=latents.device) + ctx.rank * count
         eps = eps.to(latents.device)
         result = self.contrast(latents, texts, eps, t.to(latents.device), own, encoded[count:], ctx.backward)
@@ -227,11 +227,11 @@ class SoftREPA:
         """
         rows, shared, extra = len(noisy), len(texts), len(negatives) // len(noisy)
         width = shared + extra
-        captions = texts.tokens.repeat_interleave(rows, 0)
+        captions = texts[torch.arange(shared, device=noisy.device).repeat_interleave(rows)]
         if extra:
-            own = negatives.tokens.unflatten(0, (rows, extra)).transpose(0, 1).flatten(0, 1)
-            captions = torch.cat([captions, own])
-        pred = self.model.predict(noisy.repeat(width, 1, 1, 1), t, TextCond(captions))
+            own = torch.arange(len(negatives), device=noisy.device).view(rows, extra).T.flatten()
+            captions = TextCond.cat([captions, negatives[own]])
+        pred = self.model.predict(noisy.repeat(width, 1, 1, 1), t, captions)
         return denoising_error(pred, target.repeat(width, 1, 1, 1)).view(width, rows).T
 
     def _report(self, result: Contrast, own: Tensor) -> dict[str, float]:
@@ -255,7 +255,7 @@ class SoftREPA:
     # ------------------------------------------------------------ the trained artefact
 
     def state(self) -> dict[str, Tensor]:
-        """dc_tokens (N, D) and, with a table, dc_t_tokens (100, D); float32, CPU."""
+        """dc_tokens and, with a table, dc_t_tokens, as in `SoftTokens`; float32, CPU."""
         return {k: v.detach().cpu().contiguous().clone() for k, v in self.tokens.state_dict().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -282,5 +282,14 @@ class SoftREPA:
 
         scale: factor on the attention weight that the tokens get; 0 is exactly the base model, 1 as trained.
         """
-        with inserted(model.denoiser, self.config.stages, self.tokens.rows, scale):
+        with self.placement.inserted(model.denoiser, self.tokens, scale):
             yield
+
+
+def _gathered(texts: TextCond, ctx: StepContext) -> TextCond:
+    """The captions of all processes: every field that the family has."""
+
+    def gather(x: Tensor | None) -> Tensor | None:
+        return None if x is None else ctx.gather(x.contiguous())
+
+    return TextCond(ctx.gather(texts.tokens.contiguous()), gather(texts.pooled), gather(texts.time_ids))

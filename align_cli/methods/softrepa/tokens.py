@@ -1,6 +1,6 @@
 """Soft text tokens and how a UNet gets to see them: forward pre-hooks, so the model itself is never changed.
 
-Letters: B batch, L text tokens, N soft tokens, D text width, R table rows.
+Letters: B batch, L text tokens, N soft tokens, D text width, R table rows, W table width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from align_cli.methods.softrepa.config import NUM_TRAIN_TIMESTEPS, TABLE_ROWS, TABLE_STRIDE
 
@@ -28,26 +29,50 @@ def table_row(t: Tensor) -> Tensor:
 
 
 class SoftTokens(nn.Module):
-    """The trained tensors: dc_tokens (N, D) and, with a table, dc_t_tokens (R, D), both float32.
+    """The trained tensors, float32: dc_tokens and, with a table, dc_t_tokens (R, W).
 
+    UNet: dc_tokens (N, D), W = D. MMDiT: dc_tokens (layers, N, D), W = layers * width of its text stream.
     The names are those of the official code and of its released files.
     """
 
     def __init__(self, tokens: Tensor, table: Tensor | None) -> None:
         super().__init__()
         self.dc_tokens = nn.Parameter(tokens.detach().clone().float())
-        if table is not None and table.shape != (TABLE_ROWS, tokens.shape[1]):
-            raise ValueError(f"table must be {(TABLE_ROWS, tokens.shape[1])}, got {tuple(table.shape)}")
+        if table is not None and (table.ndim != 2 or len(table) != TABLE_ROWS):
+            raise ValueError(f"table must have {TABLE_ROWS} rows, got {tuple(table.shape)}")
         self.dc_t_tokens = None if table is None else nn.Parameter(table.detach().clone().float())
 
-    def rows(self, t: Tensor, batch: int) -> Tensor:
-        """(B, N, D) float32 for timesteps t () or (B,): the same tokens for every sample, plus its table
-        row.
-        """
-        rows = self.dc_tokens.expand(batch, -1, -1)
+    def offsets(self, t: Tensor) -> Tensor | None:
+        """Table rows of timesteps t () or (B,) -> (1, W) or (B, W); None without a table."""
         if self.dc_t_tokens is None:
-            return rows
-        return rows + self.dc_t_tokens[table_row(t.to(rows.device)).expand(batch)][:, None]
+            return None
+        return self.dc_t_tokens[table_row(t.to(self.dc_t_tokens.device).reshape(-1))]
+
+    def rows(self, t: Tensor, batch: int) -> Tensor:
+        """(B, N, D) of the tokens of a UNet at timesteps t () or (B,): the same for every sample, plus its
+        table row.
+        """
+        rows, offsets = self.dc_tokens.expand(batch, -1, -1), self.offsets(t)
+        return rows if offsets is None else rows + offsets[:, None]
+
+
+def check_scale(scale: float) -> None:
+    """ValueError unless the strength of an adapter is finite and >= 0."""
+    if not (scale >= 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be finite and >= 0, got {scale}")
+
+
+def on_timestep(denoiser: nn.Module, position: int, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `see` with the timestep of every call of `denoiser`: its positional argument or its keyword."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        t = args[position] if len(args) > position else kwargs["timestep"]
+        see(t if isinstance(t, Tensor) else torch.tensor(t))
+
+    return denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+# ---------------------------------------------------------------- UNet
 
 
 def insert_after_first(text: Tensor, tokens: Tensor) -> Tensor:
@@ -83,16 +108,14 @@ def inserted(
     nothing.
     Source: SoftREPA transformer.py, UNet forward; the scale is ours.
     """
-    if not (scale >= 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be finite and >= 0, got {scale}")
+    check_scale(scale)
     if scale == 0:
         yield
         return
     current: list[Tensor] = []
 
-    def note_timestep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        t = args[1] if len(args) > 1 else kwargs["timestep"]
-        current[:] = [t if isinstance(t, Tensor) else torch.tensor(t)]
+    def note(t: Tensor) -> None:
+        current[:] = [t]
 
     def insert(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -106,7 +129,7 @@ def inserted(
         return args, changed
 
     with ExitStack() as hooks:
-        handles = [unet.register_forward_pre_hook(note_timestep, with_kwargs=True)]
+        handles = [on_timestep(unet, 1, note)]
         handles += [
             b.register_forward_pre_hook(insert, with_kwargs=True) for b in selected_blocks(unet, stages)
         ]

@@ -8,14 +8,15 @@ from importlib import import_module
 from pathlib import Path
 
 STAGES = {
-    "vae": "autoencoder:train",
-    "clip": "contrastive:train",
-    "clip-refine": "contrastive:refine",
-    "denoiser": "denoiser:train",
+    "vae": ("autoencoder", 900),
+    "clip": ("contrastive", 3000),
+    "clip-refine": ("contrastive", 4000),
+    "denoiser": ("denoiser", 8000),
+    "denoiser-refine": ("denoiser", 5000),
+    "denoiser-sdxl": ("denoiser", 4000),
+    "denoiser-sd3": ("denoiser", 8000),
 }
-"""Stage -> module and function; the denoiser needs vae and clip."""
-STEPS = {"vae": 900, "clip": 3000, "clip-refine": 4000, "denoiser": 8000}
-"""Steps of the shipped weights; the learning rate ends with them."""
+"""Stage -> module, and steps of the shipped weights (the learning rate ends with them), in order."""
 
 
 def main() -> None:
@@ -30,9 +31,9 @@ def main() -> None:
     if args.stage == "assemble":
         import_module("align_cli.shapes.build.assemble").assemble(args.out)
         return
-    module, _, function = STAGES[args.stage].partition(":")
-    stage = getattr(import_module(f"align_cli.shapes.build.{module}"), function)
-    stage(args.out, args.steps or STEPS[args.stage], args.seed)
+    module, steps = STAGES[args.stage]
+    stage = import_module(f"align_cli.shapes.build.{module}")
+    stage.train(args.out, args.steps or steps, args.seed, args.stage)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from align_cli.config import resolve
 from align_cli.evaluation import paired
 from align_cli.models.loading import load_model
 from align_cli.settings import ModelSettings
 from align_cli.shapes.build import components, contrastive
+from align_cli.shapes.build.painters import PAINTERS
 from align_cli.shapes.captions import PROMPT_KINDS
 from align_cli.shapes.dataset import eval_prompts
 from align_cli.shapes.world import SIZE
@@ -23,9 +34,12 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def assemble(out: Path) -> None:
-    """Write `weights/tiny-clip` and `weights/tiny-sd15` from the finished stages in `out`."""
-    tiny_clip(out)
-    tiny_sd15(out)
+    """Write the embedded models whose stages in `out` are finished, each with its card."""
+    if (out / "clip-refine.json").exists():
+        tiny_clip(out)
+    for stages in CHAINS:
+        if (out / f"{stages[-1]}.json").exists():
+            pipeline(out, stages)
 
 
 def tiny_clip(out: Path) -> None:
@@ -54,52 +68,89 @@ def tiny_clip(out: Path) -> None:
     _write(folder / "card.json", card)
 
 
-def tiny_sd15(out: Path, name: str = "denoiser") -> None:
-    """The pipeline folder that StableDiffusionPipeline.from_pretrained opens."""
-    folder = WEIGHTS / "tiny-sd15"
-    vae = AutoencoderKL.from_pretrained(out / "vae")
-    unet = UNet2DConditionModel.from_pretrained(out / name / "unet")
-    scheduler = DDIMScheduler.from_pretrained(out / name / "scheduler")
-    text = CLIPTextModel.from_pretrained(out / name / "text_encoder")
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=CLIPTokenizer.from_pretrained(out / "tiny-clip"),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.to(torch.float16).save_pretrained(folder)
-    _forget_paths(folder)
+def pipeline(out: Path, stages: tuple[str, ...]) -> None:
+    """The folder of one family that its diffusers pipeline opens, with what it measures as rounded to
+    fp16. stages: its denoiser stages in order; the last one holds the weights.
+    """
+    stage = stages[-1].removesuffix("-refine")
+    name = PAINTERS[stage].name
+    parts: dict[str, Any] = {"vae": AutoencoderKL.from_pretrained(out / "vae")}
+    kind, loaders = PIPELINES[stage]
+    parts |= {part: cls.from_pretrained(out / stages[-1] / part) for part, cls in loaders.items()}
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tiny-clip")
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in loaders if "text" in part]
+    absent = dict.fromkeys(ABSENT[stage])
+    options = {"requires_safety_checker": False} if stage == "denoiser" else {}
+    pipe = kind(**parts, **dict.fromkeys(tokenizers, tokenizer), **absent, **options)
+    pipe.to(torch.float16).save_pretrained(WEIGHTS / name)
+    _forget_paths(WEIGHTS / name)
     card = {
-        "model": "tiny-sd15",
-        "class": "diffusers.StableDiffusionPipeline",
+        "model": name,
+        "class": f"diffusers.{kind.__name__}",
         "trained_on": "shapes world, training split: 40,000 scenes with captions drawn afresh at every step",
-        "prediction_type": scheduler.config.prediction_type,
+        "prediction_type": PAINTERS[stage].target,
         "image_size": SIZE,
         "token_limit": components.TOKEN_LIMIT,
         "parameters": {
             n: sum(p.numel() for p in m.parameters())
-            for n, m in (("unet", unet), ("vae", vae), ("text_encoder", text))
+            for n, m in parts.items()
+            if isinstance(m, torch.nn.Module)
         },
-        "training": _stages(out, "vae", "clip", name),
-        "measured_fp16": measure(folder),
+        "training": _stages(out, "vae", "clip", *stages),
+        "measured_fp16": measure(WEIGHTS / name, f"softrepa/{name}"),
     }
-    _write(folder / "card.json", card)
+    _write(WEIGHTS / name / "card.json", card)
 
 
-def measure(folder: Path, n: int = 800) -> dict[str, dict[str, float]]:
+CHAINS = (
+    ("denoiser", "denoiser-refine"),
+    ("denoiser", "denoiser-refine", "denoiser-sdxl"),
+    ("denoiser", "denoiser-refine", "denoiser-sd3"),
+)
+"""Denoiser stages behind each pipeline, in order."""
+PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "denoiser": (
+        StableDiffusionPipeline,
+        {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "scheduler": DDIMScheduler},
+    ),
+    "denoiser-sdxl": (
+        StableDiffusionXLPipeline,
+        {
+            "unet": UNet2DConditionModel,
+            "text_encoder": CLIPTextModel,
+            "text_encoder_2": CLIPTextModelWithProjection,
+            "scheduler": DDIMScheduler,
+        },
+    ),
+    "denoiser-sd3": (
+        StableDiffusion3Pipeline,
+        {
+            "transformer": SD3Transformer2DModel,
+            "text_encoder": CLIPTextModelWithProjection,
+            "text_encoder_2": CLIPTextModelWithProjection,
+            "scheduler": FlowMatchEulerDiscreteScheduler,
+        },
+    ),
+}
+"""Stage -> pipeline class and the parts that the stage has saved."""
+ABSENT = {
+    "denoiser": ("safety_checker", "feature_extractor"),
+    "denoiser-sdxl": (),
+    "denoiser-sd3": ("text_encoder_3", "tokenizer_3"),
+}
+"""Stage -> parts of the pipeline that the tiny one does without."""
+
+
+def measure(folder: Path, preset: str, n: int = 800) -> dict[str, dict[str, float]]:
     """Oracle metrics of the saved pipeline, through the code that users run, on `n` prompts per split and all
     kinds.
     """
-    preset = resolve("softrepa", preset="softrepa/tiny-sd15", config_file=None, sets=[], flags={})
+    drawing = resolve("softrepa", preset=preset, config_file=None, sets=[], flags={}).sample
     model = load_model(ModelSettings(name=str(folder), device="cpu"))
     out: dict[str, dict[str, float]] = {}
     for split in ("train", "test"):
         prompts = eval_prompts(n, 3, split=split, kinds=PROMPT_KINDS)
-        values = paired.measure(model, prompts, preset.sample, 3).values
+        values = paired.measure(model, prompts, drawing, 3).values
         kinds = np.array([p.kind for p in prompts])
         out[split] = {k: round(float(np.nanmean(v)), 4) for k, v in values.items()}
         out[split] |= {f"all_{k}": round(float(values["all"][kinds == k].mean()), 4) for k in PROMPT_KINDS}

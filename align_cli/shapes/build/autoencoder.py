@@ -56,12 +56,12 @@ def evaluate(model: AutoencoderKL, n: int = 512) -> dict[str, float]:
     return {"psnr": float((-10 * mse.log10()).mean())} | {k: float(np.nanmean(v)) for k, v in judged.items()}
 
 
-def train(out: Path, steps: int, seed: int) -> None:
+def train(out: Path, steps: int, seed: int, name: str) -> None:
     """Train for `steps` and save an ordinary diffusers AutoencoderKL with its scaling factor."""
     torch.manual_seed(seed)
     model = components.vae()
     optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=1e-4)
-    stage = Stage(out / "vae.state", model, optimizer)
+    stage = Stage(out / f"{name}.state", model, optimizer)
     model.to(memory_format=torch.channels_last)
 
     def loss_at(step: int) -> Tensor:
@@ -77,6 +77,6 @@ def train(out: Path, steps: int, seed: int) -> None:
     model.register_to_config(scaling_factor=float(1 / z.std()), shift_factor=0.0)
     print("latent mean", z.mean((0, 2, 3)).tolist(), "std", z.std((0, 2, 3)).tolist(), flush=True)
     metrics = evaluate(model, 1000)
-    print("vae final", line(metrics), flush=True)
-    model.save_pretrained(out / "vae")
-    stage.finish(out / "vae.json", seed, {"images": stage.step * BATCH} | metrics)
+    print(name, "final", line(metrics), flush=True)
+    model.save_pretrained(out / name)
+    stage.finish(out / f"{name}.json", seed, {"images": stage.step * BATCH} | metrics)

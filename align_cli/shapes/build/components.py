@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from itertools import pairwise
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.trainers import BpeTrainer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -29,13 +32,7 @@ def tokenizer() -> CLIPTokenizer:
     one.
     """
     words = word_list()
-    bpe = Tokenizer(BPE(unk_token=None, end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = Whitespace()
-    trainer = BpeTrainer(
-        vocab_size=5000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False, special_tokens=[]
-    )
-    bpe.train_from_iterator([" ".join(words)] * 3, trainer)
-    merges = _merges(bpe)
+    merges = _merges(words)
     base = list(bytes_to_unicode().values())
     tokens = base + [c + "</w>" for c in base] + ["".join(pair) for pair in merges] + [START, END]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
@@ -54,11 +51,23 @@ def tokenizer() -> CLIPTokenizer:
     return made
 
 
-def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
-    return [
-        tuple(m) if isinstance(m, list) else tuple(m.split(" "))
-        for m in json.loads(bpe.to_str())["model"]["merges"]
-    ]
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every word one token, the most frequent pair first, then by alphabet: the
+    same on every machine (the trainer of `tokenizers` breaks ties at random).
+    """
+    parts = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
+    merges: list[tuple[str, str]] = []
+    while any(len(part) > 1 for part in parts):
+        counts = Counter(pair for part in parts for pair in pairwise(part))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for part in parts:
+            at = 0
+            while at < len(part) - 1:
+                if (part[at], part[at + 1]) == best:
+                    part[at : at + 2] = ["".join(best)]
+                at += 1
+    return merges
 
 
 def _text_config(tok: CLIPTokenizer) -> CLIPTextConfig:
@@ -127,6 +136,41 @@ def unet() -> UNet2DConditionModel:
         attention_head_dim=4,
         norm_num_groups=16,
     )
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """The denoiser of tiny-sdxl: that of tiny-sd15 with the text of two towers and SDXL's added embedding."""
+    return UNet2DConditionModel.from_config(
+        {
+            **unet().config,
+            "cross_attention_dim": 2 * WIDTH,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 16,
+            "projection_class_embeddings_input_dim": WIDTH + 6 * 16,
+        }
+    )
+
+
+def transformer() -> SD3Transformer2DModel:
+    """The denoiser of tiny-sd3: one token per latent position."""
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        caption_projection_dim=128,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=16,
+    )
+
+
+def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """SD3's schedule."""
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 def scheduler() -> DDIMScheduler:

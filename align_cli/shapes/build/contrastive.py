@@ -82,25 +82,21 @@ def evaluate(model: CLIPModel, tok: CLIPTokenizer, split: str, n: int = 1000) ->
     return out
 
 
-def train(out: Path, steps: int, seed: int) -> None:
-    """Train for `steps` and save a transformers CLIPModel folder with its tokenizer: the start of the
-    denoiser's text tower.
+def train(out: Path, steps: int, seed: int, name: str) -> None:
+    """Train for `steps` and save a transformers CLIPModel folder with its tokenizer.
+
+    name: "clip", where the text towers of the pipelines start; or "clip-refine", which goes on from it under
+    a new cosine and ships as tiny-clip.
     """
-    _train(out, steps, seed, "clip", LR)
-
-
-def refine(out: Path, steps: int, seed: int) -> None:
-    """Go on from the finished stage "clip" under a new cosine; the result is what ships as tiny-clip."""
-    _train(out, steps, seed, "clip-refine", REFINE_LR)
-
-
-def _train(out: Path, steps: int, seed: int, name: str, lr: float) -> None:
     torch.manual_seed(seed)
-    tok = components.tokenizer()
-    model = components.clip(tok)
     refining = name != "clip"
+    lr = REFINE_LR if refining else LR
     if refining:
+        tok = CLIPTokenizer.from_pretrained(out / "tiny-clip")
         model = CLIPModel.from_pretrained(out / "tiny-clip")
+    else:
+        tok = components.tokenizer()
+        model = components.clip(tok)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98), weight_decay=0.05)
     stage = Stage(out / f"{name}.state", model, optimizer)

@@ -1,8 +1,4 @@
-"""Train the denoiser of tiny-sd15 on cached latents; one or two gloo processes of one thread each.
-
-The text tower starts as tiny-clip's and is trained along: contrastive training alone leaves it a code of
-whole captions, from which the denoiser reads single colours slowly.
-"""
+"""Train the denoiser of one family on cached latents; one or two gloo processes of one thread each."""
 
 from __future__ import annotations
 
@@ -15,14 +11,10 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import CLIPModel
 
-from align_cli.diffusion.process import NoiseProcess
 from align_cli.diffusion.rollout import rollout
-from align_cli.models.base import TextCond
-from align_cli.models.unet import unet_predict
-from align_cli.shapes.build import components
 from align_cli.shapes.build.latents import Captions, Latents
+from align_cli.shapes.build.painters import PAINTERS, Painter
 from align_cli.shapes.build.run import Stage
 from align_cli.shapes.captions import PROMPT_KINDS, recaption
 from align_cli.shapes.dataset import eval_prompts
@@ -31,60 +23,51 @@ from align_cli.shapes.oracle import judge
 BATCH = 32
 """Pictures per process and step."""
 LR = 1e-3
+REFINE_LR = 5e-4
 DROPOUT = 0.1
 LONG_RATE = 0.15
-MAX_WEIGHT = 50.0
 EMA = 0.9975
 
 
-class Painter(nn.Module):
-    """What is trained: the UNet and the text tower."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.unet = components.unet().to(memory_format=torch.channels_last)
-        self.text = CLIPModel.from_pretrained(folder / "tiny-clip").text_model
-
-    def forward(self, z: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """(B, 4, 8, 8) prediction; ids (B, L)."""
-        prediction: Tensor = self.unet(z, t, self.text(ids).last_hidden_state).sample
-        return prediction
-
-
-def loss(model: Painter, process: NoiseProcess, x0: Tensor, ids: Tensor, rng: torch.Generator) -> Tensor:
-    """Mean squared error of the epsilon, t drawn as 1000 sqrt(u): binding and layout are decided early.
-
-    Weighted by min(1 / alpha_bar, MAX_WEIGHT), which is the velocity loss up to the cap.
+def loss(model: Painter, x0: Tensor, ids: Tensor, empty: Tensor, rng: torch.Generator) -> Tensor:
+    """Weighted squared error of the model's own target, t drawn as 1000 sqrt(u): binding and layout are
+    decided early.
     """
     t = (1000 * torch.rand(len(x0), generator=rng).sqrt()).long().clamp(max=999)
     eps = torch.randn(x0.shape, generator=rng)
-    error = model(process.add_noise(x0, eps, t), t, ids) - process.target(x0, eps, t)
-    return (error.square().mean((1, 2, 3)) * (1 / process.alphas_cumprod[t]).clamp(max=MAX_WEIGHT)).mean()
+    target = model.process.target(x0, eps, t)
+    error = model(model.process.add_noise(x0, eps, t), t, ids, empty) - target
+    return (error.square().mean((1, 2, 3)) * model.weight(t)).mean()
 
 
 @torch.no_grad()
-def sample(
-    model: Painter, process: NoiseProcess, captions: Captions, texts: list[str], guidance: float
-) -> Tensor:
-    """Latents after 20 DDIM steps."""
+def sample(model: Painter, captions: Captions, texts: list[str], guidance: float) -> Tensor:
+    """Latents after 20 steps."""
     parts = []
     z = torch.randn(len(texts), 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for k in range(0, len(texts), 32):
         some = texts[k : k + 32]
-        encode = lambda rows: TextCond(model.text(captions.ids(rows)).last_hidden_state)  # noqa: E731
-        predict = lambda z, t, cond: unet_predict(model.unet, z, t, cond)  # noqa: E731
-        cond, uncond = encode(some), encode([""] * len(some))
-        noise = z[k : k + 32]
-        parts.append(rollout(predict, process, noise, steps=20, cond=cond, uncond=uncond, guidance=guidance))
+        cond = model.encode(captions.ids(some), torch.tensor([text == "" for text in some]))
+        uncond = model.encode(captions.ids([""] * len(some)), torch.ones(len(some), dtype=torch.bool))
+        parts.append(
+            rollout(
+                model.predict,
+                model.process,
+                z[k : k + 32],
+                steps=20,
+                cond=cond,
+                uncond=uncond,
+                guidance=guidance,
+                sampler=model.sampler,
+            )
+        )
     return torch.cat(parts)
 
 
-def evaluate(
-    model: Painter, process: NoiseProcess, captions: Captions, vae: AutoencoderKL, n: int, split: str
-) -> str:
+def evaluate(model: Painter, captions: Captions, vae: AutoencoderKL, n: int, split: str) -> str:
     """Oracle metrics on pictures drawn for `n` prompts, and `all` by kind, as one line."""
     prompts = eval_prompts(n, 7, split=split, kinds=PROMPT_KINDS)
-    z = sample(model, process, captions, [p.text for p in prompts], 4.0)
+    z = sample(model, captions, [p.text for p in prompts], 4.0)
     with torch.no_grad():
         x = torch.cat([vae.decode(p / vae.config.scaling_factor).sample for p in z.split(64)]) / 2 + 0.5
     judged = judge(x, [p.spec for p in prompts])
@@ -94,17 +77,25 @@ def evaluate(
     return " ".join(parts)
 
 
-def train(out: Path, steps: int, seed: int) -> None:
-    """Train for `steps` and save the averaged weights: UNet2DConditionModel and text tower."""
+def train(out: Path, steps: int, seed: int, name: str) -> None:
+    """Train for `steps` and save the averaged weights.
+
+    name: a stage of `PAINTERS`, or one of them and "-refine", which goes on from it under a new cosine.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(seed)
-    model = Painter(out).eval()  # no dropout anywhere
+    first = name.removesuffix("-refine")
+    model = PAINTERS[first](out).eval()  # no dropout anywhere
+    refining = name != first
+    if refining:
+        model.load_state_dict(torch.load(out / f"{first}.state", weights_only=True)["average"])
+    lr = REFINE_LR if refining else LR
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.99), weight_decay=0.01)
     state: dict[str, Tensor] = average.state_dict()
-    stage = Stage(out / "denoiser.state", model, optimizer, average=state)
+    stage = Stage(out / f"{name}.state", model, optimizer, average=state)
     average.load_state_dict(state)
     if rank == 0:
         latents = Latents(out, seed)
@@ -114,16 +105,15 @@ def train(out: Path, steps: int, seed: int) -> None:
         latents = Latents(out, seed)
     captions = Captions(out)
     vae = AutoencoderKL.from_pretrained(out / "vae").eval()
-    process = NoiseProcess.from_scheduler_config(dict(components.scheduler().config))
 
     def loss_at(step: int) -> Tensor:
-        rng = np.random.default_rng([seed, 4, step, rank])
+        rng = np.random.default_rng([seed, 6 if refining else 4, step, rank])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         rows = rng.integers(0, len(latents.scenes), BATCH)
         x0 = latents.mean[rows] + latents.std[rows] * torch.randn(BATCH, 4, 8, 8, generator=generator)
         texts = [recaption(latents.scenes[i], rng, long_rate=LONG_RATE).text for i in rows]
         texts = [t if rng.random() > DROPOUT else "" for t in texts]
-        return loss(model, process, x0, captions.ids(texts), generator)
+        return loss(model, x0, captions.ids(texts), torch.tensor([t == "" for t in texts]), generator)
 
     @torch.no_grad()
     def after_step(step: int) -> None:
@@ -131,14 +121,12 @@ def train(out: Path, steps: int, seed: int) -> None:
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
     def report() -> str:
-        if stage.step % 1000:
-            return ""
-        return evaluate(average, process, captions, vae, 160, "train")
+        return "" if stage.step % 1000 else evaluate(average, captions, vae, 160, "train")
 
     stage.fit(
         loss_at,
         steps=steps,
-        lr=LR,
+        lr=lr,
         warmup=100,
         every=200,
         report=report,
@@ -147,14 +135,11 @@ def train(out: Path, steps: int, seed: int) -> None:
         after_step=after_step,
     )
     if rank == 0:
-        average.unet.save_pretrained(out / "denoiser" / "unet")
-        average.text.save_pretrained(out / "denoiser" / "text_encoder")
-        components.scheduler().save_pretrained(out / "denoiser" / "scheduler")
+        average.save(out / name)
         for split in ("train", "test"):
-            shown = evaluate(average, process, captions, vae, 500, split)
-            print(f"denoiser final {split} {shown}", flush=True)
+            print(f"{name} final {split} {evaluate(average, captions, vae, 500, split)}", flush=True)
         measured = {"processes": world, "images": stage.step * BATCH * world}
-        stage.finish(out / "denoiser.json", seed, measured)
+        stage.finish(out / f"{name}.json", seed, measured)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
