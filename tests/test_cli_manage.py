@@ -52,10 +52,8 @@ def test_version_from_the_real_command():
 def test_help_lists_what_works_and_nothing_else():
     result = call("--help")
     assert result.exit_code == 0
-    for command in ("train", "sample", "eval", "presets", "adapters", "doctor"):
-        assert re.search(rf"\b{command}\b", result.stdout)
-    for command in ("edit", "encode"):
-        assert not re.search(rf"\b{command}\b", result.stdout)
+    listed = re.findall(r"^  (\w+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
+    assert listed == ["train", "sample", "edit", "encode", "eval", "doctor", "presets", "adapters"]
     assert call().stdout == result.stdout
 
 
