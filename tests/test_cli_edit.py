@@ -69,7 +69,7 @@ def refused(*args: object) -> str:
     result = call(*args)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "loading "))]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
 
