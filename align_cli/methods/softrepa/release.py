@@ -15,6 +15,7 @@ from align_cli import config, registry
 from align_cli.adapters import AdapterInfo, load_pickle
 from align_cli.errors import UserError
 from align_cli.methods.softrepa.config import TABLE_ROWS
+from align_cli.models.sources import find, read_json
 from align_cli.models.unet import SD21_WIDTH, unet_family
 
 TOKENS, TABLE = "dc_tokens", "dc_t_tokens"
@@ -53,6 +54,13 @@ BASES = {
     "sd35-medium": Base("sd3", 4096, 1536),
 }
 """The aliases, so that importing needs no weights."""
+PIPELINES = {
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionImg2ImgPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+}
+"""`_class_name` of a pipeline -> its family (sd15 for sd21, too)."""
 STAGES = {"sdxl": "TTF"}
 """Stages of the released tokens where they are not TFF, by family. Source: run_eval.sh, --apply_dc."""
 INITS = {"sd15": "bos"}
@@ -165,14 +173,23 @@ def _choose(folder: Path) -> Path:
 
 
 def _base(model: str) -> Base:
-    """The widths of a base model; of another one than the aliases by loading it."""
-    source = registry.model_source(model)
+    """The widths of a base model; of another one than the aliases from its configuration, without weights."""
+    where = registry.model_source(model)
     for alias, base in BASES.items():
-        if registry.MODELS.get(alias) == source:
+        if registry.MODELS.get(alias) == where:
             return base
-    from align_cli.models.loading import load_model
-    from align_cli.settings import ModelSettings
-
-    loaded = load_model(ModelSettings(name=model, device="cpu", t5_length=0))
-    stream = getattr(loaded.denoiser.config, "caption_projection_dim", 0) if loaded.family == "sd3" else 0
-    return Base(loaded.family, loaded.text_width, int(stream))
+    source = find(model)
+    kind = str(source.index.get("_class_name"))
+    part = "transformer" if source.names("transformer") else "unet"
+    if kind not in PIPELINES or not source.names(part):
+        raise UserError(f"{source.label} holds a {kind}; soft tokens are for {', '.join(PIPELINES)}")
+    if source.fetch is not None:
+        source.fetch(f"{part}/config.json")
+    widths = read_json(source.folder / part / "config.json", source.label)
+    try:
+        if part == "transformer":
+            return Base("sd3", int(widths["joint_attention_dim"]), int(widths["caption_projection_dim"]))
+        text = int(widths["cross_attention_dim"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source.label}/{part}/config.json does not tell the width of its text") from error
+    return Base("sdxl" if PIPELINES[kind] == "sdxl" else unet_family(text), text)
