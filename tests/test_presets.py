@@ -14,7 +14,9 @@ PRESETS = config.list_presets()
 
 
 def test_the_presets_of_this_version_are_there():
-    assert {"softrepa/sd15", "softrepa/sd15-dist", "softrepa/tiny-sd15"} <= set(PRESETS)
+    models = ("sd15", "sdxl", "sd3")
+    wanted = {f"softrepa/{name}" for m in models for name in (m, f"{m}-dist", f"tiny-{m}")}
+    assert wanted <= set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -57,6 +59,40 @@ def test_official_values_of_sd15():
     assert (r.train.lr_schedule, r.train.lr_every, r.train.lr_period) == ("cosine-restarts", 500, 10)
     assert (r.sample.steps, r.sample.guidance, r.sample.spacing) == (30, 7.0, "leading")
     assert r.method_config.dweight == 10.0 and r.method_config.num_tokens == 4
+
+
+def test_official_values_of_sdxl_and_sd3():
+    """run_train.sh; --model alone must lead to it."""
+    xl = config.resolve("softrepa", flags={"model.name": "sdxl"})
+    assert (xl.train.batch_size, xl.train.steps, xl.data.image_size) == (4, 29571, 512)
+    assert (xl.sample.sampler, xl.sample.steps, xl.sample.guidance) == ("ddim", 30, 7.0)
+    m = xl.method_config
+    assert (m.num_tokens, m.stages, m.use_t_table, m.dweight, m.init) == (4, "TTF", False, 10.0, "normal")
+    sd3 = config.resolve("softrepa", flags={"model.name": "sd3"})
+    assert (sd3.model.dtype, sd3.model.t5_length, sd3.train.precision) == ("float16", 512, "fp16")
+    assert (sd3.train.batch_size, sd3.train.steps, sd3.train.lr, sd3.train.weight_decay) == (
+        4,
+        59142,
+        1e-3,
+        1e-4,
+    )
+    assert (sd3.train.lr_schedule, sd3.train.lr_every, sd3.train.lr_min) == ("cosine-restarts", 500, 1e-5)
+    assert (sd3.sample.sampler, sd3.sample.steps, sd3.sample.guidance) == ("euler", 28, 4.0)
+    assert sd3.sample.image_size == xl.sample.image_size == 1024
+    m = sd3.method_config
+    assert (m.num_tokens, m.num_layers, m.token_space, m.use_t_table) == (4, 5, "text", True)
+    assert (m.dweight, m.init, m.init_noise, m.temperature, m.logit_scale) == (0.0, "normal", 0.02, 0.07, 4.0)
+    assert (m.min_t, m.max_t, m.row_chunk, m.noise, m.hard_negatives) == (0, 1000, 0, "shared", 0)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+def test_distributed_commands(name):
+    """run_train_dist.sh: two processes of 8 images in chunks of 4, dweight dropped, two epochs."""
+    r = config.resolve("softrepa", preset=f"{name}-dist")
+    m = r.method_config
+    assert (r.model.name, r.train.batch_size, r.train.accumulation, r.train.steps) == (name, 8, 2, 14786)
+    assert (m.row_chunk, m.noise, m.dweight, m.use_t_table) == (4, "per-chunk", 0.0, name != "sdxl")
+    assert m.num_layers == 5 if name == "sd3" else m.stages == "TFF"
 
 
 def test_unknown_preset_offers_the_nearest():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,63 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from align_cli import config
+from align_cli import config, registry
 from align_cli.adapters import AdapterInfo, load_pickle
 from align_cli.errors import UserError
 from align_cli.methods.softrepa.config import TABLE_ROWS
+from align_cli.models.sources import find, read_json
 from align_cli.models.unet import SD21_WIDTH, unet_family
 
 TOKENS, TABLE = "dc_tokens", "dc_t_tokens"
 """Stems of the official files, and names of the trained tensors."""
-WIDTHS = {"sd14": 768, "sd15": 768, "sd21-base": SD21_WIDTH}
-"""Text width of the aliases, so that importing needs no weights."""
-STAGES = "TFF"
-"""Stages of the released SD1.5 tokens. Source: run_train.sh and run_eval.sh, --apply_dc True False False."""
 
+
+@dataclass(frozen=True)
+class Base:
+    """What a base model says about its tokens. text: width of its text encodings; stream: width of the text
+    stream of an MMDiT, 0 for a UNet.
+    """
+
+    family: str
+    text: int
+    stream: int = 0
+
+    def shapes(self) -> str:
+        """Allowed shapes of dc_tokens, in words."""
+        if self.stream:
+            return f"[layers, n, {self.text}] or [layers, n, {self.stream}]"
+        return f"[n, {self.text}]"
+
+    def fits(self, tokens: Tensor) -> bool:
+        """Whether dc_tokens can be of this model."""
+        if self.stream:
+            return tokens.ndim == 3 and tokens.shape[-1] in (self.text, self.stream)
+        return tokens.ndim == 2 and tokens.shape[-1] == self.text
+
+
+BASES = {
+    "sd14": Base("sd15", 768),
+    "sd15": Base("sd15", 768),
+    "sd21-base": Base(unet_family(SD21_WIDTH), SD21_WIDTH),
+    "sdxl": Base("sdxl", 2048),
+    "sd3": Base("sd3", 4096, 1536),
+    "sd35-medium": Base("sd3", 4096, 1536),
+}
+"""The aliases, so that importing needs no weights."""
+PIPELINES = {
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionImg2ImgPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+}
+"""`_class_name` of a pipeline -> its family (sd15 for sd21, too)."""
+STAGES = {"sdxl": "TTF"}
+"""Stages of the released tokens where they are not TFF, by family. Source: run_eval.sh, --apply_dc."""
+INITS = {"sd15": "bos"}
+"""What training started from where that is not normal, by family. Source: train.py."""
+
+OFFICIAL = "official command; not recorded in the released file"
+"""Origin of settings that the official commands tell."""
 NOT_RECORDED = "default; how the released file was trained is not recorded in it"
 """Origin of settings that an official file says nothing about."""
 
@@ -37,29 +82,35 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
         UserError: nothing of the kind there, several of the kind, or tensors for another model.
     """
     state = read_tensors(path)
-    width, family = _width(model)
+    base = _base(model)
     tokens, table = state[TOKENS], state.get(TABLE)
-    if tokens.ndim != 2 or tokens.shape[1] != width:
-        kind = {2048: " (SDXL)"}.get(tokens.shape[-1], " (SD3)" if tokens.ndim == 3 else "")
+    if not base.fits(tokens):
+        kind = " (SD3)" if tokens.ndim == 3 else {2048: " (SDXL)"}.get(tokens.shape[-1], "")
         raise UserError(
-            f"{path} holds tokens of shape {list(tokens.shape)}{kind}, but {model} needs [n, "
-            f"{width}]; name their base "
-            f"model with --model"
+            f"{path} holds tokens of shape {list(tokens.shape)}{kind}, but {model} needs {base.shapes()}; "
+            "name their base model with --model"
         )
+    width = len(tokens) * base.stream if base.stream else base.text
     if table is not None and table.shape != (TABLE_ROWS, width):
         raise UserError(f"{path}: the table has shape {list(table.shape)}, expected [{TABLE_ROWS}, {width}]")
-    values = {
+    values: dict[str, object] = {
         "model.name": model,
-        "softrepa.num_tokens": len(tokens),
-        "softrepa.stages": STAGES,
+        "softrepa.num_tokens": tokens.shape[-2],
         "softrepa.use_t_table": table is not None,
     }
-    resolved = config.resolve("softrepa", preset=config.NO_PRESET, flags=values)
-    origin = {key: "imported file" if key in values else NOT_RECORDED for key in resolved.origin}
+    official: dict[str, object] = {"softrepa.init": INITS.get(base.family, "normal")}
+    if base.stream:
+        values["softrepa.num_layers"] = len(tokens)
+        values["softrepa.token_space"] = "text" if tokens.shape[-1] == base.text else "projected"
+    else:
+        official["softrepa.stages"] = STAGES.get(base.family, "TFF")
+    resolved = config.resolve("softrepa", preset=config.NO_PRESET, flags=values | official)
+    known = dict.fromkeys(values, "imported file") | dict.fromkeys(official, OFFICIAL)
+    origin = {key: known.get(key, NOT_RECORDED) for key in resolved.origin}
     info = AdapterInfo(
         method="softrepa",
         model_id=model,
-        family=family,
+        family=base.family,
         source=f"official release, imported from {path.name}",
         config=resolved.to_dict(),
         origin=origin,
@@ -121,12 +172,24 @@ def _choose(folder: Path) -> Path:
     return found[0]
 
 
-def _width(model: str) -> tuple[int, str]:
-    """(text width, family) of a base model."""
-    if model not in WIDTHS:
-        from align_cli.models.loading import load_model
-        from align_cli.settings import ModelSettings
-
-        loaded = load_model(ModelSettings(name=model, device="cpu"))
-        return int(loaded.uncond(1).tokens.shape[-1]), loaded.family
-    return WIDTHS[model], unet_family(WIDTHS[model])
+def _base(model: str) -> Base:
+    """The widths of a base model; of another one than the aliases from its configuration, without weights."""
+    where = registry.model_source(model)
+    for alias, base in BASES.items():
+        if registry.MODELS.get(alias) == where:
+            return base
+    source = find(model)
+    kind = str(source.index.get("_class_name"))
+    part = "transformer" if source.names("transformer") else "unet"
+    if kind not in PIPELINES or not source.names(part):
+        raise UserError(f"{source.label} holds a {kind}; soft tokens are for {', '.join(PIPELINES)}")
+    if source.fetch is not None:
+        source.fetch(f"{part}/config.json")
+    widths = read_json(source.folder / part / "config.json", source.label)
+    try:
+        if part == "transformer":
+            return Base("sd3", int(widths["joint_attention_dim"]), int(widths["caption_projection_dim"]))
+        text = int(widths["cross_attention_dim"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source.label}/{part}/config.json does not tell the width of its text") from error
+    return Base("sdxl" if PIPELINES[kind] == "sdxl" else unet_family(text), text)
