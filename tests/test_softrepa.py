@@ -11,10 +11,11 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+from softrepa_helpers import PROMPTS, a_batch, field, make, run
 
 from align_cli.errors import UserError
 from align_cli.losses import denoising_error, softrepa_loss
-from align_cli.methods.base import Batch, StepContext
+from align_cli.methods.base import Batch
 from align_cli.methods.softrepa.config import SoftREPAConfig
 from align_cli.methods.softrepa.method import FLAT_STEPS, SoftREPA
 from align_cli.methods.softrepa.tokens import (
@@ -28,14 +29,6 @@ from align_cli.models.base import TextCond
 from align_cli.models.loading import load_model
 from align_cli.settings import ModelSettings, TrainSettings
 
-PROMPTS = ["a red circle", "a blue square", "two green triangles", "a yellow circle above a red square"]
-WARM = {"temperature": 1.0, "stages": "TTT"}
-"""Random models have errors of about 1, where the official temperature leaves no gradient."""
-
-
-def field(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 @pytest.fixture(scope="module")
 def model(tiny_sd15_folder):
@@ -47,27 +40,14 @@ def v_model(tiny_v_folder):
     return load_model(ModelSettings(name=str(tiny_v_folder), device="cpu"))
 
 
-def make(model, **options) -> SoftREPA:
-    return SoftREPA(model, SoftREPAConfig(**{**WARM, "init": "normal", "init_noise": 0.5, **options}), seed=0)
+@pytest.fixture(scope="module")
+def xl_model(tiny_sdxl_folder):
+    return load_model(ModelSettings(name=str(tiny_sdxl_folder), device="cpu"))
 
 
-def a_batch(n: int = 4, **extra) -> Batch:
-    return Batch(PROMPTS[:n], field(0, n, 3, 32, 32).clamp(-1, 1), list(range(n)), dict(extra))
-
-
-def run(method: SoftREPA, batch: Batch, seed: int = 3, **options):
-    """Values, gradients and number of backward calls of one step."""
-    losses: list[torch.Tensor] = []
-
-    def backward(loss: torch.Tensor) -> None:
-        assert loss.ndim == 0
-        loss.backward()
-        losses.append(loss.detach())
-
-    method.tokens.zero_grad()
-    ctx = StepContext(step=0, rng=torch.Generator().manual_seed(seed), backward=backward, **options)
-    values = method.step(batch, ctx)
-    return values, [p.grad.clone() for p in method.tokens.parameters()], losses
+@pytest.fixture(scope="module")
+def sd3_model(tiny_sd3_folder):
+    return load_model(ModelSettings(name=str(tiny_sd3_folder), device="cpu", t5_length=8))
 
 
 # ---------------------------------------------------------------- tokens
@@ -229,7 +209,7 @@ def test_state_round_trip(model):
 # ---------------------------------------------------------------- steps
 
 
-@pytest.mark.parametrize("kind", ["model", "v_model"])
+@pytest.mark.parametrize("kind", ["model", "v_model", "xl_model", "sd3_model"])
 def test_step_is_the_plain_formula(kind, request):
     """One step against the loss written out pair by pair with the plain library modules."""
     model = request.getfixturevalue(kind)
@@ -267,9 +247,13 @@ def test_step_is_the_plain_formula(kind, request):
     assert table.abs().sum(1).count_nonzero() == 1
 
 
-@pytest.mark.parametrize("negatives", [0, 2])
-@pytest.mark.parametrize("chunk", [1, 2, 3])
-def test_chunks_give_the_gradient_of_the_whole(model, chunk, negatives):
+@pytest.mark.parametrize(
+    ("kind", "chunk", "negatives"),
+    [("model", chunk, negatives) for chunk in (1, 2, 3) for negatives in (0, 2)]
+    + [("xl_model", 1, 2), ("xl_model", 3, 0), ("sd3_model", 1, 2), ("sd3_model", 3, 0)],
+)
+def test_chunks_give_the_gradient_of_the_whole(request, kind, chunk, negatives):
+    model = request.getfixturevalue(kind)
     extra = [[f"a {c} square", "a blue circle", "unused"] for c in ("red", "green", "yellow", "blue")]
     options = {"use_t_table": True, "dweight": 3.0, "hard_negatives": negatives}
     whole, whole_grads, one = run(make(model, **options), a_batch(negatives=extra))
@@ -317,15 +301,20 @@ def test_noise_per_chunk(model):
     assert torch.equal(shared[0], shared[4])
 
 
+CHUNKED = {"noise": "per-chunk", "row_chunk": 1, "dweight": 2.0, "hard_negatives": 1}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"noise": "per-chunk", "row_chunk": 1, "dweight": 2.0, "hard_negatives": 1}]
+    ("kind", "options"), [("model", {}), ("model", CHUNKED), ("xl_model", CHUNKED), ("sd3_model", CHUNKED)]
 )
-def test_two_processes_give_the_result_of_one(tiny_sd15_folder, model, options):
+def test_two_processes_give_the_result_of_one(request, kind, options):
+    model = request.getfixturevalue(kind)
     extra = [[f"a {c} square"] for c in ("red", "green", "yellow", "blue")]
     batch = a_batch(negatives=extra)
     whole, grads, _ = run(make(model, **options), batch)
-    meeting, shared = Barrier(2), {}
-    models = [load_model(ModelSettings(name=str(tiny_sd15_folder), device="cpu")) for _ in range(2)]
+    meeting, shared = Barrier(2, timeout=120), {}
+    settings = ModelSettings(name=model.model_id, device="cpu", t5_length=8 if kind == "sd3_model" else 512)
+    models = [load_model(settings) for _ in range(2)]
     results: dict[int, tuple] = {}
 
     def rank(number: int) -> None:

@@ -1,0 +1,43 @@
+"""What the tests of SoftREPA share."""
+
+from __future__ import annotations
+
+import torch
+
+from align_cli.methods.base import Batch, StepContext
+from align_cli.methods.softrepa.config import SoftREPAConfig
+from align_cli.methods.softrepa.method import SoftREPA
+
+PROMPTS = ["a red circle", "a blue square", "two green triangles", "a yellow circle above a red square"]
+WARM = {"temperature": 1.0}
+"""Random models have errors of about 1, where the official temperature leaves no gradient."""
+
+
+def field(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(model, **options) -> SoftREPA:
+    """The method with tokens loud enough to be seen, in all blocks."""
+    everywhere = {"num_layers": -1} if model.family == "sd3" else {"stages": "TTT"}
+    settings = {**WARM, **everywhere, "init": "normal", "init_noise": 0.5, **options}
+    return SoftREPA(model, SoftREPAConfig(**settings), seed=0)
+
+
+def a_batch(n: int = 4, **extra) -> Batch:
+    return Batch(PROMPTS[:n], field(0, n, 3, 32, 32).clamp(-1, 1), list(range(n)), dict(extra))
+
+
+def run(method: SoftREPA, batch: Batch, seed: int = 3, **options):
+    """Values, gradients and number of backward calls of one step."""
+    losses: list[torch.Tensor] = []
+
+    def backward(loss: torch.Tensor) -> None:
+        assert loss.ndim == 0
+        loss.backward()
+        losses.append(loss.detach())
+
+    method.tokens.zero_grad()
+    ctx = StepContext(step=0, rng=torch.Generator().manual_seed(seed), backward=backward, **options)
+    values = method.step(batch, ctx)
+    return values, [p.grad.clone() for p in method.tokens.parameters()], losses
