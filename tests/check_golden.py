@@ -26,7 +26,8 @@ from typing import Any
 
 # MKL's documented switch for the same numbers on every x86 processor. Without it, its exp differs by an ulp
 # between processors; through the timestep embedding of the frozen model that moves gradients by over 1e-4.
-os.environ["MKL_CBWR"] = os.environ.get("MKL_CBWR", "COMPATIBLE")
+if __name__ == "__main__":
+    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from align_cli.methods.base import Batch, StepContext
@@ -15,6 +17,13 @@ WARM = {"temperature": 1.0}
 
 def field(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(model):
+    """The same model with its denoiser in float64, so that what differs is not the rounding of a machine."""
+    twin = copy.copy(model)
+    twin.denoiser = copy.deepcopy(model.denoiser).double()
+    return twin
 
 
 def make(model, **options) -> SoftREPA:
