@@ -5,7 +5,7 @@ network.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -337,6 +337,14 @@ def _save(pipe: Any, folder: Path, variant: str | None, max_shard_size: int | st
         pipe.to(torch.float16)
     pipe.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_threads() -> Iterator[None]:
+    """A training may set the number of threads, and with it the order of sums; the next test has its own."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
