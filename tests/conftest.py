@@ -4,6 +4,12 @@ network.
 
 from __future__ import annotations
 
+import os
+
+# Bits are compared between processes here, and the number of threads is the order of sums. Set before torch
+# is imported; commands that a test starts inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
