@@ -11,8 +11,9 @@ import torch
 from training_helpers import FullDisk
 
 from align_cli.errors import UserError
+from align_cli.files import write_text
 from align_cli.training import checkpoint
-from align_cli.training.checkpoint import load_newest, names, save_checkpoint, write_text
+from align_cli.training.checkpoint import load_newest, names, save_checkpoint
 
 STATE = {"a": [torch.arange(5.0), torch.tensor(3)], "b": {"c": 0.1, "d": None, "e": "text"}, "f": {0: True}}
 

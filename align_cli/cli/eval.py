@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import typer
 from align_cli import registry
 from align_cli.cli import options
 from align_cli.cli.text import print_table
-from align_cli.errors import UserError
+from align_cli.files import file_errors, write_text
 from align_cli.settings import EvalSettings, one_of
 
 
@@ -79,7 +78,8 @@ def evaluate(
             result = evaluate_base(loaded, prompts, plan.sample, seed, progress, split=split)
     text = json.dumps(result.to_json(), indent=2, allow_nan=False)
     if folder is not None:
-        write_text(folder / numbers, text + "\n")
+        with file_errors(f"cannot write {folder / numbers}", "choose another folder with --out"):
+            write_text(folder / numbers, text + "\n")
         result.save_picture(folder / picture)
     if as_json:
         typer.echo(text)
@@ -87,13 +87,3 @@ def evaluate(
     print_table(result)
     if folder is not None:
         typer.echo(f"numbers: {folder / numbers}\npicture: {folder / picture}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename. UserError if that fails."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error

@@ -297,7 +297,7 @@ def _conclude(
     """Save the adapter, evaluate, write result.json, print."""
     from align_cli.adapters import save_adapter
     from align_cli.evaluation.paired import peak_memory
-    from align_cli.training.checkpoint import file_errors, write_text
+    from align_cli.files import file_errors, write_text
     from align_cli.training.log import duration_text
 
     adapter = folder / run_folder.ADAPTER

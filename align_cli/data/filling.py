@@ -22,9 +22,9 @@ from torch import Tensor
 from align_cli.data.cache import INDEX, LOCK, MANIFEST, NOT_IDENTITY, Cache, Index, Shard, differences
 from align_cli.data.claims import Claims
 from align_cli.data.encoding import Encoder, Report
-from align_cli.data.shards import READ_ERRORS, ShardReader, file_sha256, part_path, write_shard
+from align_cli.data.shards import READ_ERRORS, ShardReader, file_sha256, write_shard
 from align_cli.errors import UserError
-from align_cli.training.checkpoint import file_errors, write_text
+from align_cli.files import file_errors, part_path, write_text
 
 POLL = 1.0
 """Seconds between looks at what other processes have finished."""

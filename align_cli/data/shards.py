@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from align_cli.files import part_path, sync_folder
+
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Names of dtypes here and in safetensors."""
 BLOCK = 1 << 24
@@ -84,11 +86,6 @@ def number_bytes(dtype: str) -> int:
     return kind.itemsize
 
 
-def part_path(path: Path) -> Path:
-    """The temporary name of a shard."""
-    return path.with_name(f".{path.name}.part")
-
-
 def open_part(path: Path) -> BinaryIO:
     """The temporary file, new and empty."""
     return path.open("wb")
@@ -142,17 +139,6 @@ def file_sha256(path: Path) -> str:
         while block := file.read(BLOCK):
             sha.update(block)
     return sha.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder, where the system can open folders."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class ShardReader:

@@ -12,10 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC
 from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 
 from align_cli.errors import UserError
+from align_cli.files import file_errors, sync_folder, write_text
 
 FORMAT = 1
 STATE, META = "state.pt", "meta.json"
@@ -38,32 +36,6 @@ class Checkpoint:
     step: int
     path: Path
     state: dict[str, Any]
-
-
-@contextmanager
-def file_errors(doing: str, advice: str = "") -> Iterator[None]:
-    """An `OSError` inside becomes a `UserError` that begins with `doing` and ends with `advice`."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (ENOSPC, EDQUOT)
-        reason = "the disk is full" if full else error.strerror or str(error)
-        tail = f"; {advice}" if advice else ""
-        raise UserError(f"{doing}: {reason}{tail}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, flush, rename. Raises OSError; then the old file is as it was."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 class _HashingFile:
@@ -107,7 +79,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
                 shutil.rmtree(old, ignore_errors=True)
                 final.rename(old)
             part.rename(final)
-            _sync_folder(folder)
+            sync_folder(folder)
         except OSError:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -130,18 +102,7 @@ def _write(part: Path, step: int, state: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     meta = {"format": FORMAT, "step": step, "bytes": sink.size, "sha256": sink.sha.hexdigest()}
     write_text(part / META, json.dumps(meta, indent=2) + "\n")
-    _sync_folder(part)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the names in a folder, where the system can open folders."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(part)
 
 
 def names(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from align_cli.training.checkpoint import file_errors, write_text
+from align_cli.files import file_errors, write_text
 
 PLAIN_SECONDS = 5.0
 """Least seconds between plain progress lines."""

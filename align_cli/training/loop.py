@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from align_cli.data.base import Dataset
 from align_cli.errors import UserError
+from align_cli.files import file_errors, write_text
 from align_cli.methods.base import Batch, Method, StepContext
 from align_cli.settings import TrainSettings
 from align_cli.training import run_folder
-from align_cli.training.checkpoint import clean, file_errors, load_newest, save_checkpoint, write_text
+from align_cli.training.checkpoint import clean, load_newest, save_checkpoint
 from align_cli.training.distributed import Ranks
 from align_cli.training.ema import Ema
 from align_cli.training.log import Display, Meter, MetricsFile, duration_text

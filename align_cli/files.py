@@ -1,0 +1,53 @@
+"""Files that are there completely or not at all, and what is said when a disk refuses. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+
+from align_cli.errors import UserError
+
+
+@contextmanager
+def file_errors(doing: str, advice: str = "") -> Iterator[None]:
+    """An `OSError` inside becomes a `UserError` that begins with `doing` and ends with `advice`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (ENOSPC, EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        tail = f"; {advice}" if advice else ""
+        raise UserError(f"{doing}: {reason}{tail}") from error
+
+
+def part_path(path: Path) -> Path:
+    """The temporary name of a file that is being written."""
+    return path.with_name(f".{path.name}.part")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, flush, rename. Raises OSError; then the old file is as it was."""
+    part = part_path(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder, where the system can open folders."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
