@@ -202,16 +202,16 @@ def softrepa_predict(model: BareModel, x: dict[str, Tensor], facts: dict[str, An
 
 
 def softrepa_train(model: BareModel, x: dict[str, Tensor], facts: dict[str, Any]) -> Iterator[Line]:
-    """Errors, logits, losses and gradients for every diffusion weight; whole, and one row at a time."""
+    """Errors, logits, losses and gradients for every diffusion weight; whole, and one image at a time."""
     latents, texts, t = x["latent"], captions(x), x["t"].reshape(())
     own = torch.arange(len(latents))
     yield compare("logits_of_errors", softrepa_logits(x["errors"]), x["logits"], FORWARD)
     for key in sorted(k for k in x if k.startswith("loss_dw")):
         weight = float(key.removeprefix("loss_dw"))
         yield compare(f"{key}_of_errors", softrepa_loss(x["errors"], dweight=weight), x[key], FORWARD)
-        for rows in (0, 1):
-            label = f"_rows{rows}" if rows else ""
-            method = soft_tokens(model, x, facts, dweight=weight, row_chunk=rows)
+        for pairs in (0, len(latents)):
+            label = "_by_image" if pairs else ""
+            method = soft_tokens(model, x, facts, dweight=weight, pair_chunk=pairs)
             parts: list[Tensor] = []
 
             def backward(loss: Tensor, parts: list[Tensor] = parts) -> None:
@@ -229,26 +229,23 @@ def softrepa_train(model: BareModel, x: dict[str, Tensor], facts: dict[str, Any]
 
 
 def softrepa_train_dist(model: BareModel, x: dict[str, Tensor], facts: dict[str, Any]) -> Iterator[Line]:
-    """The row chunks of train_dist.py. There, the mean over the rows of a chunk is divided by the batch size;
-    ours is the sum over its rows, so that chunks add up to the whole. Dividing ours by the rows gives theirs.
-    """
+    """Row chunks of train_dist.py, where the mean over the rows of a chunk is divided by the batch size."""
     latents, texts, t = x["latent"], captions(x), x["t"].reshape(())
     count, rows = len(latents), int(facts["nrows"])
-    sizes = [min(rows, count - start) for start in range(0, count, rows)]
-    noise = x["noise_per_chunk"].repeat_interleave(rows, 0)[:count]
-    method = soft_tokens(model, x, facts, row_chunk=rows, noise="per-chunk")
+    method = soft_tokens(model, x, facts)
     parts: list[Tensor] = []
 
     def backward(loss: Tensor) -> None:
-        official = loss / sizes[len(parts)]
+        official = loss / count
         official.backward()
         parts.append(official.detach())
 
-    result = method.contrast(latents, texts, noise, t, torch.arange(count), texts[:0], backward)
-    expected = torch.cat([x[f"errors_chunk{i}"] for i in range(len(sizes))])
-    yield compare("errors", result.err_IT, expected, FORWARD)
-    for i, loss in enumerate(parts):
-        yield compare(f"loss_chunk{i}", loss, x[f"loss_chunk{i}"], FORWARD)
+    for i, start in enumerate(range(0, count, rows)):
+        chunk = slice(start, start + rows)
+        noise, own = x["noise_per_chunk"][i : i + 1], torch.arange(count)[chunk]
+        result = method.contrast(latents[chunk], texts, noise, t, own, texts[:0], backward)
+        yield compare(f"errors_chunk{i}", result.err_IT, x[f"errors_chunk{i}"], FORWARD)
+        yield compare(f"loss_chunk{i}", parts[i], x[f"loss_chunk{i}"], FORWARD)
     yield compare("aggregated_loss", torch.stack(parts).sum(), x["aggregated_loss"], FORWARD)
     for tensor, grad in method.tokens.named_parameters():
         assert grad.grad is not None

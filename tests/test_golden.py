@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).parent / "golden"
-TRAINED = {"loss_dw0", "loss_dw10", "grad_dc_tokens_dw10", "grad_dc_t_tokens_dw0", "errors_rows1_loss_dw0"}
+TRAINED = {"loss_dw0", "loss_dw10", "grad_dc_tokens_dw10", "grad_dc_t_tokens_dw0", "errors_by_image_loss_dw0"}
 DRAWN = {"output", "latent_out", "timesteps"}
 QUANTITIES = {
     "sd15": TRAINED | DRAWN | {"output_tokens_off", "output_tokens_scale_0"},

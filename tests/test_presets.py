@@ -82,16 +82,16 @@ def test_official_values_of_sdxl_and_sd3():
     m = sd3.method_config
     assert (m.num_tokens, m.num_layers, m.token_space, m.use_t_table) == (4, 5, "text", True)
     assert (m.dweight, m.init, m.init_noise, m.temperature, m.logit_scale) == (0.0, "normal", 0.02, 0.07, 4.0)
-    assert (m.min_t, m.max_t, m.row_chunk, m.noise, m.hard_negatives) == (0, 1000, 0, "shared", 0)
+    assert (m.min_t, m.max_t, m.noise_rows, m.pair_chunk, m.hard_negatives) == (0, 1000, 0, 16, 0)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
 def test_distributed_commands(name):
-    """run_train_dist.sh: two processes of 8 images in chunks of 4, dweight dropped, two epochs."""
+    """run_train_dist.sh: two processes of 8 images, noise for 4 at a time, dweight dropped, two epochs."""
     r = config.resolve("softrepa", preset=f"{name}-dist")
     m = r.method_config
     assert (r.model.name, r.train.batch_size, r.train.accumulation, r.train.steps) == (name, 8, 2, 14786)
-    assert (m.row_chunk, m.noise, m.dweight, m.use_t_table) == (4, "per-chunk", 0.0, name != "sdxl")
+    assert (m.noise_rows, m.pair_chunk, m.dweight, m.use_t_table) == (4, 16, 0.0, name != "sdxl")
     assert m.num_layers == 5 if name == "sd3" else m.stages == "TFF"
 
 

@@ -65,10 +65,10 @@ def test_table_rows():
 def test_rows_of_tokens_and_table():
     tokens, table = field(0, 2, 3), field(1, 100, 3)
     soft = SoftTokens(tokens, table)
-    rows = soft.rows(torch.tensor([5, 995]), 2)
+    rows = soft.rows(torch.tensor([5, 995]))
     torch.testing.assert_close(rows, torch.stack([tokens + table[0], tokens + table[99]]))
-    torch.testing.assert_close(soft.rows(torch.tensor(15), 2), (tokens + table[1]).expand(2, -1, -1))
-    assert torch.equal(SoftTokens(tokens, None).rows(torch.tensor(5), 3), tokens.expand(3, -1, -1))
+    torch.testing.assert_close(soft.rows(torch.tensor(15)), (tokens + table[1])[None])
+    assert torch.equal(SoftTokens(tokens, None).rows(torch.tensor(5)), tokens[None])
     with pytest.raises(ValueError, match="table must have 100 rows"):
         SoftTokens(tokens, field(1, 99, 3))
 
@@ -251,16 +251,23 @@ def test_step_is_the_plain_formula(kind, request):
 
 @pytest.mark.parametrize(
     ("kind", "chunk", "negatives"),
-    [("model", chunk, negatives) for chunk in (1, 2, 3) for negatives in (0, 2)]
+    [("model", chunk, negatives) for chunk in (1, 3, 4, 11) for negatives in (0, 2)]
     + [("xl_model", 1, 2), ("xl_model", 3, 0), ("sd3_model", 1, 2), ("sd3_model", 3, 0)],
 )
 def test_chunks_give_the_gradient_of_the_whole(request, kind, chunk, negatives):
     model = exact(request.getfixturevalue(kind))
     extra = [[f"a {c} square", "a blue circle", "unused"] for c in ("red", "green", "yellow", "blue")]
     options = {"use_t_table": True, "dweight": 3.0, "hard_negatives": negatives}
-    whole, whole_grads, one = run(make(model, **options), a_batch(negatives=extra))
-    parts, grads, several = run(make(model, row_chunk=chunk, **options), a_batch(negatives=extra))
-    assert (len(one), len(several)) == (1, -(-4 // chunk))
+    whole, whole_grads, _ = run(make(model, pair_chunk=0, **options), a_batch(negatives=extra))
+    calls: list[int] = []
+    handle = model.denoiser.register_forward_pre_hook(
+        lambda _m, args, kwargs: calls.append(len(args[0] if args else kwargs["hidden_states"])),
+        with_kwargs=True,
+    )
+    parts, grads, losses = run(make(model, pair_chunk=chunk, **options), a_batch(negatives=extra))
+    handle.remove()
+    assert max(calls) == chunk and sum(calls) == 4 * (4 + negatives)  # no pair is computed twice
+    assert len(losses) == 1
     assert parts == pytest.approx(whole, rel=1e-5)
     for a, b in zip(whole_grads, grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
@@ -294,7 +301,7 @@ def test_negatives_that_the_dataset_lacks(model):
 
 
 def test_noise_per_chunk(model):
-    method = make(model, noise="per-chunk", row_chunk=2)
+    method = make(model, noise_rows=2)
     noise = method._noise(5, (4, 8, 8), torch.Generator().manual_seed(0))
     assert noise.shape == (5, 4, 8, 8)
     assert torch.equal(noise[0], noise[1]) and torch.equal(noise[2], noise[3])
@@ -303,7 +310,7 @@ def test_noise_per_chunk(model):
     assert torch.equal(shared[0], shared[4])
 
 
-CHUNKED = {"noise": "per-chunk", "row_chunk": 1, "dweight": 2.0, "hard_negatives": 1}
+CHUNKED = {"noise_rows": 1, "pair_chunk": 3, "dweight": 2.0, "hard_negatives": 1}
 
 
 @pytest.mark.parametrize(
@@ -400,7 +407,7 @@ def test_half_precision_weights(tiny_sd15_folder, model):
     assert values["softrepa/err_own"] == pytest.approx(full["softrepa/err_own"], rel=0.05)
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in grads)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed, _, _ = run(make(model, row_chunk=2), a_batch())
+        mixed, _, _ = run(make(model, pair_chunk=2), a_batch())
     assert mixed["softrepa/err_own"] == pytest.approx(full["softrepa/err_own"], rel=0.05)
 
 
@@ -419,8 +426,8 @@ def test_half_precision_weights(tiny_sd15_folder, model):
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"dweight": -1.0}, "dweight must be >= 0"),
         ({"init": "zeros"}, "init must be one of bos, normal"),
-        ({"noise": "fresh"}, "noise must be one of shared, per-chunk"),
-        ({"noise": "per-chunk"}, "needs softrepa.row_chunk >= 1"),
+        ({"noise_rows": -1}, "noise_rows must be >= 0"),
+        ({"pair_chunk": -1}, "pair_chunk must be >= 0"),
     ],
 )
 def test_impossible_settings(options, message):
@@ -450,9 +457,9 @@ def test_prompts_are_encoded_once(model, monkeypatch):
     monkeypatch.setattr(model, "encode_text", lambda texts: calls.append(len(texts)) or encode(texts))
     batches: list[int] = []
     monkeypatch.setattr(model, "predict", lambda z, t, c: batches.append(len(z)) or predict(z, t, c))
-    method = make(model, row_chunk=2)
+    method = make(model, pair_chunk=2)
     calls.clear()
     run(method, a_batch())
     assert calls == [4]
-    assert batches == [8, 8]
+    assert batches == [2] * 8
     assert isinstance(model.uncond(1), TextCond)

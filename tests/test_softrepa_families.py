@@ -51,27 +51,25 @@ def predict(model, t=(700, 20)) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_pooled_text_goes_with_its_tokens(request, kind, monkeypatch):
-    """Pair k = j R + i is image i of R with caption j, in every field; then come their own negatives."""
+    """Every image meets all captions and then its own negatives, in every field."""
     model = request.getfixturevalue(kind)
     negatives = [[f"a {c} square", f"two {c} circles"] for c in ("red", "green", "yellow")]
     seen: list[tuple[torch.Tensor, TextCond]] = []
     plain = model.predict
     monkeypatch.setattr(model, "predict", lambda z, t, c: seen.append((z, c)) or plain(z, t, c))
-    method = make(model, row_chunk=2, hard_negatives=2)
+    method = make(model, pair_chunk=10, hard_negatives=2)
     run(method, a_batch(3, negatives=negatives))
     own = model.encode_text(PROMPTS[:3])
-    first, last = seen
+    first = seen[0]
     assert [len(z) for z, _ in seen] == [2 * 5, 5]
-    for (_, cond), images in ((first, (0, 1)), (last, (2,))):
-        rows = len(images)
-        for field_name in ("tokens", "pooled"):
-            found, captions = getattr(cond, field_name), getattr(own, field_name)
-            for j in range(3):
-                for i in range(rows):
-                    torch.testing.assert_close(found[j * rows + i], captions[j])
-            for k in range(2):
-                expected = getattr(model.encode_text([negatives[i][k] for i in images]), field_name)
-                torch.testing.assert_close(found[(3 + k) * rows : (4 + k) * rows], expected)
+    images = torch.cat([z for z, _ in seen]).view(3, 5, *first[0].shape[1:])
+    assert torch.equal(images, images[:, :1].expand_as(images))
+    for field_name in ("tokens", "pooled"):
+        found = torch.cat([getattr(cond, field_name) for _, cond in seen])
+        for i in range(3):
+            false = getattr(model.encode_text(negatives[i]), field_name)
+            expected = torch.cat([getattr(own, field_name), false])
+            torch.testing.assert_close(found[i * 5 : (i + 1) * 5], expected)
     assert first[1].time_ids is None  # the model fills in the size of the picture
 
 
@@ -86,7 +84,7 @@ def test_every_field_is_gathered_over_ranks(request, kind, monkeypatch):
     monkeypatch.setattr(model, "predict", lambda z, t, c: seen.append(c) or plain(z, t, c))
     batch = Batch(PROMPTS[2:], field(0, 2, 3, 32, 32).clamp(-1, 1))
     options = {"gather": lambda x: torch.cat([others[x.shape[1:]], x]), "rank": 1, "world_size": 2}
-    run(make(model, row_chunk=1), batch, **options)
+    run(make(model, pair_chunk=4), batch, **options)
     for cond in seen:
         torch.testing.assert_close(cond.tokens, torch.cat([theirs.tokens, mine.tokens]))
         torch.testing.assert_close(cond.pooled, torch.cat([theirs.pooled, mine.pooled]))
@@ -146,7 +144,7 @@ def test_gradient_by_finite_differences_on_sdxl(xl_model, stages):
     target = field(5, *z.shape).double()
 
     def error(tokens: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        with inserted(unet, stages, lambda _t, batch: (tokens + row).expand(batch, -1, -1)):
+        with inserted(unet, stages, lambda _t: (tokens + row)[None]):
             found = unet(z, t, cond.tokens.double(), added_cond_kwargs=added, return_dict=False)[0]
         return (found - target).square().mean()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -48,10 +49,15 @@ def soft(layers: int = 3, num: int = 2, *, width: int = STREAM, table: bool = Fa
     return SoftTokens(tokens, field(seed + 100, 100, layers * STREAM) if table else None)
 
 
+def at_work(transformer, tokens, projected: bool = True, scale: float = 1.0):
+    soft_at = partial(block_tokens, transformer, tokens, projected=projected)
+    return inserted_per_block(transformer, soft_at, len(tokens.dc_tokens), scale)
+
+
 def predict(model, *parts: tuple[SoftTokens, float], t=(500.0, 30.0), projected: bool = True):
     with torch.no_grad(), ExitStack() as stack:
         for tokens, scale in parts:
-            stack.enter_context(inserted_per_block(model.denoiser, tokens, projected=projected, scale=scale))
+            stack.enter_context(at_work(model.denoiser, tokens, projected, scale))
         return model.predict(*inputs(model, t))
 
 
@@ -66,7 +72,7 @@ def test_rows_of_each_block(model):
     blocks = model.denoiser.transformer_blocks
     seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     with torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(inserted_per_block(model.denoiser, soft_tokens, projected=True))
+        stack.enter_context(at_work(model.denoiser, soft_tokens))
         for block in blocks:  # registered last, so they see what the blocks see
 
             def see(_block, _args, kwargs, output):
@@ -214,7 +220,7 @@ def test_nothing_stays_behind(model):
     plain = predict(model)
 
     def broken() -> None:
-        with inserted_per_block(model.denoiser, soft(2), projected=True, scale=0.5):
+        with at_work(model.denoiser, soft(2), scale=0.5):
             assert isinstance(blocks[1].attn.processor, BiasedJointAttention)
             assert blocks[2].attn.processor is before[2]
             raise RuntimeError("in the middle")
@@ -247,7 +253,7 @@ def test_gradient_by_finite_differences(model, projected, table, scale):
         held = torch.nn.Module()
         held.dc_tokens = tokens
         held.offsets = lambda t: row.expand(len(t), -1) if table else None
-        with inserted_per_block(transformer, held, projected=projected, scale=scale):
+        with at_work(transformer, held, projected, scale):
             found = transformer(
                 z.double(), cond.tokens.double(), cond.pooled.double(), timestep=t, return_dict=False
             )[0]
@@ -264,7 +270,7 @@ def test_gradient_by_finite_differences(model, projected, table, scale):
 
 def test_checkpointed_blocks_give_the_same_gradient(model):
     """Recomputed blocks see the tokens again."""
-    options = {"use_t_table": True, "dweight": 2.0, "row_chunk": 2}
+    options = {"use_t_table": True, "dweight": 2.0, "pair_chunk": 3}
     values, grads, _ = run(make(model, **options), a_batch())
     model.denoiser.enable_gradient_checkpointing()
     try:

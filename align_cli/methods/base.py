@@ -97,6 +97,8 @@ class StepContext:
     processes changes nothing.
     backward(loss, group) may be called many times; the loop averages gradients over ranks once per optimiser
     step.
+    loss_scale: factor that keeps float16 gradients in range, 1 without fp16. `backward` applies it; a method
+    needs it only where it takes gradients itself.
     gather(x) concatenates x of all ranks on dim 0, in rank order; gradients flow to this rank's own rows
     only.
     """
@@ -107,6 +109,7 @@ class StepContext:
     gather: Callable[[Tensor], Tensor] = lambda x: x
     rank: int = 0
     world_size: int = 1
+    loss_scale: float = 1.0
 
     def rows(self, global_rows: Tensor) -> Tensor:
         """This rank's equal share of the rows of `global_rows`."""

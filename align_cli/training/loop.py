@@ -230,6 +230,7 @@ class _Run:
                 gather=self.ranks.gather,
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
+                loss_scale=self.scaler.get_scale() if self.scaler is not None else 1.0,
             )
             with self._autocast():
                 slices.add(self.method.step(batch, ctx))

@@ -44,13 +44,11 @@ class SoftREPAConfig:
     """
     logit_scale: float = 4.0
     """Similarity at zero error. Source: train.py ContrastiveLoss."""
-    row_chunk: int = 0
-    """Images per forward and backward pass, each with all captions: sets the memory, not the gradient. 0: all
-    at once.
+    pair_chunk: int = 16
+    """Image-caption pairs per forward and backward pass: sets the memory, not the gradient. 0: all at once.
     """
-    noise: str = "shared"
-    """One noise tensor for the whole batch (shared), or one per row_chunk images (per-chunk, as
-    train_dist.py).
+    noise_rows: int = 0
+    """Images of a batch that share one noise tensor (train_dist.py: --nrows); 0: all of them.
     """
     init: str = "bos"
     """Start of the tokens: bos (copies of the empty prompt's first encoding, as official for SD1.5), normal
@@ -83,11 +81,6 @@ class SoftREPAConfig:
         )
         for key in ("temperature", "logit_scale"):
             require(getattr(self, key) > 0, f"softrepa.{key} must be > 0, got {getattr(self, key)}")
-        for key in ("dweight", "row_chunk", "hard_negatives", "init_noise"):
+        for key in ("dweight", "pair_chunk", "noise_rows", "hard_negatives", "init_noise"):
             require(getattr(self, key) >= 0, f"softrepa.{key} must be >= 0, got {getattr(self, key)}")
-        one_of("softrepa.noise", self.noise, ("shared", "per-chunk"))
         one_of("softrepa.init", self.init, ("bos", "normal", "bos+noise"))
-        require(
-            self.noise == "shared" or self.row_chunk > 0,
-            "softrepa.noise per-chunk needs softrepa.row_chunk >= 1",
-        )

@@ -1,9 +1,9 @@
 """SoftREPA: learn a few soft text tokens so that each image is denoised best under its own caption.
 
 Source: arXiv 2503.08250 and github.com/softrepa/SoftREPA (commit ff92f4b). Deviations, each deliberate:
-- A batch cut into chunks of rows gives the gradient of the whole batch. train_dist.py divides the mean of
-every chunk by the batch size, so that its gradient is 1 / nrows of that and a shorter last chunk weighs more.
-- dweight works with chunks too (train_dist.py drops it).
+- A batch cut into chunks of pairs gives the gradient of the whole batch. train_dist.py divides the mean of
+every chunk of rows by the batch size, so that its gradient is 1 / nrows of that and a shorter last chunk
+weighs more; and it drops dweight.
 - Captions are contrasted over all processes: n processes give the loss of one. There, each process sees its
 own only.
 - Sampling uses the trained table (sample.py loads it into a name that nothing reads, and so uses random
@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -30,6 +31,7 @@ from align_cli.errors import UserError
 from align_cli.losses import denoising_error, softrepa_terms
 from align_cli.methods.base import Batch, StepContext, encoded_latents, encoded_text, latent_shape
 from align_cli.methods.softrepa.config import TABLE_ROWS, SoftREPAConfig
+from align_cli.methods.softrepa.pairs import pair_gradient, with_gradient
 from align_cli.methods.softrepa.placement import PLACEMENTS, placement
 from align_cli.methods.softrepa.tokens import SoftTokens
 from align_cli.models.base import BaseModel, TextCond
@@ -151,16 +153,15 @@ class SoftREPA:
             texts = _gathered(encoded[:count], ctx)
         own = torch.arange(count, device=latents.device) + ctx.rank * count
         eps = eps.to(latents.device)
-        result = self.contrast(latents, texts, eps, t.to(latents.device), own, encoded[count:], ctx.backward)
+        t = t.to(latents.device)
+        result = self.contrast(latents, texts, eps, t, own, encoded[count:], ctx.backward, ctx.loss_scale)
         return self._report(result, own)
 
     def _noise(self, total: int, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-        """(total, C, h, w): the same noise in every row, or in every row of a chunk."""
-        c = self.config
-        if c.noise == "shared":
-            return torch.randn(1, *shape, generator=rng).expand(total, *shape)
-        chunks = -(-total // c.row_chunk)
-        return torch.randn(chunks, *shape, generator=rng).repeat_interleave(c.row_chunk, 0)[:total]
+        """(total, C, h, w): the same noise in every row, or in `noise_rows` rows each."""
+        each = self.config.noise_rows or total
+        groups = -(-total // each)
+        return torch.randn(groups, *shape, generator=rng).repeat_interleave(each, 0)[:total]
 
     def _negatives(self, batch: Batch) -> list[str]:
         """`hard_negatives` captions of every image, image by image."""
@@ -186,8 +187,9 @@ class SoftREPA:
         own_I: Tensor,
         negatives: TextCond,
         backward: Callable[[Tensor], None],
+        loss_scale: float = 1.0,
     ) -> Contrast:
-        """Loss and gradient of this process's images, chunk by chunk: `backward` frees each graph at once.
+        """Loss and gradient of this process's images, `pair_chunk` pairs at a time; see `pair_gradient`.
 
             E_ij = mean (target_i - model(z_t(x_i, eps_i), t, c_j, tokens))^2
             loss = mean_i softmax cross-entropy of 4 exp(-E_ij / 0.07) at j = own_i  +  dweight mean_i
@@ -197,42 +199,34 @@ class SoftREPA:
             latents_I, eps_I: (I, C, h, w); eps may have one row for all. t: () int64. own_I: (I,) column of
             the own text.
             texts_G: candidates of every image. negatives: I * k more, k for each image alone, image by image.
-            backward: called with a () loss per chunk; the losses sum up to the whole.
-        Source: train.py, class SoftREPA; the pairs of a chunk lie caption-major in one batch, as there.
+            backward: called once, with the loss (). loss_scale: see `StepContext`.
+        Source: train.py, class SoftREPA.
         """
-        c, images = self.config, len(latents_I)
+        c, images, shared = self.config, len(latents_I), len(texts_G)
         noisy = self.model.process.add_noise(latents_I, eps_I, t)
         target = self.model.process.target(latents_I, eps_I.expand_as(latents_I), t)
-        extra = len(negatives) // images
-        chunk = c.row_chunk or images
-        errors: list[Tensor] = []
-        parts = []
-        with self.attach(self.model):
-            for start in range(0, images, chunk):
-                rows = slice(start, min(start + chunk, images))
-                mine = negatives[start * extra : rows.stop * extra]
-                err = self._errors(noisy[rows], target[rows], t, texts_G, mine)
-                terms = softrepa_terms(err, own_I[rows], temperature=c.temperature, logit_scale=c.logit_scale)
-                backward((terms.ce_I.sum() + c.dweight * terms.own_I.sum()) / images)
-                errors.append(err.detach())
-                parts.append([x.detach() for x in terms])
-        ce, own, logits = (torch.cat(x) for x in zip(*parts, strict=True))
-        return Contrast(torch.cat(errors), ce, own, logits)
+        texts = TextCond.cat([texts_G, negatives]) if len(negatives) else texts_G
+        columns = _columns(images, shared, len(negatives) // images).to(t.device)
+        soft = self.placement.soft(self.model.denoiser, self.tokens, t)
+        now, parts = [soft], []
 
-    def _errors(
-        self, noisy: Tensor, target: Tensor, t: Tensor, texts: TextCond, negatives: TextCond
-    ) -> Tensor:
-        """(R, T) errors of R rows under all texts and under their own negatives, from one call of the
-        denoiser.
-        """
-        rows, shared, extra = len(noisy), len(texts), len(negatives) // len(noisy)
-        width = shared + extra
-        captions = texts[torch.arange(shared, device=noisy.device).repeat_interleave(rows)]
-        if extra:
-            own = torch.arange(len(negatives), device=noisy.device).view(rows, extra).T.flatten()
-            captions = TextCond.cat([captions, negatives[own]])
-        pred = self.model.predict(noisy.repeat(width, 1, 1, 1), t, captions)
-        return denoising_error(pred, target.repeat(width, 1, 1, 1)).view(width, rows).T
+        def errors(soft_P: Tensor, image_P: Tensor, text_P: Tensor) -> Tensor:
+            now[0] = soft_P
+            pred = self.model.predict(noisy[image_P], t, texts[text_P])
+            return denoising_error(pred, target[image_P])
+
+        def loss_of(err: Tensor, rows: slice) -> Tensor:
+            terms = softrepa_terms(err, own_I[rows], temperature=c.temperature, logit_scale=c.logit_scale)
+            parts.append([x.detach() for x in terms])
+            return (terms.ce_I.sum() + c.dweight * terms.own_I.sum()) / images
+
+        with self.placement.inserted(self.model.denoiser, lambda _t: now[0], 1.0):
+            err, loss, gradient = pair_gradient(
+                errors, soft, columns, loss_of, chunk=c.pair_chunk, scale=loss_scale
+            )
+        backward(with_gradient(loss, soft, gradient))
+        ce, own, logits = (torch.cat(x) for x in zip(*parts, strict=True))
+        return Contrast(err, ce, own, logits)
 
     def _report(self, result: Contrast, own: Tensor) -> dict[str, float]:
         c, err = self.config, result.err_IT
@@ -282,8 +276,17 @@ class SoftREPA:
 
         scale: factor on the attention weight that the tokens get; 0 is exactly the base model, 1 as trained.
         """
-        with self.placement.inserted(model.denoiser, self.tokens, scale):
+        soft_at = partial(self.placement.soft, model.denoiser, self.tokens)
+        with self.placement.inserted(model.denoiser, soft_at, scale):
             yield
+
+
+def _columns(images: int, shared: int, extra: int) -> Tensor:
+    """(I, T) numbers of every image's candidates: the shared texts, then its own `extra` negatives behind
+    them.
+    """
+    own = shared + torch.arange(images * extra).view(images, extra)
+    return torch.cat([torch.arange(shared).expand(images, -1), own], dim=1)
 
 
 def _gathered(texts: TextCond, ctx: StepContext) -> TextCond:

@@ -9,7 +9,7 @@ width of the text encoders), S picture rows, Y blocks with tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -43,12 +43,13 @@ def block_tokens(transformer: Any, tokens: SoftTokens, t: Tensor, *, projected: 
 
 @contextmanager
 def inserted_per_block(
-    transformer: nn.Module, tokens: SoftTokens, *, projected: bool, scale: float = 1.0
+    transformer: nn.Module, soft_at: Callable[[Tensor], Tensor], layers: int, scale: float = 1.0
 ) -> Iterator[None]:
     """Inside: block y of the transformer attends to its soft tokens too; between blocks the text has L rows.
 
     Args:
-        tokens: dc_tokens (Y, N, D); see `block_tokens` for `projected`.
+        soft_at: timesteps -> the soft tokens in the text stream, (Y, 1 or B, N, P); see `block_tokens`.
+        layers: Y.
         scale: factor on the attention weight (before normalisation) of the soft tokens, >= 0. 1 is the
         trained strength, 0 exactly the model without them; other values are an attention bias of log(scale).
     Nested insertions add their tokens; the MMDiT encodes no text position, so their order means nothing.
@@ -61,12 +62,11 @@ def inserted_per_block(
         yield
         return
     model: Any = transformer
-    blocks = list(model.transformer_blocks)[: len(tokens.dc_tokens)]
-    num = tokens.dc_tokens.shape[1]
+    blocks = list(model.transformer_blocks)[:layers]
     now: list[Tensor] = []
 
     def note(t: Tensor) -> None:
-        now[:] = [block_tokens(transformer, tokens, t, projected=projected)]
+        now[:] = [soft_at(t)]
 
     def prepend(
         index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -79,7 +79,7 @@ def inserted_per_block(
         bias = more.get("attention_mask")
         if scale != 1 or bias is not None:
             bias = text.new_zeros(text.shape[1]) if bias is None else bias
-            longer = torch.cat([bias.new_full((num,), math.log(scale)), bias])
+            longer = torch.cat([bias.new_full((soft.shape[1],), math.log(scale)), bias])
             call["joint_attention_kwargs"] = {**more, "attention_mask": longer}
         return (), call
 
@@ -87,6 +87,7 @@ def inserted_per_block(
         _block: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor | None, Tensor]
     ) -> tuple[Tensor | None, Tensor]:
         text, picture = output
+        num = now[0].shape[-2]
         return None if text is None else text[:, num:], picture  # the last block of a model returns no text
 
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
 """Where the soft tokens of a family go: their shapes, what they start from, and how they enter the denoiser.
 
-Letters: N soft tokens, D text width, P width of the MMDiT's text stream, Y blocks with tokens.
+Letters: B batch, N soft tokens, D text width, P width of the MMDiT's text stream, Y blocks with tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from align_cli.errors import UserError
 from align_cli.methods.softrepa.config import SoftREPAConfig
-from align_cli.methods.softrepa.mmdit import inserted_per_block
+from align_cli.methods.softrepa.mmdit import block_tokens, inserted_per_block
 from align_cli.methods.softrepa.tokens import SoftTokens, inserted, selected_blocks
 from align_cli.models.base import BaseModel
 
@@ -32,8 +32,16 @@ class Placement(Protocol):
         """A row of the text encoding, (D,), in the space of the tokens."""
         ...
 
-    def inserted(self, denoiser: nn.Module, tokens: SoftTokens, scale: float) -> AbstractContextManager[None]:
-        """The tokens at work on a denoiser of this family inside the `with` block."""
+    def soft(self, denoiser: nn.Module, tokens: SoftTokens, t: Tensor) -> Tensor:
+        """The tokens as the denoiser reads them at timesteps t () or (B,): (..., 1 or B, N, width)."""
+        ...
+
+    def inserted(
+        self, denoiser: nn.Module, soft_at: Callable[[Tensor], Tensor], scale: float
+    ) -> AbstractContextManager[None]:
+        """Soft tokens at work on a denoiser of this family inside the `with` block. soft_at: as `soft` gives
+        them, from the timesteps of a call.
+        """
         ...
 
 
@@ -59,9 +67,15 @@ class UNetPlacement:
         """The row itself."""
         return encoding
 
-    def inserted(self, denoiser: nn.Module, tokens: SoftTokens, scale: float) -> AbstractContextManager[None]:
+    def soft(self, denoiser: nn.Module, tokens: SoftTokens, t: Tensor) -> Tensor:
+        """(1 or B, N, D); see `SoftTokens.rows`."""
+        return tokens.rows(t)
+
+    def inserted(
+        self, denoiser: nn.Module, soft_at: Callable[[Tensor], Tensor], scale: float
+    ) -> AbstractContextManager[None]:
         """See `tokens.inserted`."""
-        return inserted(denoiser, self.stages, tokens.rows, scale)
+        return inserted(denoiser, self.stages, soft_at, scale)
 
 
 class MMDiTPlacement:
@@ -88,9 +102,15 @@ class MMDiTPlacement:
         """The row itself, or in the text stream if the tokens are there."""
         return self.embedder(encoding) if self.projected else encoding
 
-    def inserted(self, denoiser: nn.Module, tokens: SoftTokens, scale: float) -> AbstractContextManager[None]:
+    def soft(self, denoiser: nn.Module, tokens: SoftTokens, t: Tensor) -> Tensor:
+        """(Y, 1 or B, N, P); see `mmdit.block_tokens`."""
+        return block_tokens(denoiser, tokens, t, projected=self.projected)
+
+    def inserted(
+        self, denoiser: nn.Module, soft_at: Callable[[Tensor], Tensor], scale: float
+    ) -> AbstractContextManager[None]:
         """See `mmdit.inserted_per_block`."""
-        return inserted_per_block(denoiser, tokens, projected=self.projected, scale=scale)
+        return inserted_per_block(denoiser, soft_at, self.token_shape[0], scale)
 
 
 PLACEMENTS: dict[str, Callable[[Any, SoftREPAConfig], Placement]] = {

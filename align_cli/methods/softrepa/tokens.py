@@ -48,11 +48,9 @@ class SoftTokens(nn.Module):
             return None
         return self.dc_t_tokens[table_row(t.to(self.dc_t_tokens.device).reshape(-1))]
 
-    def rows(self, t: Tensor, batch: int) -> Tensor:
-        """(B, N, D) of the tokens of a UNet at timesteps t () or (B,): the same for every sample, plus its
-        table row.
-        """
-        rows, offsets = self.dc_tokens.expand(batch, -1, -1), self.offsets(t)
+    def rows(self, t: Tensor) -> Tensor:
+        """The tokens of a UNet at timesteps t () or (B,), each with its table row: (1, N, D) or (B, N, D)."""
+        rows, offsets = self.dc_tokens[None], self.offsets(t)
         return rows if offsets is None else rows + offsets[:, None]
 
 
@@ -76,8 +74,9 @@ def on_timestep(denoiser: nn.Module, position: int, see: Callable[[Tensor], None
 
 
 def insert_after_first(text: Tensor, tokens: Tensor) -> Tensor:
-    """[text_0 ; tokens ; text_1...]: (B, L, D), (B, N, D) -> (B, L + N, D) in the dtype of the text."""
-    return torch.cat([text[:, :1], tokens.to(text.device, text.dtype), text[:, 1:]], dim=1)
+    """[text_0 ; tokens ; text_1...]: (B, L, D), (1 or B, N, D) -> (B, L + N, D) in the dtype of the text."""
+    soft = tokens.to(text.device, text.dtype).expand(len(text), -1, -1)
+    return torch.cat([text[:, :1], soft, text[:, 1:]], dim=1)
 
 
 def selected_blocks(unet: Any, stages: str) -> list[nn.Module]:
@@ -96,12 +95,12 @@ def selected_blocks(unet: Any, stages: str) -> list[nn.Module]:
 
 @contextmanager
 def inserted(
-    unet: nn.Module, stages: str, rows: Callable[[Tensor, int], Tensor], scale: float = 1.0
+    unet: nn.Module, stages: str, soft_at: Callable[[Tensor], Tensor], scale: float = 1.0
 ) -> Iterator[None]:
     """Inside: every selected block attends to the soft tokens too; all else sees the plain text.
 
     Args:
-        rows: rows(t, batch) -> (B, N, D), see `SoftTokens.rows`.
+        soft_at: timesteps -> the soft tokens, (1 or B, N, D); see `SoftTokens.rows`.
         scale: factor on the attention weight (before normalisation) of the soft tokens, >= 0. 1 is the
         trained strength, 0 exactly the model without them; other values are an attention bias of log(scale).
     Nested insertions add their tokens; no text position is encoded in cross-attention, so their order means
@@ -121,7 +120,7 @@ def inserted(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         text = kwargs["encoder_hidden_states"]
-        soft = rows(current[0], len(text))
+        soft = soft_at(current[0])
         changed = {**kwargs, "encoder_hidden_states": insert_after_first(text, soft)}
         bias = kwargs.get("encoder_attention_mask")
         if scale != 1 or bias is not None:
