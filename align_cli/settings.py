@@ -43,6 +43,8 @@ class ModelSettings:
     """Path or hub id of an autoencoder to use in place of the pipeline's own; empty for none. SDXL's own
     overflows in float16: madebyollin/sdxl-vae-fp16-fix does not.
     """
+    compile: bool = False
+    """Compile the denoiser's repeated blocks (torch.compile); the first steps take minutes longer."""
     t5_length: int = 512
     """SD3: rows of the T5 part of the text, at most what its tokenizer allows. 0 leaves T5 unloaded: as
     many zeros as CLIP has rows stand in its place. Source: SoftREPA sampler.py (diffusers' pipeline has 256).
@@ -128,6 +130,8 @@ class TrainSettings:
     """Gradient norm above which gradients are scaled down; 0 leaves them alone."""
     precision: str = "fp32"
     """Autocast of the forward pass: fp32, fp16 (with loss scaling) or bf16."""
+    gradient_checkpointing: bool = False
+    """Recompute the denoiser's blocks in the backward pass: less memory, more time, the same gradient."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the trained tensors; 0 keeps none."""
     seed: int = 42

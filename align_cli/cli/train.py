@@ -199,6 +199,9 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         )
     if resolved.data.name != "shapes":
         check_side(model, resolved.data.image_size, "data.image_size")
+    if resolved.train.gradient_checkpointing:
+        denoiser: Any = model.denoiser
+        denoiser.enable_gradient_checkpointing()
     resolved = _with_own_sampling(resolved, model)
     if isinstance(dataset, CachedDataset):
         dataset.check_model(model)

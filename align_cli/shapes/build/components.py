@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 from diffusers import (
     AutoencoderKL,
@@ -122,32 +123,32 @@ def vae() -> AutoencoderKL:
     )
 
 
+_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (64, 128),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}
+
+
 def unet() -> UNet2DConditionModel:
     """The denoiser of tiny-sd15: 8x8 latents, cross-attention at the 8x8 level and in the middle."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 128),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
+    return UNet2DConditionModel(**_UNET, cross_attention_dim=WIDTH)
 
 
 def sdxl_unet() -> UNet2DConditionModel:
     """The denoiser of tiny-sdxl: that of tiny-sd15 with the text of two towers and SDXL's added embedding."""
-    return UNet2DConditionModel.from_config(
-        {
-            **unet().config,
-            "cross_attention_dim": 2 * WIDTH,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 16,
-            "projection_class_embeddings_input_dim": WIDTH + 6 * 16,
-        }
+    return UNet2DConditionModel(
+        **_UNET,
+        cross_attention_dim=2 * WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=WIDTH + 6 * 16,
     )
 
 
