@@ -43,8 +43,6 @@ class ModelSettings:
     """Path or hub id of an autoencoder to use in place of the pipeline's own; empty for none. SDXL's own
     overflows in float16: madebyollin/sdxl-vae-fp16-fix does not.
     """
-    compile: bool = False
-    """Compile the denoiser's repeated blocks (torch.compile); the first steps take minutes longer."""
     t5_length: int = 512
     """SD3: rows of the T5 part of the text, at most what its tokenizer allows. 0 leaves T5 unloaded: as
     many zeros as CLIP has rows stand in its place. Source: SoftREPA sampler.py (diffusers' pipeline has 256).

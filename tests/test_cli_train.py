@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from training_helpers import FullDisk, make_coco, trace
 from typer.testing import CliRunner
 
@@ -73,6 +74,19 @@ def whole(tmp_path_factory):
     return tmp_path_factory.mktemp("whole") / "run"
 
 
+def count_blocks(monkeypatch) -> list[int]:
+    """Gets an entry for every call of a transformer block."""
+    calls: list[int] = []
+    real = BasicTransformerBlock.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(BasicTransformerBlock, "forward", counted)
+    return calls
+
+
 def whole_trace(whole: Path, options: list[str]) -> list[str]:
     if not whole.exists():
         ok(*options, "--out", whole, "--no-eval")
@@ -80,6 +94,17 @@ def whole_trace(whole: Path, options: list[str]) -> list[str]:
 
 
 # ------------------------------------------------------------------ the course of a run
+
+
+def test_checkpointed_run_has_the_same_trace(options, tmp_path, monkeypatch):
+    """Blocks are computed again in the backward pass, and nothing else changes."""
+    computed = count_blocks(monkeypatch)
+    ok(*options, "--out", tmp_path / "plain", "--no-eval")
+    plain = len(computed)
+    ok(*options, "--out", tmp_path / "run", "--no-eval", "--set", "train.gradient_checkpointing=true")
+    assert len(computed) - plain > plain
+    for line, same in zip(trace(tmp_path / "run"), trace(tmp_path / "plain"), strict=True):
+        assert json.loads(line + "}") == pytest.approx(json.loads(same + "}"), rel=1e-5)
 
 
 def test_train_evaluates_and_says_where_things_are(tmp_path, options):

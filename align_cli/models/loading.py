@@ -125,8 +125,6 @@ def load_model(settings: ModelSettings) -> BaseModel:
     if device.type == "cpu" and family.denoiser == "unet":
         # the layout of oneDNN's convolutions: 1.3x faster
         modules["unet"] = modules["unet"].to(memory_format=torch.channels_last)
-    if settings.compile:
-        modules[family.denoiser].compile_repeated_blocks()
     return family.build(_Parts(modules, process, settings, source))
 
 
