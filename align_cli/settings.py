@@ -35,6 +35,10 @@ class ModelSettings:
     """Weights of the frozen model: float32, float16 or bfloat16."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."""
+    encoder_device: str = ""
+    """Of the text encoders and the autoencoder: cpu, cuda, cuda:N or mps; offload: they rest on the CPU and
+    are on model.device only while they work; empty for model.device.
+    """
     unet: str = ""
     """Path or hub id of a separately tuned denoiser (UNet, or the transformer of SD3) to use in place of the
     pipeline's own; empty for none.
@@ -54,6 +58,11 @@ class ModelSettings:
         require(
             known is not None,
             f"model.device must be one of auto, cpu, cuda, cuda:N, mps, got {self.device!r}",
+        )
+        require(
+            re.fullmatch(r"|cpu|cuda(:\d+)?|mps|offload", self.encoder_device) is not None,
+            "model.encoder_device must be one of cpu, cuda, cuda:N, mps, offload, or empty for model.device, "
+            f"got {self.encoder_device!r}",
         )
         require(bool(self.name), "model.name must not be empty")
         require(

@@ -128,7 +128,8 @@ def _recorded(
         same = name in (info.model_id, saved.model.name)
         held = replace(saved.model, name=name) if same else ModelSettings(name=name)
         # where it was trained says nothing about this machine
-        return replace(held, device="auto"), saved.sample, f"recorded in {adapters[0]}", saved.origin
+        held = replace(held, device="auto", encoder_device="")
+        return held, saved.sample, f"recorded in {adapters[0]}", saved.origin
     preset = preset_of(name)
     if preset is None:
         return ModelSettings(name=name), SampleSettings(), DEFAULTS, {}

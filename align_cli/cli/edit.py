@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_cli import config
+from align_cli.cli import options
 from align_cli.cli.sample import SHEET, shorten
 from align_cli.errors import UserError
 from align_cli.settings import EditSettings
@@ -77,6 +78,7 @@ def edit(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of every edit.")] = 42,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    encoder_device: options.EncoderDevice = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the pictures. Default: edits.")
@@ -97,7 +99,8 @@ def edit(
         raise UserError("--compare edits with the base model beside the aligned; name one with --adapter")
     if resume and overwrite:
         raise UserError("--resume keeps finished edits and --overwrite replaces them; give one of them")
-    plan = make_plan(model, adapter or [], {"device": device, "dtype": dtype}, {})
+    devices = {"device": device, "encoder_device": encoder_device}
+    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype}, {})
     flags = {
         "steps": steps, "n_start": n_start, "n_min": n_min, "n_avg": n_avg, "src_guidance": src_guidance,
         "tgt_guidance": tgt_guidance, "convention": convention, "image_size": image_size,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_cli import config, registry
+from align_cli.cli import options
 from align_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def encode(
     shard_items: Annotated[int | None, typer.Option("--shard-items", help="Rows per file; 256.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of random captions and draws.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    encoder_device: options.EncoderDevice = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder. Default: encodings/DATA-MODEL-SIZE.")
     ] = None,
@@ -89,7 +91,8 @@ def encode(
     if overwrite and (resume or verify):
         raise UserError("--resume and --verify need the encodings that --overwrite removes; give one of them")
     flags = {
-        "model.name": model, "model.dtype": dtype, "model.device": device, "data.name": data,
+        "model.name": model, "model.dtype": dtype, "model.device": device,
+        "model.encoder_device": encoder_device, "data.name": data,
         "data.path": None if data_path is None else data_path.expanduser().resolve(),
         "data.image_size": image_size, "data.num_examples": limit, "train.batch_size": batch_size,
         "train.seed": seed,
@@ -213,9 +216,9 @@ def _dataset(request: Request) -> Dataset:
 
 def _model(request: Request) -> BaseModel:
     from align_cli.models.loading import load_model
-    from align_cli.training.distributed import rank_device
+    from align_cli.training.distributed import on_rank
 
-    model = load_model(replace(request.model, device=rank_device(request.model.device)))
+    model = load_model(on_rank(request.model))
     if request.data.name != "shapes" and request.data.image_size % model.size_factor:
         raise UserError(
             f"--image-size {request.data.image_size} is no multiple of {model.size_factor}, as "

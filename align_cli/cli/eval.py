@@ -34,6 +34,7 @@ def evaluate(
     eta: options.Eta = None,
     batch_size: options.BatchSize = None,
     device: options.Device = None,
+    encoder_device: options.EncoderDevice = None,
     dtype: options.Dtype = None,
     as_json: options.AsJson = False,
     out: Annotated[
@@ -55,7 +56,8 @@ def evaluate(
         "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
         "batch_size": batch_size,
     }  # fmt: skip
-    plan = make_plan(model, adapter or [], {"device": device, "dtype": dtype}, flags)
+    devices = {"device": device, "encoder_device": encoder_device}
+    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype}, flags)
     numbers, picture = f"eval-{benchmark}.json", f"eval-{benchmark}.png"
     folder = None if out is None else choose_folder(out, "", [numbers, picture], overwrite)
     loaded, plan = plan.load()

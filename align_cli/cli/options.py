@@ -27,6 +27,14 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help
 Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
 ]
+EncoderDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder-device",
+        metavar="NAME",
+        help="Of text encoders and autoencoder: cpu, cuda, cuda:N, mps, or offload (on the CPU while idle).",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="float32, float16 or bfloat16.")]
 Overwrite = Annotated[
     bool,

@@ -49,6 +49,7 @@ def sample(
     ] = None,
     batch_size: options.BatchSize = None,
     device: options.Device = None,
+    encoder_device: options.EncoderDevice = None,
     dtype: options.Dtype = None,
     out: Annotated[
         Path | None,
@@ -70,7 +71,8 @@ def sample(
         "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
         "image_size": image_size, "batch_size": batch_size,
     }  # fmt: skip
-    plan = make_plan(model, adapter or [], {"device": device, "dtype": dtype}, flags)
+    devices = {"device": device, "encoder_device": encoder_device}
+    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype}, flags)
     variants = ["base", "aligned"] if compare else [""]
     jobs = [Job(k, text, seed + i, v) for k, text in enumerate(texts) for i in range(n) for v in variants]
     folder = choose_folder(out, "samples", [SHEET, *(job.file for job in jobs)], overwrite)

@@ -72,6 +72,7 @@ def train(
         typer.Option("--cache", metavar="FOLDER", help="Encodings of the dataset, by 't2ialign encode'."),
     ] = None,
     device: options.Device = None,
+    encoder_device: options.EncoderDevice = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="Folder of the run. Default: runs/METHOD-MODEL-seedN."),
@@ -95,9 +96,10 @@ def train(
     Settings come in layers: class defaults, preset, --config, --set, named flags. Resumed runs keep theirs.
     """
     flags: dict[str, object] = {
-        "model.name": model, "model.device": device, "data.name": data, "data.path": data_path,
-        "data.cache": cache, "train.steps": steps, "train.lr": lr, "train.batch_size": batch_size,
-        "train.seed": seed, "eval.num_prompts": 0 if no_eval else None,
+        "model.name": model, "model.device": device, "model.encoder_device": encoder_device,
+        "data.name": data, "data.path": data_path, "data.cache": cache, "train.steps": steps,
+        "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
+        "eval.num_prompts": 0 if no_eval else None,
     }  # fmt: skip
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
@@ -186,12 +188,13 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
     from align_cli.data.cached import CachedDataset
     from align_cli.models.loading import load_model
     from align_cli.sampling import check_side
-    from align_cli.training.distributed import is_main, leave_group, rank_device
+    from align_cli.training.distributed import is_main, leave_group, on_rank
     from align_cli.training.loop import tracker_available
     from align_cli.training.loop import train as train_loop
 
     tracker_available(resolved.train.tracker)
-    model = load_model(replace(resolved.model, device=rank_device(resolved.model.device)))
+    resolved = _with_idle_encoders(resolved, dataset)
+    model = load_model(on_rank(resolved.model))
     if model.family not in method_class.families:
         raise UserError(
             f"{resolved.method} does not train models of the family {model.family} ({resolved.model.name}); "
@@ -239,6 +242,30 @@ def _dataset(resolved: config.Resolved) -> Dataset:
     kind = CachedDataset if resolved.data.cache else named
     dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train")
     return dataset
+
+
+def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.Resolved:
+    """The configuration with text encoders and autoencoder resting on the CPU where a cache holds everything
+    that they give, no layer says where they are, and the model is on another device.
+    """
+    from align_cli.data.cached import CachedDataset
+    from align_cli.models.loading import pick_device
+    from align_cli.training.distributed import is_main, on_rank
+
+    key, said = "model.encoder_device", "the cache"
+    if resolved.origin[key] not in ("default", said):
+        return resolved
+    idle = isinstance(dataset, CachedDataset) and dataset.exact
+    if idle and pick_device(on_rank(resolved.model).device).type != "cpu":
+        if is_main():
+            typer.echo(
+                "the cache holds all encodings: text encoders and autoencoder rest on the CPU", err=True
+            )
+        place, origin = "offload", said
+    else:
+        place, origin = "", "default"
+    model = replace(resolved.model, encoder_device=place)
+    return replace(resolved, model=model, origin=resolved.origin | {key: origin})
 
 
 def _with_own_sampling(resolved: config.Resolved, model: BaseModel) -> config.Resolved:

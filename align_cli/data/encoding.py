@@ -65,8 +65,8 @@ class Request:
         require(self.shard_items >= 1, f"--shard-items must be >= 1, got {self.shard_items}")
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest. The device is this machine's own matter."""
-        return asdict(replace(self, model=replace(self.model, device="auto")))
+        """For the manifest. The devices are this machine's own matter."""
+        return asdict(replace(self, model=replace(self.model, device="auto", encoder_device="")))
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], where: str) -> Request:
@@ -191,7 +191,7 @@ def describe(
     if model.family == "sd3":
         about["t5_length"] = getattr(model, "t5_length", None)
     about["settings"] = request.to_json()
-    about["made_on"] = device_name(model.device)
+    about["made_on"] = device_name(model.encoder_device)
     packages = ("torch", "diffusers", "transformers")
     about["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}
     plain: dict[str, Any] = json.loads(json.dumps(about))  # tuples become lists, as they are when read back

@@ -160,8 +160,9 @@ def compositions(prompts: Sequence[Prompt]) -> list[Hashable]:
 
 
 def peak_memory() -> tuple[int, int]:
-    """(process, GPU) bytes: the most this process ever held, and the most its tensors held on the GPU."""
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    """(process, GPU) bytes: the most this process ever held, and the most its tensors held on any one GPU."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    gpu = max(map(torch.cuda.max_memory_allocated, gpus), default=0)
     if sys.platform == "win32":
         import psutil
 

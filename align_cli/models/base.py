@@ -84,7 +84,16 @@ class BaseModel(Protocol):
     max_image_size: int
     """Pixels of the longest side the denoiser has positions for; 0 if there is no such limit."""
     device: torch.device
+    """Of the denoiser, and of every tensor that a method here returns."""
+    encoder_device: torch.device
+    """Where the text encoders and the autoencoder work."""
     dtype: torch.dtype
+
+    def offload_encoders(self) -> None:
+        """From now on the text encoders and the autoencoder are on `device` only while they work, else on the
+        CPU.
+        """
+        ...
 
     def encode_text(self, prompts: list[str]) -> TextCond:
         """Encode prompts, truncated to the model's token limit. No gradient unless a text encoder requires

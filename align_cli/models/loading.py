@@ -82,14 +82,16 @@ class _Parts:
 
 
 def load_model(settings: ModelSettings) -> BaseModel:
-    """The frozen base model that `settings` names, in its dtype and on its device.
+    """The frozen base model that `settings` names, in its dtype and on its devices.
 
-    A setting that does nothing for this model, and a pipeline without T5, are warnings.
+    Every part goes straight to its own device. A setting that does nothing for this model, and a pipeline
+    without T5, are warnings.
     Raises:
         UserError: unknown name; no network and not cached; no diffusers folder; a pipeline of another family;
         missing, damaged or misfitting weights; a device that is not there.
     """
     device = pick_device(settings.device)
+    beside = _encoder_home(settings.encoder_device, device)
     source = find(settings.name)
     kind = source.index.get("_class_name")
     if kind not in FAMILIES:
@@ -119,13 +121,18 @@ def load_model(settings: ModelSettings) -> BaseModel:
                 )
     for part, module in modules.items():
         if part not in TOKENIZERS:
-            modules[part] = module.to(device)
+            modules[part] = module.to(device if part == family.denoiser else beside)
     if settings.t5_length != ModelSettings().t5_length and "text_encoder_3" not in family.parts:
         warnings.warn(f"model.t5_length has no effect: {source.label} has no T5", stacklevel=2)
     if device.type == "cpu" and family.denoiser == "unet":
         # the layout of oneDNN's convolutions: 1.3x faster
         modules["unet"] = modules["unet"].to(memory_format=torch.channels_last)
-    return family.build(_Parts(modules, process, settings, source))
+    model = family.build(_Parts(modules, process, settings, source))
+    if settings.encoder_device == "offload":
+        if device.type == "cpu":
+            warnings.warn("model.encoder_device offload has no effect: the model is on the CPU", stacklevel=2)
+        model.offload_encoders()
+    return model
 
 
 def _wanted(part: str, source: Source, settings: ModelSettings) -> bool:
@@ -135,8 +142,15 @@ def _wanted(part: str, source: Source, settings: ModelSettings) -> bool:
     return settings.t5_length > 0 and source.names("text_encoder_3")
 
 
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps -> a device that is there. UserError if it is not."""
+def _encoder_home(name: str, device: torch.device) -> torch.device:
+    """Where text encoders and autoencoder are put. name: model.encoder_device; device: the denoiser's."""
+    if name == "offload":
+        return torch.device("cpu")
+    return pick_device(name, "--encoder-device cpu or offload") if name else device
+
+
+def pick_device(name: str, advice: str = "--device cpu or auto") -> torch.device:
+    """auto, cpu, cuda, cuda:N or mps -> a device that is there. UserError with `advice` if it is not."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -150,11 +164,10 @@ def pick_device(name: str) -> torch.device:
         if (device.index or 0) >= found:
             built = "" if torch.version.cuda else "; this torch was built without CUDA"
             raise UserError(
-                f"device {name} is not there: torch sees {found} CUDA devices{built}; use --device "
-                "cpu or auto"
+                f"device {name} is not there: torch sees {found} CUDA devices{built}; use {advice}"
             )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps is not there; use --device cpu or auto")
+        raise UserError(f"device mps is not there; use {advice}")
     return device
 
 

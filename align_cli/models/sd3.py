@@ -81,7 +81,7 @@ class SD3Model(FrozenModel):
         below them the T5 states; pooled (B, P): both projections. No attention mask anywhere. No
         gradient unless a text encoder requires it.
         """
-        with self.text_grad():
+        with self.text_at_work():
             (first, pooled), (second, pooled_2) = (
                 clip_penultimate(tokenizer, encoder, prompts, self.clip_length)
                 for tokenizer, encoder in zip(self.tokenizers, self.encoders[:2], strict=True)

@@ -69,7 +69,7 @@ class SDXLModel(FrozenModel):
         """tokens (B, L, D): both encoders' states before the last layer, side by side; pooled (B, P): the
         second encoder's projection. No gradient unless a text encoder requires it.
         """
-        with self.text_grad():
+        with self.text_at_work():
             (first, _), (second, pooled) = (
                 clip_penultimate(tokenizer, encoder, prompts, self.token_limit)
                 for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)

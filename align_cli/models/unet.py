@@ -80,10 +80,10 @@ class UNetModel(FrozenModel):
         and SD2.x do not). No gradient unless the text encoder requires it.
         """
         encoded = token_ids(self.tokenizer, prompts, self.token_limit)
-        mask = None
-        if getattr(self.text_encoder.config, "use_attention_mask", False):
-            mask = encoded["attention_mask"].to(self.text_encoder.device)
-        with self.text_grad():
+        with self.text_at_work():
+            mask = None
+            if getattr(self.text_encoder.config, "use_attention_mask", False):
+                mask = encoded["attention_mask"].to(self.text_encoder.device)
             ids = encoded["input_ids"].to(self.text_encoder.device)
             states = self.text_encoder(ids, attention_mask=mask)
         return TextCond(states.last_hidden_state.to(self.device))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from align_cli.errors import UserError
+from align_cli.settings import ModelSettings
 
 BUCKET = 1 << 24
 """Gradient numbers per all-reduce (64 MiB): bounds the extra memory for large trained models."""
@@ -31,6 +33,11 @@ def rank_device(device: str) -> str:
     ):
         return f"cuda:{int(local) % max(1, torch.cuda.device_count())}"
     return device
+
+
+def on_rank(model: ModelSettings) -> ModelSettings:
+    """`model` with the devices of this process. An encoder_device cuda:N is the same for every process."""
+    return replace(model, device=rank_device(model.device), encoder_device=rank_device(model.encoder_device))
 
 
 def is_main() -> bool:

@@ -28,6 +28,7 @@ OURS = (RUN, CONFIG, METRICS, CHECKPOINTS, GRIDS, TRACKER, ADAPTER, RESULT, PICT
 FREE = frozenset(
     {
         "model.device",
+        "model.encoder_device",
         "data.path",
         "data.cache",
         "data.num_workers",
