@@ -5,6 +5,7 @@ Letters: B batch, L tokens, D text width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from align_cli.shapes.build import components
 MAX_WEIGHT = 50.0
 
 
-class Painter(nn.Module):
+class Painter(nn.Module, ABC):
     """A denoiser with its text towers.
 
     name: of the embedded model. target: what it predicts. sampler: how it is judged while it trains.
@@ -32,13 +33,13 @@ class Painter(nn.Module):
     sampler: str
     process: Any
 
+    @abstractmethod
     def encode(self, ids: Tensor, empty: Tensor) -> TextCond:
         """Token ids (B, L) -> conditions. empty: (B,) bool, which rows are the empty prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, z: Tensor, t: Tensor, cond: TextCond) -> Tensor:
         """(B, 4, 8, 8)."""
-        raise NotImplementedError
 
     def forward(self, z: Tensor, t: Tensor, ids: Tensor, empty: Tensor) -> Tensor:
         return self.predict(z, t, self.encode(ids, empty))
@@ -47,9 +48,9 @@ class Painter(nn.Module):
         """(B,) factor on the squared error."""
         return torch.ones(len(t))
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Every part as an ordinary folder of its library, with the scheduler."""
-        raise NotImplementedError
 
 
 class _Epsilon(Painter):
