@@ -275,6 +275,18 @@ class Cache:
             shard_items=a["shard_items"],
         )
 
+    def place(self, kind: str, number: int) -> tuple[Shard, int]:
+        """The shard that holds row `number` of a kind, and which of its rows that is."""
+        which, row = divmod(number, self.about["shard_items"])
+        return self._by_kind[kind][which], row
+
+    @cached_property
+    def _by_kind(self) -> dict[str, list[Shard]]:
+        kinds: dict[str, list[Shard]] = {}
+        for shard in self.plan:
+            kinds.setdefault(shard.kind, []).append(shard)
+        return kinds
+
     @property
     def complete(self) -> bool:
         """Whether every shard is finished."""
