@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -310,6 +311,13 @@ def test_nothing_to_do_is_the_round_trip_of_the_autoencoder(model):
     same = replace(QUICK, src_guidance=2.0, tgt_guidance=2.0, convention="flowedit")
     kept = edit(model, given, ["a red circle"], ["a red circle"], same, [1])
     assert np.abs(kept.astype(int) - out).max() <= 1
+
+
+def test_a_result_that_is_not_finite_is_no_picture(model):
+    broken = copy.copy(model)
+    broken.decode = lambda z: model.decode(z) / 0
+    with pytest.raises(UserError, match="not finite in torch.float32; take --dtype bfloat16 or float32"):
+        edit(broken, pictures(1), ["a red circle"], ["a blue circle"], QUICK, [1])
 
 
 def test_other_sizes(model):

@@ -166,7 +166,7 @@ def edit_settings(plan: Plan, flags: Mapping[str, Any]) -> tuple[EditSettings, s
     if info is not None and _chose_editing(info):
         where = f"adapter {plan.adapters[0]}: config"
         saved = config.Resolved.from_dict({**info.config, "method": info.method}, info.origin, where=where)
-        settings, origin = saved.edit, f"recorded in {plan.adapters[0]}"
+        settings, origin = saved.edit, f"adapter {plan.adapters[0]}"
     elif preset is not None:
         settings = config.resolve(preset.partition("/")[0], preset=preset).edit
         origin = f"preset {preset}"
@@ -180,10 +180,8 @@ def edit_settings(plan: Plan, flags: Mapping[str, Any]) -> tuple[EditSettings, s
         other = next((key for key in vars(settings) if f"edit.{key}" in words and key not in given), None)
         if other is None:
             raise
-        raise UserError(
-            f"{error}; edit.{other} is {getattr(settings, other)} as {origin}: give "
-            f"{config.flag_name(f'edit.{other}')}, too"
-        ) from error
+        flag = config.flag_name(f"edit.{other}")
+        raise UserError(f"{error}; edit.{other} is that of {origin}: give {flag}, too") from error
     if given:
         origin += ", with " + ", ".join(config.flag_name(f"edit.{key}") for key in given)
     return changed, origin

@@ -149,11 +149,19 @@ _KNOWN = {
 def known_shapes(model: str, image_size: int, dtype: str, t5_length: int) -> Shapes | None:
     """The shapes of a published model without its weights; None for another.
 
+    Raises:
+        UserError: a size (pixels) that the model has no latents for.
     Source: the models' published configurations (VAE factor 8, 77 CLIP tokens, T5-XXL 4096 wide).
     """
     if model not in _KNOWN:
         return None
     channels, width, pooled = _KNOWN[model]
+    factor = 8 if channels == 4 else 16  # an MMDiT reads patches of 2 x 2 latents
+    if image_size % factor:
+        raise UserError(
+            f"--image-size must be a multiple of {factor} pixels for {model}, got {image_size}; try "
+            f"{max(1, round(image_size / factor)) * factor}"
+        )
     latent = (channels, image_size // 8, image_size // 8)
     if channels == 4:
         return Shapes(

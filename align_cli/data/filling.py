@@ -68,29 +68,28 @@ def check_room(folder: Path, needed: int, advice: str = LESS) -> None:
         )
 
 
-def check_folder(out: Path, *, resume: bool) -> None:
+def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse an output folder before anything is loaded; what only several processes can know comes later.
 
     Raises:
-        UserError: a file in its place, or nothing to resume.
+        UserError: a file in its place, nothing to resume, or a folder of other things that is not to be
+            written into: a file of the same name would be lost.
     """
     blocked = next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None)
     if blocked is not None:
         raise UserError(f"{blocked} is a file, not a folder; choose another folder with --out")
     if resume:
         Cache.read(out)
-
-
-def refuse_foreign(folder: Path) -> None:
-    """UserError if a folder without encodings holds anything else: files of the same names would be lost."""
-    if (folder / MANIFEST).exists():
+    if overwrite or not out.is_dir() or (out / MANIFEST).exists():
         return
+    with file_errors(f"cannot look into {out}", "choose another folder with --out"):
+        names = sorted(path.name for path in out.iterdir())
     ours = (LOCK, INDEX, part_path(Path(INDEX)).name, part_path(Path(MANIFEST)).name)
-    other = next((p for p in folder.iterdir() if p.name not in ours and not _OURS.fullmatch(p.name)), None)
+    other = next((name for name in names if name not in ours and not _OURS.fullmatch(name)), None)
     if other is not None:
         raise UserError(
-            f"{folder} is not empty and holds no encodings ({other.name}, ...); choose another folder with "
-            "--out, or give --overwrite, which leaves other files alone"
+            f"{out} is not empty and holds no encodings (but {other}); choose another folder with --out, or "
+            "give --overwrite, which leaves files of other names alone"
         )
 
 
@@ -103,8 +102,8 @@ class Filling:
     """Context manager: this process at work on the folder of a cache, alone or among others.
 
     Raises on entry:
-        UserError: the folder holds another cache or other files, or an unfinished one and neither resume nor
-            overwrite is given nor another process at work on it; the disk has no room; it cannot be written to.
+        UserError: the folder holds another cache, or an unfinished one and neither resume nor
+            overwrite is given nor another process at work on it; there is no room, or no permission to write.
     """
 
     def __init__(
@@ -127,8 +126,6 @@ class Filling:
         with file_errors(f"cannot write to {self.folder}", "choose another folder with --out"):
             if not self.folder.exists():  # before it is made, so that a refusal leaves nothing
                 self._check_new()
-            elif not self.overwrite:
-                refuse_foreign(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.claims = Claims(self.folder / LOCK).__enter__()
             try:
