@@ -13,19 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from softrepa_helpers import save_random_adapter
 from typer.testing import CliRunner
 
-from align_cli import config, editing
-from align_cli.adapters import save_adapter
+from align_cli import editing
 from align_cli.cli.drawing import make_plan
 from align_cli.cli.edit import edit_settings
 from align_cli.cli.main import app
 from align_cli.data.edits import fitted_size, open_picture, read_list
 from align_cli.errors import UserError
-from align_cli.methods.softrepa.method import SoftREPA
-from align_cli.models.loading import load_model
 from align_cli.pictures import read_metadata
 from align_cli.settings import EditSettings
 
@@ -38,19 +35,9 @@ SOURCE, EDITED, BOTH = (
 
 @pytest.fixture(scope="module")
 def adapter(tiny_sd15_folder, tmp_path_factory) -> Path:
-    """A SoftREPA adapter with random tokens, strong enough to be seen; its own settings of editing."""
-    resolved = config.resolve(
-        "softrepa", preset="none", sets=["edit.steps=5", "edit.n_start=3"],
-        flags={"model.name": str(tiny_sd15_folder), "model.device": "cpu"},
-    )  # fmt: skip
-    method = SoftREPA(load_model(resolved.model), resolved.method_config)
-    with torch.no_grad():
-        for group in method.trainables().values():
-            for parameter in group:
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    """A SoftREPA adapter with its own settings of editing."""
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    save_adapter(folder, method, resolved.to_dict(), resolved.origin)
-    return folder
+    return save_random_adapter(folder, tiny_sd15_folder, "edit.steps=5", "edit.n_start=3")
 
 
 @pytest.fixture(scope="module")

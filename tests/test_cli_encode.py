@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cache import full_disk
-from training_helpers import make_coco, trace
+from cache_helpers import full_disk
+from training_helpers import trace
 from typer.testing import CliRunner
 
 from align_cli.cli.main import app
@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no caption")
 
 
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory) -> Path:
-    return make_coco(tmp_path_factory.mktemp("data") / "coco")
+@pytest.fixture
+def coco(tiny_coco) -> Path:
+    return Path(tiny_coco.path)
 
 
 @pytest.fixture
