@@ -344,6 +344,10 @@ def test_a_changed_byte_is_found_by_its_hash(copied, whole):
     done = ok("--resume", "--verify", "--out", copied, "--device", "cpu")
     assert f"{shard} has another content (sha256): encoding it again" in done.stderr
     assert contents(copied) == contents(whole)
+    manifest = (copied / "manifest.json").read_text()
+    (copied / "manifest.json").write_text(json.dumps({**json.loads(manifest), "settings": {}}))
+    assert "settings that cannot be read" in refused("--verify", "--out", copied)
+    (copied / "manifest.json").write_text(manifest)
     (copied / "items.json").write_text("{}")
     assert "items.json is damaged" in refused("--verify", "--samples", 0, "--out", copied)
     ok("--resume", "--out", copied, "--device", "cpu")

@@ -87,7 +87,7 @@ def encode(
     ] = False,
     samples: Annotated[
         int,
-        typer.Option("--samples", metavar="N", min=0, help="--verify: how many items are encoded again."),
+        typer.Option("--samples", metavar="N", min=0, help="--verify: items to encode again; 0: hash only."),
     ] = 8,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print how many bytes it would be; write nothing.")
@@ -162,7 +162,7 @@ def _saved_request(folder: Path, flags: dict[str, Any], given: dict[str, Any]) -
     from align_cli.data.cache import MANIFEST, Cache
     from align_cli.data.encoding import Request
 
-    saved = Request.from_json(Cache.read(folder).about["settings"], str(folder / MANIFEST))
+    saved = Request.from_json(Cache.read(folder).about.get("settings", {}), str(folder / MANIFEST))
 
     def part(section: str) -> dict[str, Any]:
         return {
