@@ -201,7 +201,8 @@ def edit(
     Returns:
         (N, H, W, 3) uint8.
     Raises:
-        UserError: a size that the model cannot make, or more steps than it has timesteps.
+        UserError: a size that the model cannot make, more steps than it has timesteps, or a result that is
+            not finite.
     """
     if not len(pictures) == len(src_prompts) == len(tgt_prompts) == len(seeds):
         raise ValueError("pictures, prompts and seeds must be as many")
@@ -240,7 +241,13 @@ def edit(
             noise_fn=noise,
             callback=report,
         )
-        out.append(to_uint8(model.decode(z)))
+        edited = model.decode(z)
+        if not torch.isfinite(edited).all():
+            raise UserError(
+                f"{model.model_id} gave numbers that are not finite in {model.dtype}; take --dtype bfloat16 "
+                f"or float32, or less guidance"
+            )
+        out.append(to_uint8(edited))
     return np.concatenate(out)
 
 
@@ -249,27 +256,19 @@ def edits_at_once(settings: EditSettings) -> int:
     return max(1, settings.batch_size // CALLS)
 
 
-def size_factor(model: BaseModel) -> int:
-    """Pixels that the sides of a picture must be a multiple of: of the autoencoder, and of the transformer's
-    patches.
-    """
-    return model.vae_factor * int(getattr(model.denoiser.config, "patch_size", 1))
-
-
 def check_size(model: BaseModel, width: int, height: int) -> None:
     """UserError for a picture (pixels) that the model cannot encode and denoise."""
-    factor = size_factor(model)
+    factor, most = model.size_factor, model.max_image_size
     if width % factor or height % factor:
         near = [max(1, round(side / factor)) * factor for side in (width, height)]
         raise UserError(
             f"{model.model_id} edits pictures whose sides are multiples of {factor} pixels, got {width} x "
             f"{height} (near: {near[0]} x {near[1]}); resize with --image-size N or --keep-aspect"
         )
-    most = getattr(model.denoiser.config, "pos_embed_max_size", None)
-    if most and max(width, height) > most * factor:
+    if most and max(width, height) > most:
         raise UserError(
-            f"{model.model_id} knows positions up to {most * factor} pixels, got {width} x {height}; resize "
-            f"with --image-size N"
+            f"{model.model_id} knows positions up to {most} pixels, got {width} x {height}; resize with "
+            f"--image-size N"
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from align_cli.errors import UserError
+from align_cli.files import file_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,7 +203,7 @@ def _write_png(image: Image.Image, path: Path, metadata: Mapping[str, object]) -
     info = PngInfo()
     for key, value in metadata.items():
         info.add_text(key, str(value))
-    try:
+    with file_errors(f"cannot write {path}", "make room, or choose another folder with --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
@@ -217,7 +217,3 @@ def _write_png(image: Image.Image, path: Path, metadata: Mapping[str, object]) -
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose another folder with --out"
-        ) from error

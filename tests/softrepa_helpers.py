@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
+from model_helpers import field
 
+from align_cli import config
+from align_cli.adapters import save_adapter
 from align_cli.methods.base import Batch, StepContext
 from align_cli.methods.softrepa.config import SoftREPAConfig
 from align_cli.methods.softrepa.method import SoftREPA
+from align_cli.models.loading import load_model
 
 PROMPTS = ["a red circle", "a blue square", "two green triangles", "a yellow circle above a red square"]
 WARM = {"temperature": 1.0}
 """Random models have errors of about 1, where the official temperature leaves no gradient."""
-
-
-def field(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def exact(model):
@@ -31,6 +32,19 @@ def make(model, **options) -> SoftREPA:
     everywhere = {"num_layers": -1} if model.family == "sd3" else {"stages": "TTT"}
     settings = {**WARM, **everywhere, "init": "normal", "init_noise": 0.5, **options}
     return SoftREPA(model, SoftREPAConfig(**settings), seed=0)
+
+
+def save_random_adapter(folder: Path, model: Path, *sets: str) -> Path:
+    """An adapter with random tokens, strong enough to be seen; `sets` are settings on top of the defaults."""
+    flags = {"model.name": str(model), "model.device": "cpu"}
+    resolved = config.resolve("softrepa", preset=config.NO_PRESET, sets=list(sets), flags=flags)
+    method = SoftREPA(load_model(resolved.model), resolved.method_config)
+    with torch.no_grad():
+        for group in method.trainables().values():
+            for parameter in group:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    save_adapter(folder, method, resolved.to_dict(), resolved.origin)
+    return folder
 
 
 def a_batch(n: int = 4, **extra) -> Batch:

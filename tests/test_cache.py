@@ -1,101 +1,33 @@
-"""The store of encodings: exact sizes, what is stored and given back, training from it to the last bit."""
+"""The store of encodings: exact sizes, what is stored and given back, what is refused."""
 
 from __future__ import annotations
 
 import copy
-import errno
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cache_helpers import FAMILIES, SEED, encode, open_data, prepare, request_for
 from safetensors.torch import load_file
-from training_helpers import FullDisk, make_coco, settings, trace
 
-from align_cli.data import filling, shards
 from align_cli.data.base import collate
-from align_cli.data.cache import Cache, Index, known_shapes, plan
+from align_cli.data.cache import Index, known_shapes, plan
 from align_cli.data.cached import CachedDataset
-from align_cli.data.coco import CocoDataset
-from align_cli.data.encoding import Encoder, Request, describe, draw_noise, make_index, measure
-from align_cli.data.filling import Filling, changed_shards, compare
-from align_cli.data.shards import Field, ShardReader, file_bytes, file_sha256, write_shard
+from align_cli.data.encoding import draw_noise, make_index, measure
+from align_cli.data.filling import changed_shards, compare
+from align_cli.data.shards import file_bytes, file_sha256, write_shard
 from align_cli.errors import UserError
 from align_cli.methods.base import encoded_latents, encoded_text
-from align_cli.methods.softrepa.config import SoftREPAConfig
-from align_cli.methods.softrepa.method import SoftREPA
 from align_cli.models.base import TextCond
 from align_cli.models.loading import load_model
 from align_cli.settings import DataSettings, ModelSettings
 from align_cli.shapes.dataset import ShapesDataset
-from align_cli.training.loop import train
 from align_cli.training.order import item_rng
 
-ROOT = Path(__file__).resolve().parent.parent
-SEED = 3
 COCO_IMAGES = 118_287
-FAMILIES = ("sd15", "sdxl", "sd3")
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory) -> DataSettings:
-    """Four pictures of 32 x 32 with five captions each."""
-    root = make_coco(tmp_path_factory.mktemp("data") / "coco")
-    return DataSettings(name="coco", path=str(root), image_size=32)
-
-
-@pytest.fixture(scope="module")
-def models(tiny_sd15_folder, tiny_sdxl_folder, tiny_sd3_folder):
-    """One random model of each family, on the CPU."""
-    folders = zip(FAMILIES, (tiny_sd15_folder, tiny_sdxl_folder, tiny_sd3_folder), strict=True)
-    return {name: load_model(ModelSettings(name=str(folder), device="cpu")) for name, folder in folders}
-
-
-def open_data(data: DataSettings):
-    if data.name == "shapes":
-        return ShapesDataset(data, seed=SEED)
-    with pytest.warns(UserWarning, match="no caption"):
-        return CocoDataset(data, seed=SEED)
-
-
-def request_for(model, data: DataSettings, **changes) -> Request:
-    base = {"seed": SEED, "batch_size": 4, "shard_items": 8, "captions": "all"}
-    return Request(model=ModelSettings(name=model.model_id, device="cpu"), data=data, **{**base, **changes})
-
-
-def prepare(model, request: Request):
-    dataset = open_data(request.data)
-    index = make_index(dataset, request)
-    pixels = dataset.get(0, np.random.default_rng(0)).pixels
-    measured = measure(model, pixels)
-    about = describe(request, dataset, index, model, measured)
-    return Encoder(model, dataset, index, measured.shapes, request), about
-
-
-def encode(folder: Path, model, data: DataSettings, **changes) -> Cache:
-    """Encode `data` with `model` in this process."""
-    encoder, about = prepare(model, request_for(model, data, **changes))
-    with Filling(folder, about, encoder.index) as work:
-        work.run(encoder, silent, silent)
-    return Cache.read(folder)
-
-
-def silent(*_args: object) -> None:
-    """No progress."""
-
-
-def run(model, dataset, out: Path, *, config: SoftREPAConfig | None = None, **changes) -> list[str]:
-    """The trace of a few real steps."""
-    config = config or SoftREPAConfig(temperature=0.3, init="normal", num_layers=1, stages="TTT")
-    method = SoftREPA(model, config, seed=SEED)
-    train(
-        method, dataset, settings(**{"steps": 6, "lr": 1e-3, **changes}), out, config={"method": "softrepa"}
-    )
-    return trace(out)
 
 
 # ------------------------------------------------------------------ sizes
@@ -166,8 +98,8 @@ def test_sd3_without_t5_stores_no_zeros():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_plan_is_what_is_written(tmp_path, models, coco, name):
-    cache = encode(tmp_path / "c", models[name], coco)
+def test_the_plan_is_what_is_written(tmp_path, tiny_models, tiny_coco, name):
+    cache = encode(tmp_path / "c", tiny_models[name], tiny_coco)
     assert cache.complete and [s.name for s in cache.plan] == [
         "images-00000.safetensors", "captions-00000.safetensors", "captions-00001.safetensors",
         "captions-00002.safetensors",
@@ -177,74 +109,11 @@ def test_the_plan_is_what_is_written(tmp_path, models, coco, name):
         assert file_sha256(tmp_path / "c" / shard.name) == cache.shards[shard.name].sha256
 
 
-# ------------------------------------------------------------------ shard files
-
-
-FIELDS = [
-    Field("half", "float16", (2, 3)),
-    Field("brain", "bfloat16", (3,)),
-    Field("wide", "float32", (1, 1)),
-]
-
-
-def some_tensors(rows: int = 5) -> dict[str, torch.Tensor]:
-    rng = torch.Generator().manual_seed(1)
-    return {f.name: torch.randn(rows, *f.shape, generator=rng).to(getattr(torch, f.dtype)) for f in FIELDS}
-
-
-def test_a_shard_is_an_ordinary_safetensors_file(tmp_path):
-    path, tensors = tmp_path / "a.safetensors", some_tensors()
-    write_shard(path, FIELDS, tensors)
-    assert all(torch.equal(value, tensors[key]) for key, value in load_file(path).items())
-    row = ShardReader().row(path, 3)
-    assert row.keys() == tensors.keys() and all(torch.equal(row[k], tensors[k][3]) for k in row)
-    with pytest.raises(ValueError, match="brain should be 5 rows"):
-        write_shard(path, FIELDS, tensors | {"brain": tensors["brain"][:4]})
-
-
-def test_the_reader_closes_what_it_has_not_used_for_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_FILES", 2)
-    reader = ShardReader()
-    for k in range(4):
-        write_shard(tmp_path / f"{k}", FIELDS, some_tensors(k + 1))
-        assert reader.row(tmp_path / f"{k}", k).keys() == {f.name for f in FIELDS}
-    assert len(reader._open) == 2
-
-
-class FullFile(FullDisk):
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-
-def full_disk(monkeypatch, room: int, name: str = "") -> None:
-    """A disk with room for so many bytes of a shard whose name holds `name`."""
-    real = shards.open_part
-
-    def open_part(path):
-        return FullFile(real(path), room) if name in path.name else real(path)
-
-    monkeypatch.setattr(shards, "open_part", open_part)
-
-
-def test_a_full_disk_leaves_the_old_shard(tmp_path, monkeypatch):
-    path = tmp_path / "a.safetensors"
-    write_shard(path, FIELDS, some_tensors(2))
-    before = path.read_bytes()
-    full_disk(monkeypatch, 300)
-    with pytest.raises(OSError) as caught:
-        write_shard(path, FIELDS, some_tensors(9))
-    assert caught.value.errno == errno.ENOSPC
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
-
-
 # ------------------------------------------------------------------ what is stored
 
 
-def test_text_is_cut_into_what_is_not_always_zero(models):
-    model = models["sd3"]
+def test_text_is_cut_into_what_is_not_always_zero(tiny_models):
+    model = tiny_models["sd3"]
     encoder_widths = [e.config.hidden_size for e in model.encoders]
     shapes = measure(model, torch.zeros(3, 32, 32)).shapes
     text = model.encode_text(["a red circle", "two blue squares"])
@@ -263,9 +132,9 @@ def test_text_is_cut_into_what_is_not_always_zero(models):
         shapes.split(TextCond(text.tokens))
 
 
-def test_which_captions(models, coco):
-    dataset = open_data(coco)
-    request = request_for(models["sd15"], coco)
+def test_which_captions(tiny_models, tiny_coco):
+    dataset = open_data(tiny_coco)
+    request = request_for(tiny_models["sd15"], tiny_coco)
     everything = make_index(dataset, request)
     assert everything.ids == dataset.ids == [2, 5, 7, 31]
     assert [[everything.captions[k] for k in item] for item in everything.items] == dataset.captions
@@ -278,9 +147,9 @@ def test_which_captions(models, coco):
     assert make_index(dataset, request).items[3] == [0, 1, 2, 3, 4]  # stored once
 
 
-def test_captions_of_a_grammar(models):
+def test_captions_of_a_grammar(tiny_models):
     data = DataSettings(num_examples=6)
-    dataset, request = ShapesDataset(data, seed=SEED), request_for(models["sd15"], data)
+    dataset, request = ShapesDataset(data, seed=SEED), request_for(tiny_models["sd15"], data)
     with pytest.raises(UserError, match="draws its captions afresh .* --captions random"):
         make_index(dataset, request)
     assert make_index(dataset, replace(request, layout="captions")) == Index([], [], [])
@@ -291,14 +160,14 @@ def test_captions_of_a_grammar(models):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_items_are_those_of_the_dataset(tmp_path, models, coco, name):
+def test_items_are_those_of_the_dataset(tmp_path, tiny_models, tiny_coco, name):
     """Same rng, same caption, text and posterior of the encoders, to the last bit; with posterior sample one
     frozen draw."""
-    model = models[name]
-    dataset, cache = open_data(coco), encode(tmp_path / "mean", model, coco)
-    encode(tmp_path / "draw", model, coco, posterior="sample")
-    stored = CachedDataset(replace(coco, path="/nowhere", cache=str(cache.folder)), seed=SEED)
-    frozen = CachedDataset(replace(coco, path="/nowhere", cache=str(tmp_path / "draw")), seed=SEED)
+    model = tiny_models[name]
+    dataset, cache = open_data(tiny_coco), encode(tmp_path / "mean", model, tiny_coco)
+    encode(tmp_path / "draw", model, tiny_coco, posterior="sample")
+    stored = CachedDataset(replace(tiny_coco, path="/nowhere", cache=str(cache.folder)), seed=SEED)
+    frozen = CachedDataset(replace(tiny_coco, path="/nowhere", cache=str(tmp_path / "draw")), seed=SEED)
     stored.check_model(model)
     assert len(stored) == len(dataset) == 4
     for epoch in range(3):
@@ -317,67 +186,15 @@ def test_items_are_those_of_the_dataset(tmp_path, models, coco, name):
         assert text.pooled is None or torch.equal(text.pooled, wanted.pooled)
 
 
-# ------------------------------------------------------------------ training from it
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_training_from_the_cache_is_bit_identical(tmp_path, models, coco, name):
-    """Three epochs of two batches; captions and posterior are drawn afresh in each."""
-    model = models[name]
-    expected = run(model, open_data(coco), tmp_path / "plain", batch_size=2)
-    encode(tmp_path / "c", model, coco, batch_size=2)
-    stored = CachedDataset(replace(coco, path="", cache=str(tmp_path / "c")), seed=SEED)
-    assert run(model, stored, tmp_path / "cached", batch_size=2) == expected
-    assert len(expected) == 6 and len(set(expected)) == 6
-
-
-def test_half_precision_under_autocast_is_bit_identical(tmp_path, tiny_sd3_folder, coco):
-    """Encoders run outside autocast, in the loop as beforehand."""
-    model = load_model(ModelSettings(name=str(tiny_sd3_folder), device="cpu", dtype="bfloat16"))
-    options = {"batch_size": 2, "precision": "bf16", "steps": 2}
-    expected = run(model, open_data(coco), tmp_path / "plain", **options)
-    cache = encode(tmp_path / "c", model, coco, batch_size=2)
-    assert cache.shapes.text_dtype == cache.shapes.latent_dtype == "bfloat16"
-    stored = CachedDataset(replace(coco, cache=str(tmp_path / "c")), seed=SEED)
-    assert run(model, stored, tmp_path / "cached", **options) == expected
-
-
-def test_shapes_with_one_caption_each(tmp_path, models):
-    """The stored caption is that of the first epoch; loader processes read the shards, too."""
-    model, data = models["sd15"], DataSettings(num_examples=16)
-    expected = run(model, ShapesDataset(data, seed=SEED), tmp_path / "plain", steps=4)
-    encode(tmp_path / "c", model, data, captions="random")
-    stored = CachedDataset(replace(data, cache=str(tmp_path / "c")), seed=SEED)
-    method = SoftREPA(model, SoftREPAConfig(temperature=0.3, init="normal", stages="TTT"), seed=SEED)
-    options = settings(steps=4, lr=1e-3)
-    train(method, stored, options, tmp_path / "cached", config={"method": "softrepa"}, num_workers=1)
-    assert trace(tmp_path / "cached") == expected
-    hard = SoftREPAConfig(hard_negatives=1)
-    with pytest.raises(UserError, match="gives 0 false captions"):
-        run(model, stored, tmp_path / "hard", config=hard)
-
-
-def test_the_small_layout_keeps_captions_and_negatives_fresh(tmp_path, models):
-    model, data = models["sd15"], DataSettings(num_examples=8, mixture="pairs")
-    config = SoftREPAConfig(temperature=0.3, hard_negatives=2)
-    expected = run(model, ShapesDataset(data, seed=SEED), tmp_path / "plain", config=config)
-    cache = encode(tmp_path / "c", model, data, layout="captions")
-    assert {s.kind for s in cache.plan} == {"images"}
-    assert "text_encoder" not in cache.about["encoders"]
-    stored = CachedDataset(replace(data, cache=str(tmp_path / "c")), seed=SEED)
-    stored.check_model(model)
-    assert run(model, stored, tmp_path / "cached", config=config) == expected
-
-
 # ------------------------------------------------------------------ what does not fit
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory, models, coco) -> DataSettings:
+def cached(tmp_path_factory, tiny_models, tiny_coco) -> DataSettings:
     """Settings with a cache made with the SD1.5 model. Do not write into it."""
     folder = tmp_path_factory.mktemp("cache") / "c"
-    encode(folder, models["sd15"], coco)
-    return replace(coco, cache=str(folder))
+    encode(folder, tiny_models["sd15"], tiny_coco)
+    return replace(tiny_coco, cache=str(folder))
 
 
 def refused(data: DataSettings, model=None, seed: int = SEED) -> str:
@@ -389,13 +206,13 @@ def refused(data: DataSettings, model=None, seed: int = SEED) -> str:
     return str(caught.value)
 
 
-def test_a_foreign_cache_is_refused_with_the_reason(tmp_path, cached, models, coco):
-    model = models["sd15"]
+def test_a_foreign_cache_is_refused_with_the_reason(tmp_path, cached, tiny_models, tiny_coco):
+    model = tiny_models["sd15"]
     assert "the dataset 'coco', now it is 'shapes'" in refused(replace(cached, name="shapes"))
     assert "size of the pictures in pixels 32, now it is 64" in refused(replace(cached, image_size=64))
     assert "the resize filter 'bicubic'" in refused(replace(cached, interpolation="lanczos"))
     assert "holds 4 items" in refused(replace(cached, num_examples=5))
-    assert "family of the model 'sd15', now it is 'sdxl'" in refused(cached, models["sdxl"])
+    assert "family of the model 'sd15', now it is 'sdxl'" in refused(cached, tiny_models["sdxl"])
     half = copy.copy(model)
     half.dtype = torch.float16
     assert "model.dtype 'float32', now it is 'float16'" in refused(cached, half)
@@ -413,25 +230,25 @@ def test_a_foreign_cache_is_refused_with_the_reason(tmp_path, cached, models, co
     CachedDataset(cached, seed=SEED).check_model(bare)
 
 
-def test_another_world_of_shapes_is_refused(tmp_path, models):
+def test_another_world_of_shapes_is_refused(tmp_path, tiny_models):
     data = DataSettings(num_examples=4)
-    encode(tmp_path / "c", models["sd15"], data, captions="first")
+    encode(tmp_path / "c", tiny_models["sd15"], data, captions="first")
     data = replace(data, cache=str(tmp_path / "c"))
     assert "seed 3, now it is 4" in refused(data, seed=4)
     assert "number of items 4, now it is 2" in refused(replace(data, num_examples=2))
     assert "data.mixture 'all', now it is 'pairs'" in refused(replace(data, mixture="pairs"))
 
 
-def test_t5_length_belongs_to_the_cache(tmp_path, models, coco, tiny_sd3_folder):
-    encode(tmp_path / "c", models["sd3"], coco)
+def test_t5_length_belongs_to_the_cache(tmp_path, tiny_models, tiny_coco, tiny_sd3_folder):
+    encode(tmp_path / "c", tiny_models["sd3"], tiny_coco)
     short = load_model(ModelSettings(name=str(tiny_sd3_folder), device="cpu", t5_length=8))
-    assert "model.t5_length" in refused(replace(coco, cache=str(tmp_path / "c")), short)
+    assert "model.t5_length" in refused(replace(tiny_coco, cache=str(tmp_path / "c")), short)
 
 
-def test_a_damaged_cache_is_refused_with_the_reason(tmp_path, models, coco):
+def test_a_damaged_cache_is_refused_with_the_reason(tmp_path, tiny_models, tiny_coco):
     folder = tmp_path / "c"
-    cache = encode(folder, models["sd15"], coco)
-    data = replace(coco, cache=str(folder))
+    cache = encode(folder, tiny_models["sd15"], tiny_coco)
+    data = replace(tiny_coco, cache=str(folder))
     repair = f"t2ialign encode --resume --out {folder}"
     manifest, items = folder / "manifest.json", folder / "items.json"
     shard = folder / "captions-00001.safetensors"
@@ -466,89 +283,12 @@ def test_a_damaged_cache_is_refused_with_the_reason(tmp_path, models, coco):
     assert list(changed_shards(cache)) == [shard.name]
 
 
-def test_encoding_again_tells_another_model(tmp_path, models, coco, make_tiny_sd15):
-    model = models["sd15"]
-    cache = encode(tmp_path / "c", model, coco)
-    encoder, _ = prepare(model, request_for(model, coco))
+def test_encoding_again_tells_another_model(tmp_path, tiny_models, tiny_coco, make_tiny_sd15):
+    model = tiny_models["sd15"]
+    cache = encode(tmp_path / "c", model, tiny_coco)
+    encoder, _ = prepare(model, request_for(model, tiny_coco))
     found = compare(cache, encoder, 3)
     assert found.rows == found.identical == 6 and found.worst == 0 and found.ok
     stranger = load_model(ModelSettings(name=str(make_tiny_sd15(tmp_path / "m", seed=9)), device="cpu"))
-    found = compare(cache, prepare(stranger, request_for(stranger, coco))[0], 3)
+    found = compare(cache, prepare(stranger, request_for(stranger, tiny_coco))[0], 3)
     assert found.identical == 0 and not found.ok and "safetensors" in found.where
-
-
-# ------------------------------------------------------------------ filling a folder
-
-
-def test_numbers_that_are_not_finite(tmp_path, models, coco):
-    broken = copy.copy(models["sd15"])
-    broken.posterior = lambda pixels: replace(p := models["sd15"].posterior(pixels), std=p.std / 0)
-    with pytest.raises(UserError, match=r"encodings of pictures \[0, 1, 2, 3\] are not finite"):
-        encode(tmp_path / "c", broken, coco)
-    assert not (tmp_path / "c" / "images-00000.safetensors").exists()
-
-
-def test_a_full_disk_in_the_middle(tmp_path, models, coco, monkeypatch):
-    model, folder = models["sd15"], tmp_path / "c"
-    with monkeypatch.context() as patch:
-        full_disk(patch, 1000, "captions-00001")
-        with pytest.raises(UserError) as caught:
-            encode(folder, model, coco)
-    assert "captions-00001.safetensors: the disk is full; 2 of 4 shards are finished and kept" in str(
-        caught.value
-    )
-    assert f"t2ialign encode --resume --out {folder}" in str(caught.value)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        ".lock", "captions-00000.safetensors", "images-00000.safetensors", "items.json", "manifest.json",
-    ]  # fmt: skip
-    encoder, about = prepare(model, request_for(model, coco))
-    with pytest.raises(UserError, match=r"unfinished encodings \(2 of 4 shards\); go on with --resume"):
-        Filling(folder, about, encoder.index).__enter__()
-    written = []
-    monkeypatch.setattr(
-        filling, "write_shard", lambda path, *r: written.append(path.name) or write_shard(path, *r)
-    )
-    with Filling(folder, about, encoder.index, resume=True) as work:
-        work.run(encoder, silent, silent)
-    assert written == ["captions-00001.safetensors", "captions-00002.safetensors"]
-    assert not changed_shards(Cache.read(folder)) and Cache.read(folder).complete
-
-
-def test_no_room_is_refused_before_anything_is_written(tmp_path, models, coco, monkeypatch):
-    usage = filling.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(filling.shutil, "disk_usage", lambda _: usage._replace(free=90_000))
-    with pytest.raises(UserError, match=r"90.6 kB are to be written to .* its disk has 90.0 kB free"):
-        encode(tmp_path / "c", models["sd15"], coco)
-    assert not (tmp_path / "c").exists()
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from align_cli.data.claims import Claims
-with Claims(Path(sys.argv[1])) as claims:
-    with claims.order():
-        alone = claims.come()
-    print(alone, claims.take(2), flush=True)
-    time.sleep(600)
-"""
-
-
-def test_claims_hold_until_their_process_ends(tmp_path):
-    from align_cli.data.claims import Claims
-
-    path = tmp_path / ".lock"
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, cwd=ROOT, text=True
-    )
-    try:
-        assert other.stdout.readline() == "True True\n"
-        with Claims(path) as claims, claims.order():
-            assert not claims.come() and not claims.take(2) and claims.take(3)
-        other.kill()
-        other.wait()
-        with Claims(path) as claims, claims.order():
-            assert claims.come() and claims.take(2)
-            claims.release(2)
-    finally:
-        other.kill()

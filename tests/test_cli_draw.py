@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from softrepa_helpers import save_random_adapter
 from typer.testing import CliRunner
 
 from align_cli import config
@@ -27,23 +28,10 @@ QUICK = ("--steps", "2", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_sd15_folder, tmp_path_factory):
-    """A SoftREPA adapter with random tokens, strong enough to be seen."""
-    name = str(tiny_sd15_folder)
-    resolved = config.resolve(
-        "softrepa",
-        preset="none",
-        sets=["sample.guidance=2.5", "sample.batch_size=8"],
-        flags={"model.name": name, "model.device": "cpu"},
-    )
-    method = SoftREPA(load_model(resolved.model), resolved.method_config)
-    with torch.no_grad():
-        for group in method.trainables().values():
-            for parameter in group:
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
+def adapter(tiny_sd15_folder, tmp_path_factory) -> Path:
+    """A SoftREPA adapter with its own settings of drawing."""
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    save_adapter(folder, method, resolved.to_dict(), resolved.origin)
-    return folder
+    return save_random_adapter(folder, tiny_sd15_folder, "sample.guidance=2.5", "sample.batch_size=8")
 
 
 def call(*args: object):

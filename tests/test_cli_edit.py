@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from softrepa_helpers import save_random_adapter
 from typer.testing import CliRunner
 
-from align_cli import config, editing
-from align_cli.adapters import save_adapter
+from align_cli import editing
+from align_cli.cli.drawing import make_plan
+from align_cli.cli.edit import edit_settings
 from align_cli.cli.main import app
 from align_cli.data.edits import fitted_size, open_picture, read_list
-from align_cli.methods.softrepa.method import SoftREPA
-from align_cli.models.loading import load_model
+from align_cli.errors import UserError
 from align_cli.pictures import read_metadata
+from align_cli.settings import EditSettings
 
 QUICK = ("--steps", 4, "--n-start", 2, "--device", "cpu")
 PROMPTS = ("--src-prompt", "a red circle", "--tgt-prompt", "a blue circle")
@@ -32,19 +35,9 @@ SOURCE, EDITED, BOTH = (
 
 @pytest.fixture(scope="module")
 def adapter(tiny_sd15_folder, tmp_path_factory) -> Path:
-    """A SoftREPA adapter with random tokens, strong enough to be seen; its own settings of editing."""
-    resolved = config.resolve(
-        "softrepa", preset="none", sets=["edit.steps=5", "edit.n_start=3"],
-        flags={"model.name": str(tiny_sd15_folder), "model.device": "cpu"},
-    )  # fmt: skip
-    method = SoftREPA(load_model(resolved.model), resolved.method_config)
-    with torch.no_grad():
-        for group in method.trainables().values():
-            for parameter in group:
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    """A SoftREPA adapter with its own settings of editing."""
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    save_adapter(folder, method, resolved.to_dict(), resolved.origin)
-    return folder
+    return save_random_adapter(folder, tiny_sd15_folder, "edit.steps=5", "edit.n_start=3")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +122,7 @@ def test_compare_and_adapter_hash(adapter, images, tmp_path):
     result = call(*PROMPTS, "--image", images / "one.png", "--adapter", adapter, "--device", "cpu",
                   "--compare", "--out", tmp_path)  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    assert "the last 3 of 5 steps" in result.stderr and f"recorded in {adapter}" in result.stderr
+    assert "the last 3 of 5 steps" in result.stderr and f"as adapter {adapter}" in result.stderr
     stem = "001-one-a-blue-circle-seed42"
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [f"{stem}-{kind}.png" for kind in ("aligned", "base", "before-after")]
@@ -191,7 +184,10 @@ def test_resume(tiny_sd15_folder, three, tmp_path, monkeypatch):
 
     out = tmp_path / "parts"
     monkeypatch.setattr(editing, "edit", stopped)
-    assert call(*args, "--out", out).exit_code != 0
+    halted = call(*args, "--out", out)
+    assert halted.exit_code == 130
+    hint = f"1 of 3 edits are finished and kept; go on with the same command, --resume and --out {out}"
+    assert f"stopped: {hint}" in halted.stderr
     assert len(list(out.iterdir())) == 2 and not list(out.glob(".*")), (
         "one finished edit, nothing half-written"
     )
@@ -209,8 +205,43 @@ def test_resume(tiny_sd15_folder, three, tmp_path, monkeypatch):
     assert done.exit_code == 0 and "3 of 3 are finished" in done.stderr and len(calls) == 4
     assert "another editing" in (line := refused(*args, "--out", out, "--resume", "--n-start", 3)), line
     assert "--resume" in refused(*args, "--out", out, "--resume", "--overwrite")
+    assert "another dtype" in refused(*args, "--out", out, "--resume", "--dtype", "bfloat16")
     finished.write_bytes(b"no picture")
     assert "is no picture" in refused(*args, "--out", out, "--resume")
+    assert "does not exist; leave --resume away" in refused(*args, "--out", tmp_path / "new", "--resume")
+    assert "is not a folder" in refused(*args, "--out", finished, "--resume")
+
+
+def test_a_full_disk_keeps_what_is_finished(tiny_sd15_folder, three, tmp_path, monkeypatch):
+    args = ("--list", three, "--model", tiny_sd15_folder, *QUICK, "--out", tmp_path / "o")
+    real, room = Image.Image.save, 3  # a picture, its sheet, a picture
+
+    def save(self, file, *given, **options):
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, file, *given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", save)
+        result = call(*args)
+    assert result.exit_code == 2
+    line = result.stderr.splitlines()[-1]
+    assert "the disk is full; make room" in line and "2 of 3 edits are finished and kept" in line
+    assert "--resume" in line and len(list((tmp_path / "o").iterdir())) == 3
+    done = call(*args, "--resume")
+    assert done.exit_code == 0 and "2 of 3 are finished" in done.stderr
+    assert len(list((tmp_path / "o").iterdir())) == 7
+
+
+def test_resume_from_another_place(tiny_sd15_folder, images, tmp_path, monkeypatch):
+    """The content of a picture counts, not the way to it."""
+    args = (*PROMPTS, "--model", tiny_sd15_folder, *QUICK, "--out", tmp_path / "o")
+    assert call(*args, "--image", images / "one.png").exit_code == 0
+    monkeypatch.chdir(images)
+    result = call(*args, "--image", "one.png", "--resume")
+    assert result.exit_code == 0 and "1 of 1 are finished" in result.stderr
 
 
 def test_resume_notices_another_picture(tiny_sd15_folder, images, tmp_path):
@@ -221,6 +252,41 @@ def test_resume_notices_another_picture(tiny_sd15_folder, images, tmp_path):
         result = call(*args, *resumed)
     assert result.exit_code == 2
     assert "cannot resume" in result.stderr and "made with another source" in result.stderr
+
+
+def test_where_settings_come_from(adapter, tmp_path):
+    """Flags above what was chosen for the adapter, above the preset of the model, above class defaults."""
+
+    def found(model=None, adapters=(), **flags):
+        return edit_settings(make_plan(model, list(adapters), {}, {}), flags)
+
+    tiny, origin = found("tiny-sd15")
+    assert origin == "preset softrepa/tiny-sd15"
+    assert (tiny.steps, tiny.n_start, tiny.src_guidance, tiny.tgt_guidance) == (20, 9, 1.5, 1.0)
+    assert (tiny.convention, tiny.batch_size) == ("softrepa", 64)
+    assert found("tiny-sd15", n_start=3) == (replace(tiny, n_start=3), f"{origin}, with --n-start")
+    sd3, origin = found("sd3")
+    assert origin == "preset softrepa/sd3"
+    assert (sd3.steps, sd3.n_start, sd3.src_guidance, sd3.tgt_guidance, sd3.image_size) == (
+        50,
+        30,
+        3.5,
+        9,
+        1024,
+    )
+    assert found("sd15")[0] == EditSettings()
+    recorded, origin = found(adapters=[str(adapter)], tgt_guidance=2.0)
+    assert (recorded.steps, recorded.n_start, recorded.tgt_guidance) == (5, 3, 2.0)
+    assert origin == f"adapter {adapter}, with --tgt-guidance"
+    silent = shutil.copytree(adapter, tmp_path / "silent")  # as imported tokens: nobody chose
+    info = json.loads((silent / "adapter.json").read_text())
+    info["origin"] = dict.fromkeys(info["origin"], "default")
+    (silent / "adapter.json").write_text(json.dumps(info | {"model_id": "tiny-sd15"}))
+    assert found(adapters=[str(silent)]) == (tiny, "preset softrepa/tiny-sd15")
+    with pytest.raises(UserError, match=r"edit.n_start is that of preset softrepa/sd3: give --n-start, too"):
+        found("sd3", steps=4)
+    with pytest.raises(UserError, match=r"at most edit.steps \(4\), got 5$"):
+        found("sd3", steps=4, n_start=5)
 
 
 def test_default_folder_and_seed(tiny_sd15_folder, tmp_path, monkeypatch):
@@ -263,6 +329,15 @@ def test_bad_prompts_and_pictures(images, tmp_path):
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(deep)
     assert "more than 8 bits" in refused(*base, *PROMPTS, "--image", deep)
     assert not (tmp_path / "o").exists()
+
+
+def test_a_picture_that_may_not_be_read(images, monkeypatch):
+    def forbidden(*_args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", forbidden)
+    with pytest.raises(UserError, match=r"one.png cannot be read: Permission denied$"):
+        open_picture(images / "one.png")
 
 
 def test_bad_settings(tiny_sd15_folder, adapter, images, tmp_path):

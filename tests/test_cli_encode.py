@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cache import full_disk
-from training_helpers import make_coco, trace
+from cache_helpers import full_disk
+from training_helpers import trace
 from typer.testing import CliRunner
 
 from align_cli.cli.main import app
@@ -27,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no caption")
 
 
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory) -> Path:
-    return make_coco(tmp_path_factory.mktemp("data") / "coco")
+@pytest.fixture
+def coco(tiny_coco) -> Path:
+    return Path(tiny_coco.path)
 
 
 @pytest.fixture
@@ -146,6 +147,17 @@ def test_training_needs_no_pictures_and_gives_the_same_trace(
     assert trace(tmp_path / "cached") == trace(tmp_path / "plain")
 
 
+def test_the_command_that_is_printed_trains(tmp_path, options):
+    """All that it needs to fit the encodings is in it."""
+    given = ("--dtype", "bfloat16", "--captions", "first")
+    printed = ok(*options, *given, "--out", tmp_path / "my encodings").stdout
+    command = shlex.split(printed.partition("train from them: ")[2])
+    assert command[:3] == ["t2ialign", "train", "softrepa"]
+    ok(*command[2:], "--steps", 1, "--no-eval", "--device", "cpu", "--out", tmp_path / "run", command="train")
+    saved = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert (saved["train"]["batch_size"], saved["train"]["seed"]) == (2, 3)
+
+
 def test_dry_run_needs_no_weights_and_touches_nothing(tmp_path, coco, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = ok("--model", "sd3", "--data", "coco", "--data-path", coco, "--dry-run").stdout
@@ -154,6 +166,10 @@ def test_dry_run_needs_no_weights_and_touches_nothing(tmp_path, coco, monkeypatc
         r"clip 77x2048 float16, t5 512x4096 float16, pooled 2048 float16 +4,513,792 +4 +1 +18.1 MB", text
     )
     assert "output folder: encodings/coco-sd3-512" in text
+    rendered = ok("--model", "sd15", "--data", "shapes", "--limit", 4, "--dry-run").stdout
+    assert "mean 4x4x4 float16" in rendered, "the shapes world has its own size, whatever the preset says"
+    odd = ("--model", "sd3", "--data", "coco", "--data-path", coco, "--dry-run", "--image-size")
+    assert "--image-size must be a multiple of 16 pixels for sd3, got 520; try 512" in refused(*odd, 520)
     small = ok(
         "--model", "sd3", "--data", "coco", "--data-path", coco, "--dry-run", "--posterior", "sample",
         "--layout", "captions",
@@ -209,6 +225,10 @@ def test_a_full_disk(tmp_path, options, whole, monkeypatch):
         error = refused(*options, "--out", out)
     assert "the disk is full; 3 of 4 shards are finished and kept; make room" in error and "--resume" in error
     assert names(out) == [name for name in ALL if name != "captions-00002.safetensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(filling, "free_bytes", lambda _: 0)
+        error = refused("--resume", "--out", out, "--device", "cpu")
+    assert "has 0 bytes free; 3 of 4 shards are finished and kept; make room" in error
     ok("--resume", "--out", out, "--device", "cpu")
     assert contents(out) == contents(whole)
 
@@ -324,6 +344,10 @@ def test_a_changed_byte_is_found_by_its_hash(copied, whole):
     done = ok("--resume", "--verify", "--out", copied, "--device", "cpu")
     assert f"{shard} has another content (sha256): encoding it again" in done.stderr
     assert contents(copied) == contents(whole)
+    manifest = (copied / "manifest.json").read_text()
+    (copied / "manifest.json").write_text(json.dumps({**json.loads(manifest), "settings": {}}))
+    assert "settings that cannot be read" in refused("--verify", "--out", copied)
+    (copied / "manifest.json").write_text(manifest)
     (copied / "items.json").write_text("{}")
     assert "items.json is damaged" in refused("--verify", "--samples", 0, "--out", copied)
     ok("--resume", "--out", copied, "--device", "cpu")
@@ -372,7 +396,7 @@ def test_foreign_encodings_are_refused_with_the_reason(
     assert [n for n in names(copied) if n.startswith("captions")] == ["captions-00000.safetensors"]
 
 
-def test_what_cannot_be_encoded(tmp_path, options, coco, monkeypatch):
+def test_what_cannot_be_encoded(tmp_path, options, coco, monkeypatch, tiny_sd3_folder):
     out = tmp_path / "c"
 
     def error(*more: object) -> str:
@@ -383,7 +407,7 @@ def test_what_cannot_be_encoded(tmp_path, options, coco, monkeypatch):
     assert "--layout must be one of exact, captions, got 'tiny'" in error("--layout", "tiny")
     assert "--captions must be one of first, random, all" in error("--captions", "some")
     assert "--shard-items must be >= 1" in error("--shard-items", 0)
-    assert "no multiple of 4" in error("--image-size", 30)
+    assert "--image-size must be a multiple of 4 pixels" in error("--image-size", 30)
     assert "unknown dataset" in error("--data", "cocoo")
     assert "draws its captions afresh" in error("--data", "shapes")
     assert "holds no encodings" in error("--resume")
@@ -392,9 +416,14 @@ def test_what_cannot_be_encoded(tmp_path, options, coco, monkeypatch):
     usage = filling.shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(filling.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        assert "90.6 kB are to be written" in error() and "1.0 kB free" in error()
+        assert re.search(r"9\d\.\d kB are to be written to .* its disk has 1.0 kB free", error())
         patch.setenv("WORLD_SIZE", "2")
         assert "--overwrite is for one process" in error("--overwrite")
+    assert "at most 128 pixels" in error("--model", tiny_sd3_folder, "--image-size", 136)
+    before = names(coco)
+    foreign = "is not empty and holds no encodings (but annotations); choose another folder with --out"
+    assert foreign in refused(*options, "--out", coco)
+    assert names(coco) == before
     (tmp_path / "file").touch()
     assert "is a file, not a folder" in refused(*options, "--out", tmp_path / "file" / "c")
     if not torch.cuda.is_available():

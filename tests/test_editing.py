@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.process import NoiseProcess, Process
-from align_cli.editing import check_size, edit, edits_at_once, flowedit, rectified, size_factor, velocity
+from align_cli.editing import check_size, edit, edits_at_once, flowedit, rectified, velocity
 from align_cli.errors import UserError
 from align_cli.evaluation.edits import EDIT_METRICS, edit_cases, edit_pictures, judge_edits
 from align_cli.models.base import TextCond
@@ -312,8 +313,15 @@ def test_nothing_to_do_is_the_round_trip_of_the_autoencoder(model):
     assert np.abs(kept.astype(int) - out).max() <= 1
 
 
+def test_a_result_that_is_not_finite_is_no_picture(model):
+    broken = copy.copy(model)
+    broken.decode = lambda z: model.decode(z) / 0
+    with pytest.raises(UserError, match="not finite in torch.float32; take --dtype bfloat16 or float32"):
+        edit(broken, pictures(1), ["a red circle"], ["a blue circle"], QUICK, [1])
+
+
 def test_other_sizes(model):
-    factor = size_factor(model)
+    factor = model.size_factor
     wide = pictures(1, 2 * factor, 4 * factor)
     assert edit(model, wide, ["a red circle"], ["a blue circle"], QUICK, [1]).shape == wide.shape
     with pytest.raises(UserError, match=rf"multiples of {factor} pixels, got 33 x 32 \(near: 32 x 32\)"):
@@ -324,10 +332,10 @@ def test_other_sizes(model):
 
 def test_sd3_knows_positions_up_to_a_size(tiny_sd3_folder):
     sd3 = load_model(ModelSettings(name=str(tiny_sd3_folder), device="cpu"))
-    most = sd3.denoiser.config.pos_embed_max_size * size_factor(sd3)
-    check_size(sd3, most, size_factor(sd3))
+    most = sd3.denoiser.config.pos_embed_max_size * sd3.vae_factor * sd3.denoiser.config.patch_size
+    check_size(sd3, most, sd3.size_factor)
     with pytest.raises(UserError, match="knows positions up to"):
-        check_size(sd3, 2 * most, size_factor(sd3))
+        check_size(sd3, most + sd3.size_factor, sd3.size_factor)
 
 
 def test_settings():

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from model_helpers import field
 
 from align_cli.diffusion.flow import UNSUPPORTED, FlowProcess
 from align_cli.diffusion.process import NoiseProcess
@@ -15,10 +16,6 @@ from align_cli.diffusion.samplers import euler_step, samplers_of
 from align_cli.models.base import TextCond
 
 FLOW = FlowProcess()
-
-
-def field(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def one(value: float) -> torch.Tensor:

@@ -14,23 +14,20 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hub import serve
 from huggingface_hub import constants
+from model_helpers import (
+    PROMPTS,
+    check_frozen,
+    check_sampling,
+    check_text_gradient,
+    field,
+    load,
+    pipeline,
+)
 
-from align_cli.diffusion.rollout import rollout
 from align_cli.errors import UserError
 from align_cli.models.base import TextCond
-from align_cli.models.loading import load_model, pick_device
+from align_cli.models.loading import pick_device
 from align_cli.models.unet import unet_family
-from align_cli.settings import ModelSettings
-
-PROMPTS = ["a red circle left of a blue square", "two green triangles"]
-
-
-def load(name: object, **options: str):
-    return load_model(ModelSettings(name=str(name), **{"device": "cpu", **options}))
-
-
-def field(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +43,7 @@ def test_facts(model, tiny_sd15_folder):
     assert (model.image_size, model.vae_factor, model.latent_channels, model.token_limit) == (32, 4, 4, 32)
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
     assert model.process.prediction_type == "epsilon"
-    for module in (model.denoiser, model.vae, model.text_encoder):
-        assert not module.training
-        assert not any(p.requires_grad for p in module.parameters())
+    check_frozen(model.denoiser, model.vae, model.text_encoder)
     assert [unet_family(w) for w in (768, 1024, 32)] == ["sd15", "sd21", "sd15"]
 
 
@@ -66,14 +61,8 @@ def test_text(model):
 
 
 def test_text_encoder_gets_gradient_only_if_it_asks(model):
-    parameter = next(model.text_encoder.parameters())
-    parameter.requires_grad_(True)
-    try:
-        assert model.encode_text(PROMPTS).tokens.requires_grad
-        with torch.no_grad():
-            assert not model.encode_text(PROMPTS).tokens.requires_grad
-    finally:
-        parameter.requires_grad_(False)
+    assert model.encoders == [model.text_encoder]
+    check_text_gradient(model)
 
 
 def test_images(model):
@@ -118,27 +107,9 @@ def test_rows_of_conditions():
 @pytest.mark.parametrize(("spacing", "steps"), [("leading", 4), ("trailing", 5), ("linspace", 3)])
 def test_sampling_equals_the_diffusers_pipeline(folder, spacing, steps, request):
     folder = request.getfixturevalue(folder)
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe = pipeline(StableDiffusionPipeline, folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.unet.to(memory_format=torch.channels_last)  # as loaded here: the same sums in the same order
-    start, model = field(0, 2, 4, 8, 8), load(folder)
-    common = {"num_inference_steps": steps, "guidance_scale": 5.0, "latents": start.clone()}
-    with torch.no_grad():
-        theirs = pipe(PROMPTS, output_type="latent", **common).images
-        pictures = pipe(PROMPTS, output_type="pt", **common).images
-        ours = rollout(
-            model.predict,
-            model.process,
-            start,
-            steps=steps,
-            spacing=spacing,
-            guidance=5.0,
-            cond=model.encode_text(PROMPTS),
-            uncond=model.uncond(2),
-        )
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model.decode(ours), pictures, atol=1e-5, rtol=1e-5)
+    check_sampling(load(folder), pipe, steps, 5.0, ours={"spacing": spacing}, theirs={})
 
 
 # ---------------------------------------------------------------- where models come from

@@ -11,30 +11,22 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from hub import serve
+from model_helpers import (
+    PROMPTS,
+    check_frozen,
+    check_sampling,
+    check_text_gradient,
+    field,
+    load,
+    pipeline,
+)
 
-from align_cli.diffusion.rollout import rollout
 from align_cli.errors import UserError
 from align_cli.models.base import TextCond
-from align_cli.models.loading import load_model
 from align_cli.models.sd3 import mmdit_predict
 from align_cli.settings import ModelSettings
 
-PROMPTS = ["a red circle left of a blue square", "two green triangles"]
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
-
-
-def load(name: object, **options: object):
-    return load_model(ModelSettings(name=str(name), **{"device": "cpu", **options}))
-
-
-def field(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pipeline(folder, **options) -> StableDiffusion3Pipeline:
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +49,7 @@ def test_facts(model, no_t5, tiny_sd3_folder):
     assert (model.token_count("a red circle"), no_t5.token_count("a red circle")) == (4, 5)
     assert (model.process.shift, model.process.prediction_type) == (3.0, "flow")
     assert len(model.encoders) == 3 and len(no_t5.encoders) == 2
-    for module in (model.denoiser, model.vae, *model.encoders):
-        assert not module.training
-        assert not any(p.requires_grad for p in module.parameters())
+    check_frozen(model.denoiser, model.vae, *model.encoders)
 
 
 def check_text(model, pipe: StableDiffusion3Pipeline, rows: int) -> None:
@@ -79,27 +69,21 @@ def check_text(model, pipe: StableDiffusion3Pipeline, rows: int) -> None:
 
 def test_text_equals_the_pipeline(make_tiny_sd3, tmp_path):
     folder = make_tiny_sd3(tmp_path / "sd3", t5_tokens=512)
-    pipe = pipeline(folder)
+    pipe = pipeline(StableDiffusion3Pipeline, folder)
     check_text(load(folder), pipe, 512)  # the official length, not the pipeline's 256
     check_text(load(folder, t5_length=20), pipe, 20)
 
 
 def test_text_without_t5(no_t5, tiny_sd3_folder, tiny_sd3_no_t5_folder):
-    check_text(no_t5, pipeline(tiny_sd3_no_t5_folder, **NO_T5), 32)
+    check_text(no_t5, pipeline(StableDiffusion3Pipeline, tiny_sd3_no_t5_folder, **NO_T5), 32)
     dropped = load(tiny_sd3_folder, t5_length=0)
     assert len(dropped.encoders) == 2
-    check_text(dropped, pipeline(tiny_sd3_folder, **NO_T5), 32)
+    check_text(dropped, pipeline(StableDiffusion3Pipeline, tiny_sd3_folder, **NO_T5), 32)
     assert (dropped.encode_text(PROMPTS).tokens[:, 32:] == 0).all()
 
 
 def test_text_encoders_get_gradient_only_if_they_ask(model):
-    for encoder in model.encoders:
-        parameter = next(encoder.parameters())
-        parameter.requires_grad_(True)
-        try:
-            assert model.encode_text(PROMPTS).tokens.requires_grad
-        finally:
-            parameter.requires_grad_(False)
+    check_text_gradient(model)
 
 
 @pytest.mark.parametrize(("folder", "options"), [("tiny_sd3_folder", {}), ("tiny_sd3_no_t5_folder", NO_T5)])
@@ -107,27 +91,9 @@ def test_text_encoders_get_gradient_only_if_they_ask(model):
 @pytest.mark.filterwarnings("ignore:.*has no T5")
 def test_sampling_equals_the_pipeline(folder, options, steps, request):
     folder = request.getfixturevalue(folder)
-    pipe, model = pipeline(folder, **options), load(folder)
-    start = field(0, 2, model.latent_channels, 8, 8)
-    common = {
-        "num_inference_steps": steps, "guidance_scale": 4.0, "latents": start.clone(),
-        "max_sequence_length": model.t5_length,
-    }  # fmt: skip
-    with torch.no_grad():
-        theirs = pipe(PROMPTS, output_type="latent", **common).images
-        pictures = pipe(PROMPTS, output_type="pt", **common).images
-        ours = rollout(
-            model.predict,
-            model.process,
-            start,
-            steps=steps,
-            guidance=4.0,
-            sampler="euler",
-            cond=model.encode_text(PROMPTS),
-            uncond=model.uncond(2),
-        )
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model.decode(ours), pictures, atol=1e-5, rtol=1e-5)
+    pipe, model = pipeline(StableDiffusion3Pipeline, folder, **options), load(folder)
+    rows = {"max_sequence_length": model.t5_length}
+    check_sampling(model, pipe, steps, 4.0, ours={"sampler": "euler"}, theirs=rows)
 
 
 def test_images(model):

@@ -10,31 +10,20 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from hub import serve
+from model_helpers import (
+    PROMPTS,
+    check_frozen,
+    check_sampling,
+    check_text_gradient,
+    field,
+    load,
+    pipeline,
+)
 
-from align_cli.diffusion.rollout import rollout
 from align_cli.errors import UserError
 from align_cli.models.base import TextCond
-from align_cli.models.loading import load_model
 from align_cli.models.sdxl import size_ids
 from align_cli.models.unet import unet_predict
-from align_cli.settings import ModelSettings
-
-PROMPTS = ["a red circle left of a blue square", "two green triangles"]
-
-
-def load(name: object, **options: object):
-    return load_model(ModelSettings(name=str(name), **{"device": "cpu", **options}))
-
-
-def field(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pipeline(folder, **options) -> StableDiffusionXLPipeline:
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.unet.to(memory_format=torch.channels_last)  # as loaded here: the same sums in the same order
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +39,13 @@ def test_facts(model, tiny_sdxl_folder):
     assert model.process.prediction_type == "epsilon"
     assert model.process.timesteps(4).tolist() == [751, 501, 251, 1]
     assert model.process.final_alpha_cumprod == float(model.process.alphas_cumprod[0])
-    for module in (model.denoiser, model.vae, *model.encoders):
-        assert not module.training
-        assert not any(p.requires_grad for p in module.parameters())
+    check_frozen(model.denoiser, model.vae, *model.encoders)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_text_equals_the_pipeline(make_tiny_sdxl, tmp_path, zeros):
     folder = make_tiny_sdxl(tmp_path / "xl", zeros_for_empty=zeros)
-    pipe, model = pipeline(folder), load(folder)
+    pipe, model = pipeline(StableDiffusionXLPipeline, folder), load(folder)
     with torch.no_grad():
         tokens, empty, pooled, empty_pooled = pipe.encode_prompt(PROMPTS)
     cond, uncond = model.encode_text(PROMPTS), model.uncond(2)
@@ -72,35 +59,14 @@ def test_text_equals_the_pipeline(make_tiny_sdxl, tmp_path, zeros):
 
 
 def test_text_encoders_get_gradient_only_if_they_ask(model):
-    for encoder in model.encoders:
-        parameter = next(encoder.parameters())
-        parameter.requires_grad_(True)
-        try:
-            assert model.encode_text(PROMPTS).tokens.requires_grad
-        finally:
-            parameter.requires_grad_(False)
+    check_text_gradient(model)
 
 
 @pytest.mark.parametrize(("spacing", "steps"), [("leading", 4), ("trailing", 3)])
 def test_sampling_equals_the_pipeline(model, tiny_sdxl_folder, spacing, steps):
-    pipe, start = pipeline(tiny_sdxl_folder), field(0, 2, 4, 8, 8)
+    pipe = pipeline(StableDiffusionXLPipeline, tiny_sdxl_folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
-    common = {"num_inference_steps": steps, "guidance_scale": 7.0, "latents": start.clone()}
-    with torch.no_grad():
-        theirs = pipe(PROMPTS, output_type="latent", **common).images
-        pictures = pipe(PROMPTS, output_type="pt", **common).images
-        ours = rollout(
-            model.predict,
-            model.process,
-            start,
-            steps=steps,
-            spacing=spacing,
-            guidance=7.0,
-            cond=model.encode_text(PROMPTS),
-            uncond=model.uncond(2),
-        )
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model.decode(ours), pictures, atol=1e-5, rtol=1e-5)
+    check_sampling(model, pipe, steps, 7.0, ours={"spacing": spacing}, theirs={})
 
 
 def test_predict_fills_in_the_size(model):

@@ -78,7 +78,7 @@ def test_official_values_of_sdxl_and_sd3():
     )
     assert (sd3.train.lr_schedule, sd3.train.lr_every, sd3.train.lr_min) == ("cosine-restarts", 500, 1e-5)
     assert (sd3.sample.sampler, sd3.sample.steps, sd3.sample.guidance) == ("euler", 28, 4.0)
-    assert sd3.sample.image_size == xl.sample.image_size == 1024
+    assert sd3.sample.image_size == xl.sample.image_size == sd3.edit.image_size == 1024
     m = sd3.method_config
     assert (m.num_tokens, m.num_layers, m.token_space, m.use_t_table) == (4, 5, "text", True)
     assert (m.dweight, m.init, m.init_noise, m.temperature, m.logit_scale) == (0.0, "normal", 0.02, 0.07, 4.0)
@@ -93,6 +93,20 @@ def test_distributed_commands(name):
     assert (r.model.name, r.train.batch_size, r.train.accumulation, r.train.steps) == (name, 8, 2, 14786)
     assert (m.noise_rows, m.pair_chunk, m.dweight, m.use_t_table) == (4, 16, 0.0, name != "sdxl")
     assert m.num_layers == 5 if name == "sd3" else m.stages == "TFF"
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3-dist"])
+def test_official_values_of_editing(name):
+    """edit_sd3.py and the README, with tokens."""
+    e = config.resolve("softrepa", preset=name).edit
+    assert (e.steps, e.n_start, e.src_guidance, e.tgt_guidance, e.convention) == (
+        50,
+        30,
+        3.5,
+        9.0,
+        "softrepa",
+    )
+    assert (e.n_min, e.n_avg, e.image_size, e.keep_aspect) == (0, 1, 1024, False)
 
 
 def test_unknown_preset_offers_the_nearest():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from model_helpers import field
 from torch import nn
 
 from align_cli.diffusion.guidance import guided
@@ -26,10 +27,6 @@ V = EPS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "t
 
 def ddpm_config(config):
     return {k: v for k, v in config.items() if k != "set_alpha_to_one"}
-
-
-def field(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Toy(nn.Module):

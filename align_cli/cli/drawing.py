@@ -1,13 +1,15 @@
-"""What `sample` and `eval` share: which model, which adapters, how pictures are drawn. No torch at import."""
+"""What `sample`, `edit` and `eval` share: model, adapters, how pictures are drawn. No torch at import."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from align_cli import config, registry
 from align_cli.adapters import INFO, AdapterInfo, parse_spec, read_adapter
@@ -173,6 +175,16 @@ def _read_json(model: str, file: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, str) else None
     except (OSError, ValueError):
         return None  # loading the model tells what is wrong with it
+
+
+def note_long_prompts(model: BaseModel, texts: Iterable[str]) -> None:
+    """Tell on stderr of which prompts the model does not see the end."""
+    for text in dict.fromkeys(texts):
+        count = model.token_count(text)
+        if count > model.token_limit:
+            short = text if len(text) <= 60 else text[:57] + "..."
+            note = f"{count} tokens, {model.model_id} reads {model.token_limit}: its end is not seen"
+            typer.echo(f"note: the prompt {short!r} has {note}", err=True)
 
 
 def choose_folder(out: Path | None, default: str, names: list[str], overwrite: bool) -> Path:

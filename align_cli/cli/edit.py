@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,85 +12,106 @@ import typer
 
 from align_cli import config
 from align_cli.cli import options
-from align_cli.cli.sample import SHEET, shorten
+from align_cli.cli.drawing import SHEET
 from align_cli.errors import UserError
 from align_cli.settings import EditSettings
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from align_cli.adapters import AdapterInfo
     from align_cli.cli.drawing import Plan
     from align_cli.data.edits import EditRequest
-    from align_cli.models.base import BaseModel
-    from align_cli.pictures import Note
 
 FOLDER = "edits"
-SHEET_ROWS = 50
-"""Edits on a contact sheet at most."""
 
 
 def edit(
     image: Annotated[
-        Path | None, typer.Option("--image", help="Picture to edit. Default: one drawn from --src-prompt.")
+        Path | None,
+        typer.Option("--image", metavar="FILE", help="Picture to edit. Default: drawn from --src-prompt."),
     ] = None,
-    src_prompt: Annotated[str | None, typer.Option("--src-prompt", help="What it shows.")] = None,
-    tgt_prompt: Annotated[str | None, typer.Option("--tgt-prompt", help="What it is to show.")] = None,
+    src_prompt: Annotated[
+        str | None, typer.Option("--src-prompt", metavar="TEXT", help="What the picture shows.")
+    ] = None,
+    tgt_prompt: Annotated[
+        str | None, typer.Option("--tgt-prompt", metavar="TEXT", help="What it is to show.")
+    ] = None,
     edits: Annotated[
         Path | None,
-        typer.Option("--list", help="Many edits: JSON list of {prompt, img_path, tgt_prompt}."),
+        typer.Option(
+            "--list", metavar="FILE", help="Many edits: JSON list of {prompt, img_path, tgt_prompt}."
+        ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Alias, hub id or folder. Default: the adapter's, else tiny-sd15."),
+    model: options.Model = None,
+    adapter: options.Adapters = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Edit with the base model, too, and put it beside.")
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", help="Steps of the whole path from noise."),
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", help="Adapter folder, or FOLDER@SCALE; repeatable, stacks."),
-    ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Edit with the base model too.")] = False,
-    steps: Annotated[int | None, typer.Option("--steps", help="Timesteps of the whole path.")] = None,
     n_start: Annotated[
-        int | None, typer.Option("--n-start", help="Last steps that are run; fewer stay closer.")
+        int | None,
+        typer.Option("--n-start", metavar="N", help="How many of the last are run; fewer change less."),
     ] = None,
     n_min: Annotated[
-        int | None, typer.Option("--n-min", help="Of those, last ones that only follow the target.")
+        int | None,
+        typer.Option("--n-min", metavar="N", help="Of those, how many of the last follow the target alone."),
     ] = None,
-    n_avg: Annotated[int | None, typer.Option("--n-avg", help="Noises averaged per step.")] = None,
+    n_avg: Annotated[
+        int | None, typer.Option("--n-avg", metavar="N", help="Noises averaged in every step.")
+    ] = None,
     src_guidance: Annotated[
-        float | None, typer.Option("--src-guidance", help="Guidance scale of the source prompt.")
+        float | None, typer.Option("--src-guidance", metavar="X", help="Guidance scale of the source prompt.")
     ] = None,
     tgt_guidance: Annotated[
-        float | None, typer.Option("--tgt-guidance", help="Guidance scale of the target prompt.")
+        float | None, typer.Option("--tgt-guidance", metavar="X", help="Guidance scale of the target prompt.")
     ] = None,
     convention: Annotated[
-        str | None, typer.Option("--convention", help="softrepa: v + s (v - u); flowedit: u + s (v - u).")
+        str | None,
+        typer.Option(
+            "--convention",
+            metavar="NAME",
+            help="Of the target's guidance s: softrepa, v + s (v - u), or flowedit, u + s (v - u).",
+        ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option("--image-size", help="Pixels per side; 0: the model's; -1: the picture's.")
+        int | None,
+        typer.Option(
+            "--image-size", metavar="PIXELS", help="Pixels per side; 0: the model's; -1: the picture's."
+        ),
     ] = None,
     keep_aspect: Annotated[
-        bool | None, typer.Option("--keep-aspect/--square", help="Keep the aspect ratio, or squeeze.")
+        bool | None,
+        typer.Option("--keep-aspect/--square", help="Keep the picture's aspect ratio, or squeeze it."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Rows of one denoiser call; an edit has 4.")
+        int | None,
+        typer.Option("--batch-size", metavar="N", help="Rows of one denoiser call; an edit has up to 4."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of every edit.")] = 42,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="SEED", min=0, max=2**63 - 1, help="Seed of every edit.")
+    ] = 42,
+    device: options.Device = None,
     encoder_device: options.EncoderDevice = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
+    dtype: options.Dtype = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the pictures. Default: edits.")
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder for the pictures. Default: edits."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished edits, make the others.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the finished edits in the folder, make the others.")
+    ] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
-    """Edit pictures with FlowEdit: the edited picture, and before and after side by side.
+    """Change a picture from what one prompt says to what another says (FlowEdit).
 
-    Without --image the source is drawn from --src-prompt by the model itself. Settings come from the adapter,
-    else from the preset of the model; flags go above them. Official values on SD3: 50 steps, source guidance
-    3.5; with SoftREPA's tokens --n-start 30 --tgt-guidance 9, without them --n-start 33 --tgt-guidance 13.5.
+    Writes the edited picture, and before and after side by side. Settings come from the adapter, else from
+    the preset of the model; flags go above them. Official values on SD3 without SoftREPA's tokens:
+    --n-start 33 --tgt-guidance 13.5.
     """
-    from align_cli.cli.drawing import choose_folder, make_folder, make_plan
+    from align_cli.cli.drawing import choose_folder, make_folder, make_plan, note_long_prompts
+    from align_cli.cli.edit_work import Job, Work, describe
 
     requests = _requests(image, src_prompt, tgt_prompt, edits)
     if compare and not adapter:
@@ -109,23 +128,25 @@ def edit(
     settings, origin = edit_settings(plan, flags)
     if settings.keep_aspect and all(r.image is None for r in requests):
         warnings.warn("--keep-aspect has no effect: the source is drawn, and square", stacklevel=2)
-    variants = ["base", "aligned"] if compare else ["edited"]
-    jobs = [Job(k, r, seed, tuple(variants)) for k, r in enumerate(requests)]
+    variants = ("base", "aligned") if compare else ("edited",)
+    jobs = [Job(k, r, seed, variants) for k, r in enumerate(requests)]
     names = [name for job in jobs for name in job.files] + [SHEET] * (len(jobs) > 1)
-    folder = (out or Path(FOLDER)) if resume else choose_folder(out, FOLDER, names, overwrite)
+    folder = _resumed_folder(out) if resume else choose_folder(out, FOLDER, names, overwrite)
     loaded, plan = plan.load()
     work = Work(loaded, plan, settings, folder, jobs)
     work.check()
     make_folder(folder)
     if resume:
         work.look_for_finished()
-    typer.echo(f"{plan.model.name}: {_describe(settings)}, as {origin}", err=True)
-    for text in dict.fromkeys(t for r in requests for t in (r.src, r.tgt)):
-        count = loaded.token_count(text)
-        if count > loaded.token_limit:
-            note = f"{count} tokens, {plan.model.name} reads {loaded.token_limit}: its end is not seen"
-            typer.echo(f"note: the prompt {shorten(text)!r} has {note}", err=True)
-    work.run()
+    typer.echo(f"{plan.model.name}: {describe(settings)}, as {origin}", err=True)
+    note_long_prompts(loaded, (t for r in requests for t in (r.src, r.tgt)))
+    try:
+        work.run()
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: {work.kept()}", err=True)
+        raise typer.Exit(130) from None
+    except UserError as error:
+        raise UserError(f"{error}; {work.kept()}") from error
     typer.echo(f"{len(jobs)} edit{'s' * (len(jobs) > 1)} in {folder}")
     if len(jobs) == 1:
         typer.echo(f"before and after: {folder / jobs[0].before_after}")
@@ -133,46 +154,9 @@ def edit(
         typer.echo(f"contact sheet: {folder / SHEET}")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One edit to make. number: of its request, from 0. variants: edited, or base and aligned."""
-
-    number: int
-    request: EditRequest
-    seed: int
-    variants: tuple[str, ...]
-
-    @property
-    def stem(self) -> str:
-        """Number, name of the picture, words of the target prompt, seed."""
-        name = self.request.image.stem if self.request.image is not None else ""
-        parts = [f"{self.number + 1:03d}", _slug(name, 24), _slug(self.request.tgt, 40), f"seed{self.seed}"]
-        return "-".join(part for part in parts if part)
-
-    def result(self, variant: str) -> str:
-        """File name of the edited picture."""
-        return f"{self.stem}-{variant}.png"
-
-    @property
-    def source(self) -> str:
-        """File name of a drawn source."""
-        return f"{self.stem}-source.png"
-
-    @property
-    def before_after(self) -> str:
-        """File name of source and results side by side."""
-        return f"{self.stem}-before-after.png"
-
-    @property
-    def files(self) -> list[str]:
-        """Everything that is written for it."""
-        drawn = [self.source] * (self.request.image is None)
-        return [*drawn, *map(self.result, self.variants), self.before_after]
-
-
 def edit_settings(plan: Plan, flags: Mapping[str, Any]) -> tuple[EditSettings, str]:
-    """Settings in layers, and in words where they come from: those recorded with the first adapter, or the
-    preset of the model, or the class defaults; above them the flags (None: not given).
+    """Settings in layers, and in words where they come from: those that were chosen for the first adapter,
+    else those of the model's preset, else the class defaults; above them the flags (None: not given).
 
     Raises:
         UserError: an impossible value.
@@ -181,246 +165,48 @@ def edit_settings(plan: Plan, flags: Mapping[str, Any]) -> tuple[EditSettings, s
 
     info = plan.infos[0] if plan.infos else None
     preset = preset_of(plan.model.name)
-    if info is not None and "edit" in info.config:
+    if info is not None and _chose_editing(info):
         where = f"adapter {plan.adapters[0]}: config"
         saved = config.Resolved.from_dict({**info.config, "method": info.method}, info.origin, where=where)
-        settings, origin = saved.edit, f"recorded in {plan.adapters[0]}"
+        settings, origin = saved.edit, f"adapter {plan.adapters[0]}"
     elif preset is not None:
         settings = config.resolve(preset.partition("/")[0], preset=preset).edit
         origin = f"preset {preset}"
     else:
         settings, origin = EditSettings(), DEFAULTS
     given = {key: value for key, value in flags.items() if value is not None}
+    try:
+        changed = replace(settings, **given)
+    except UserError as error:
+        words = str(error).replace(",", " ").split()
+        other = next((key for key in vars(settings) if f"edit.{key}" in words and key not in given), None)
+        if other is None:
+            raise
+        flag = config.flag_name(f"edit.{other}")
+        raise UserError(f"{error}; edit.{other} is that of {origin}: give {flag}, too") from error
     if given:
         origin += ", with " + ", ".join(config.flag_name(f"edit.{key}") for key in given)
-    return replace(settings, **given), origin
+    return changed, origin
 
 
-@dataclass
-class Work:
-    """All edits of one command: which are finished, the pictures on disk, and the model that makes them."""
+def _chose_editing(info: AdapterInfo) -> bool:
+    """Whether a preset, a file or a flag of the training run says how pictures are edited. Where nobody did,
+    as in imported tokens, the adapter holds class defaults, which were made for SD3.
+    """
+    if "edit" not in info.config:
+        return False
+    return any(key.startswith("edit.") and layer != "default" for key, layer in info.origin.items())
 
-    model: BaseModel
-    plan: Plan
-    settings: EditSettings
-    folder: Path
-    jobs: list[Job]
 
-    def __post_init__(self) -> None:
-        self.finished: set[Path] = set()
-        self.sizes: dict[Job, tuple[int, int]] = {}  # filled by `check`
-
-    @property
-    def side(self) -> int:
-        """Pixels of the square that pictures are resized to, -1 if they are not."""
-        return self.settings.image_size or self.model.image_size
-
-    def size(self, job: Job) -> tuple[int, int]:
-        """Pixels (width, height) that an edit is made at."""
-        from align_cli.data.edits import fitted_size
-        from align_cli.editing import size_factor
-
-        if job.request.image is None:
-            side = self.side if self.side > 0 else self.model.image_size
-            return side, side
-        factor = size_factor(self.model)
-        return fitted_size(*job.request.size, self.side, keep_aspect=self.settings.keep_aspect, factor=factor)
-
-    def check(self) -> None:
-        """UserError for steps or sizes that the model cannot work with."""
-        from align_cli.editing import check_size, check_steps
-
-        check_steps(self.model, self.settings)
-        self.sizes = {job: self.size(job) for job in self.jobs}
-        for job, size in self.sizes.items():
-            try:
-                check_size(self.model, *size)
-            except UserError as error:
-                raise UserError(
-                    f"{job.request.where}: {error}" if job.request.where else str(error)
-                ) from None
-
-    # ------------------------------------------------------------ what is there already
-
-    def facts(self, job: Job, variant: str) -> dict[str, object]:
-        """PNG text of a result, or of a drawn source (variant "source")."""
-        drawing = ", ".join(f"{k} {v}" for k, v in vars(self._drawing()).items() if k != "batch_size")
-        common = {"seed": job.seed, "model": self.plan.model.name, "software": "t2ialign"}
-        if variant == "source":
-            return {"prompt": job.request.src, "sampling": drawing, "adapter": "none", **common}
-        specs = zip(self.plan.adapters, self.plan.infos, strict=True)
-        used = ", ".join(f"{spec} sha256:{info.sha256}" for spec, info in specs)
-        drawn = job.request.image is None
-        return {
-            "prompt": job.request.tgt,
-            "source prompt": job.request.src,
-            "source": f"drawn: {drawing}" if drawn else f"{job.request.image} sha256:{job.request.digest}",
-            "size": "{} x {}".format(*self.sizes[job]),
-            "editing": ", ".join(f"{k} {v}" for k, v in vars(self.settings).items() if k != "batch_size"),
-            "adapter": used if used and variant != "base" else "none",
-            **common,
-        }
-
-    def look_for_finished(self) -> None:
-        """Take note of the pictures that are there. UserError if one was made from something else."""
-        for job in self.jobs:
-            for variant in ("source", *job.variants):
-                path = self.folder / (job.source if variant == "source" else job.result(variant))
-                if path.exists() and (variant != "source" or job.request.image is None):
-                    self._compare(path, self.facts(job, variant))
-                    self.finished.add(path)
-
-    @staticmethod
-    def _compare(path: Path, facts: Mapping[str, object]) -> None:
-        from align_cli.pictures import read_metadata
-
-        try:
-            found = read_metadata(path)
-        except (OSError, SyntaxError, ValueError):
-            raise UserError(f"cannot resume: {path} is no picture; remove it") from None
-        for key, value in facts.items():
-            if found.get(key) != str(value):
-                raise UserError(
-                    f"cannot resume: {path} was made with another {key} ({found.get(key, 'none')!r}, now "
-                    f"{str(value)!r}); choose another folder with --out, or replace it with --overwrite"
-                )
-
-    # ------------------------------------------------------------ making
-
-    def run(self) -> None:
-        """Draw sources, edit, and put before and after side by side; each file appears complete."""
-        self._draw_sources()
-        for variant in self.jobs[0].variants:
-            self._edit(variant)
-        for job in self.jobs:
-            if not (self.folder / job.before_after).exists():  # an earlier run was stopped just there
-                self._sheet([self._row(job)], self.folder / job.before_after)
-        if len(self.jobs) > 1:
-            self._sheet([self._row(job) for job in self.jobs[:SHEET_ROWS]], self.folder / SHEET)
-            if len(self.jobs) > SHEET_ROWS:
-                typer.echo(f"note: the contact sheet shows the first {SHEET_ROWS} edits", err=True)
-
-    def _drawing(self) -> Any:
-        side = self.side if self.side > 0 else 0
-        return replace(self.plan.sample, image_size=side)
-
-    def _draw_sources(self) -> None:
-        """The base model draws what no file gives."""
-        from align_cli.cli.progress import DrawingProgress
-        from align_cli.pictures import save_png, to_uint8
-        from align_cli.sampling import sample
-
-        todo = [
-            j for j in self.jobs if j.request.image is None and self.folder / j.source not in self.finished
-        ]
-        for job in todo:
-            s = self.plan.sample
-            typer.echo(
-                f"no --image: {self.plan.model.name} draws the source from --src-prompt ({s.sampler}, "
-                f"{s.steps} steps, guidance {s.guidance:g}, seed {job.seed}), kept as {job.source}",
-                err=True,
-            )
-            with DrawingProgress() as progress:
-
-                def report(done: int, total: int, progress: DrawingProgress = progress) -> None:
-                    progress("source", done, total)
-
-                drawn = sample(self.model, [job.request.src], self._drawing(), [job.seed], report)
-            save_png(to_uint8(drawn)[0], self.folder / job.source, self.facts(job, "source"))
-
-    def _edit(self, variant: str) -> None:
-        from align_cli import editing
-        from align_cli.adapters import attach
-        from align_cli.cli.progress import DrawingProgress
-        from align_cli.pictures import save_png
-
-        todo = [job for job in self.jobs if self.folder / job.result(variant) not in self.finished]
-        if len(todo) < len(self.jobs):
-            typer.echo(f"{variant}: {len(self.jobs) - len(todo)} of {len(self.jobs)} are finished", err=True)
-        if not todo:
-            return
-        steps, done = max(1, self.settings.n_start), 0
-        with (
-            nullcontext() if variant == "base" else attach(self.model, self.plan.adapters),
-            DrawingProgress() as progress,
-        ):
-            for group in self._groups(todo):
-
-                def report(step: int, _total: int, before: int = done) -> None:
-                    progress(f"{variant} pictures", before * steps + step, len(todo) * steps)
-
-                edited = editing.edit(
-                    self.model,
-                    self._sources(group),
-                    [job.request.src for job in group],
-                    [job.request.tgt for job in group],
-                    self.settings,
-                    [job.seed for job in group],
-                    report,
-                )
-                for job, picture in zip(group, edited, strict=True):
-                    save_png(picture, self.folder / job.result(variant), self.facts(job, variant))
-                    if variant == job.variants[-1]:
-                        self._sheet([self._row(job)], self.folder / job.before_after)
-                done += len(group)
-
-    def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Neighbours of one size that are edited in the same calls."""
-        from align_cli.editing import edits_at_once
-
-        group: list[Job] = []
-        for job in jobs:
-            if group and (
-                self.sizes[job] != self.sizes[group[0]] or len(group) == edits_at_once(self.settings)
-            ):
-                yield group
-                group = []
-            group.append(job)
-        if group:
-            yield group
-
-    def _sources(self, jobs: Sequence[Job]) -> np.ndarray:
-        """(N, H, W, 3) uint8 at the size of the edit."""
-        import numpy as np
-
-        from align_cli.data.edits import open_picture, resized
-
-        pictures = []
-        for job in jobs:
-            path = job.request.image or self.folder / job.source
-            pictures.append(np.asarray(resized(open_picture(path, job.request.where), self.sizes[job])))
-        return np.stack(pictures)
-
-    # ------------------------------------------------------------ side by side
-
-    def _row(self, job: Job) -> tuple[list[np.ndarray], list[Note], Job]:
-        """Source and results of one edit, and what the oracle says about them (shapes world only)."""
-        import numpy as np
-
-        from align_cli.data.edits import open_picture
-        from align_cli.evaluation.benchmarks import check_pictures
-
-        results = [np.asarray(open_picture(self.folder / job.result(v))) for v in job.variants]
-        row = [*self._sources([job]), *results]
-        asked = [job.request.src] + [job.request.tgt] * len(results)
-        square = all(picture.shape == (self.model.image_size,) * 2 + (3,) for picture in row)
-        return row, check_pictures(self.model, row, asked) if square else [], job
-
-    def _sheet(self, rows: Sequence[tuple[list[np.ndarray], list[Note], Job]], path: Path) -> None:
-        from align_cli.pictures import Note, contact_sheet
-
-        variants = self.jobs[0].variants
-        noted = any(notes for _, notes, _ in rows)
-        contact_sheet(
-            [row for row, _, _ in rows],
-            [f"{job.request.src} -> {job.request.tgt}" for _, _, job in rows],
-            path,
-            headers=["before", *(variants if len(variants) > 1 else ["after"])],
-            notes=[notes or [Note("")] * len(row) for row, notes, _ in rows] if noted else (),
-            title=f"{self.plan.model.name}: {_describe(self.settings)}, seed {rows[0][2].seed}"
-            + (f"; adapter {', '.join(self.plan.adapters)}" if self.plan.adapters else ""),
-            metadata={"software": "t2ialign", "model": self.plan.model.name},
-        )
+def _resumed_folder(out: Path | None) -> Path:
+    """The folder of --resume. UserError if it is none."""
+    folder = out or Path(FOLDER)
+    if folder.is_dir():
+        return folder
+    what = "is not a folder" if folder.exists() else "does not exist"
+    raise UserError(
+        f"nothing to resume: {folder} {what}; leave --resume away to begin, or name the folder with --out"
+    )
 
 
 def _requests(image: Path | None, src: str | None, tgt: str | None, edits: Path | None) -> list[EditRequest]:
@@ -437,17 +223,3 @@ def _requests(image: Path | None, src: str | None, tgt: str | None, edits: Path 
                 f"or many edits with --list FILE.json"
             )
     return [request(str(src), str(tgt), image)]
-
-
-def _describe(s: EditSettings) -> str:
-    more = f", {s.n_min} of them under the target alone" * bool(s.n_min) + f", {s.n_avg} noises" * (
-        s.n_avg > 1
-    )
-    return (
-        f"FlowEdit, the last {s.n_start} of {s.steps} steps{more}, guidance {s.src_guidance:g} -> "
-        f"{s.tgt_guidance:g} ({s.convention})"
-    )
-
-
-def _slug(text: str, length: int) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].rstrip("-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,6 +37,20 @@ EncoderDevice = Annotated[
     ),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="float32, float16 or bfloat16.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset", metavar="NAME", help="See 't2ialign presets list'. Default: the one of the model."
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting, section.key=value; repeatable."),
+]
+Data = Annotated[str | None, typer.Option("--data", metavar="NAME", help="Dataset: shapes or coco.")]
+DataPath = Annotated[
+    Path | None, typer.Option("--data-path", metavar="FOLDER", help="Folder of the dataset.")
+]
 Overwrite = Annotated[
     bool,
     typer.Option(

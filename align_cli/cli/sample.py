@@ -62,7 +62,7 @@ def sample(
     The same prompt, seed and settings give the same picture. Sampling settings come from the adapter,
     else from the preset of the model; flags go above them.
     """
-    from align_cli.cli.drawing import choose_folder, make_folder, make_plan
+    from align_cli.cli.drawing import choose_folder, make_folder, make_plan, note_long_prompts
 
     texts = _texts(prompt or [], prompts)
     if compare and not adapter:
@@ -79,11 +79,7 @@ def sample(
     loaded, plan = plan.load()
     make_folder(folder)
     typer.echo(plan.describe(), err=True)
-    for text in texts:
-        count = loaded.token_count(text)
-        if count > loaded.token_limit:
-            note = f"{count} tokens, {plan.model.name} reads {loaded.token_limit}: its end is not seen"
-            typer.echo(f"note: the prompt {shorten(text)!r} has {note}", err=True)
+    note_long_prompts(loaded, texts)
     pictures = _draw(loaded, plan, jobs)
     _write(loaded, plan, jobs, pictures, folder)
     typer.echo(f"{len(jobs)} picture{'s' * (len(jobs) > 1)} in {folder}")
@@ -105,11 +101,6 @@ class Job:
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:48].rstrip("-")
         parts = [f"{self.number + 1:03d}", words, f"seed{self.seed}", self.variant]
         return "-".join(part for part in parts if part) + ".png"
-
-
-def shorten(text: str, length: int = 60) -> str:
-    """The beginning of a long text."""
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _texts(given: list[str], path: Path | None) -> list[str]:

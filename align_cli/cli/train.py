@@ -38,12 +38,7 @@ def train(
             "--model", metavar="NAME", help="Alias, hub id or folder. Default: tiny-sd15, which is built in."
         ),
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            "--preset", metavar="NAME", help="See 't2ialign presets list'. Default: the one of the model."
-        ),
-    ] = None,
+    preset: options.Preset = None,
     config_file: Annotated[
         Path | None,
         typer.Option("--config", metavar="FILE", help="TOML file with settings; goes above the preset."),
@@ -61,12 +56,8 @@ def train(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="SEED", help="The only source of randomness.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="NAME", help="Dataset: shapes or coco.")
-    ] = None,
-    data_path: Annotated[
-        Path | None, typer.Option("--data-path", metavar="FOLDER", help="Folder of the dataset.")
-    ] = None,
+    data: options.Data = None,
+    data_path: options.DataPath = None,
     cache: Annotated[
         Path | None,
         typer.Option("--cache", metavar="FOLDER", help="Encodings of the dataset, by 't2ialign encode'."),

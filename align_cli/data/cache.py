@@ -149,11 +149,19 @@ _KNOWN = {
 def known_shapes(model: str, image_size: int, dtype: str, t5_length: int) -> Shapes | None:
     """The shapes of a published model without its weights; None for another.
 
+    Raises:
+        UserError: a size (pixels) that the model has no latents for.
     Source: the models' published configurations (VAE factor 8, 77 CLIP tokens, T5-XXL 4096 wide).
     """
     if model not in _KNOWN:
         return None
     channels, width, pooled = _KNOWN[model]
+    factor = 8 if channels == 4 else 16  # an MMDiT reads patches of 2 x 2 latents
+    if image_size % factor:
+        raise UserError(
+            f"--image-size must be a multiple of {factor} pixels for {model}, got {image_size}; try "
+            f"{max(1, round(image_size / factor)) * factor}"
+        )
     latent = (channels, image_size // 8, image_size // 8)
     if channels == 4:
         return Shapes(
@@ -274,6 +282,18 @@ class Cache:
             captions=a["captions_stored"],
             shard_items=a["shard_items"],
         )
+
+    def place(self, kind: str, number: int) -> tuple[Shard, int]:
+        """The shard that holds row `number` of a kind, and which of its rows that is."""
+        which, row = divmod(number, self.about["shard_items"])
+        return self._by_kind[kind][which], row
+
+    @cached_property
+    def _by_kind(self) -> dict[str, list[Shard]]:
+        kinds: dict[str, list[Shard]] = {}
+        for shard in self.plan:
+            kinds.setdefault(shard.kind, []).append(shard)
+        return kinds
 
     @property
     def complete(self) -> bool:

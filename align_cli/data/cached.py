@@ -58,9 +58,6 @@ class CachedDataset:
             wanted = replace(settings, cache="", num_examples=about["num_examples"])
             self.source = registry.load(registry.DATASETS, settings.name)(wanted, seed=seed, split=split)
         self._reader = ShardReader()
-        self._places = {
-            kind: [s for s in self.cache.plan if s.kind == kind] for kind in ("images", "captions")
-        }
 
     def __len__(self) -> int:
         return self.size
@@ -111,8 +108,8 @@ class CachedDataset:
         return Posterior(row["mean"], row["std"], about["scale"], about["shift"])
 
     def _row(self, kind: str, index: int) -> dict[str, Tensor]:
-        number, row = divmod(index, self.cache.about["shard_items"])
-        path = self.cache.folder / self._places[kind][number].name
+        shard, row = self.cache.place(kind, index)
+        path = self.cache.folder / shard.name
         try:
             return self._reader.row(path, row)
         except READ_ERRORS as error:

@@ -114,10 +114,12 @@ def open_picture(path: Path, where: str = "") -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{at}image {path} does not exist") from None
     except IsADirectoryError:
-        raise UserError(f"{at}image {path} is a folder; name a picture file") from None
+        raise UserError(f"{at}image {path} is a folder; name a picture file, or many with --list") from None
     except UnidentifiedImageError:
         raise UserError(f"{at}{path} is no image that can be read (PNG, JPEG, WebP, ...)") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not Pillow's
+            raise UserError(f"{at}image {path} cannot be read: {error.strerror}") from None
         raise UserError(f"{at}image {path} is broken: {error}; fetch it again") from None
 
 

@@ -6,7 +6,9 @@ once it is in the manifest; whatever else lies there is written again.
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -50,36 +52,58 @@ def size_text(count: int) -> str:
     return f"{count} bytes"
 
 
-def check_room(folder: Path, needed: int) -> None:
+LESS = (
+    "make room, name another disk with --out, or write less: --posterior sample, --layout captions, "
+    "--dtype float16, --limit N"
+)
+
+
+def check_room(folder: Path, needed: int, advice: str = LESS) -> None:
     """UserError if the disk has no room for `needed` more bytes."""
     free = free_bytes(folder)
     if needed > free:
         raise UserError(
             f"{size_text(needed)} are to be written to {folder}, but its disk has {size_text(free)} free; "
-            "make room, name another disk with --out, or write less: --posterior sample, --layout captions, "
-            "--dtype float16, --limit N"
+            f"{advice}"
         )
 
 
-def check_folder(out: Path, *, resume: bool) -> None:
+def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse an output folder before anything is loaded; what only several processes can know comes later.
 
     Raises:
-        UserError: a file in its place, or nothing to resume.
+        UserError: a file in its place, nothing to resume, or a folder of other things that is not to be
+            written into: a file of the same name would be lost.
     """
     blocked = next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None)
     if blocked is not None:
         raise UserError(f"{blocked} is a file, not a folder; choose another folder with --out")
     if resume:
         Cache.read(out)
+    if overwrite or not out.is_dir() or (out / MANIFEST).exists():
+        return
+    with file_errors(f"cannot look into {out}", "choose another folder with --out"):
+        names = sorted(path.name for path in out.iterdir())
+    ours = (LOCK, INDEX, part_path(Path(INDEX)).name, part_path(Path(MANIFEST)).name)
+    other = next((name for name in names if name not in ours and not _OURS.fullmatch(name)), None)
+    if other is not None:
+        raise UserError(
+            f"{out} is not empty and holds no encodings (but {other}); choose another folder with --out, or "
+            "give --overwrite, which leaves files of other names alone"
+        )
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on."""
+    return f"t2ialign encode --resume --out {shlex.quote(str(folder))}"
 
 
 class Filling:
     """Context manager: this process at work on the folder of a cache, alone or among others.
 
     Raises on entry:
-        UserError: the folder holds another cache, or an unfinished one and neither resume nor overwrite is
-            given nor another process at work on it; the disk has no room; it cannot be written to.
+        UserError: the folder holds another cache, or an unfinished one and neither resume nor
+            overwrite is given nor another process at work on it; there is no room, or no permission to write.
     """
 
     def __init__(
@@ -101,7 +125,7 @@ class Filling:
     def __enter__(self) -> Filling:
         with file_errors(f"cannot write to {self.folder}", "choose another folder with --out"):
             if not self.folder.exists():  # before it is made, so that a refusal leaves nothing
-                check_room(self.folder, self.missing_bytes())
+                self._check_new()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.claims = Claims(self.folder / LOCK).__enter__()
             try:
@@ -132,7 +156,7 @@ class Filling:
                 if _OURS.fullmatch(old.name):
                     old.unlink()
         if not path.exists():
-            check_room(self.folder, self.missing_bytes())
+            self._check_new()
             self._write_texts()
             return
         found = Cache.read(self.folder)
@@ -166,8 +190,12 @@ class Filling:
                 f"{len(self.cache.plan)} shards)"
             )
             raise UserError(f"{state or unfinished}; go on with --resume, or replace them with --overwrite")
-        check_room(self.folder, self.missing_bytes())
+        check_room(self.folder, self.missing_bytes(), self._advice())
         self._write_texts()
+
+    def _check_new(self) -> None:
+        texts = self.index.to_text(), self.cache.to_text()
+        check_room(self.folder, self.missing_bytes() + sum(len(text.encode()) for text in texts))
 
     def _write_texts(self) -> None:
         """items.json and the manifest."""
@@ -230,7 +258,7 @@ class Filling:
     def _advice(self) -> str:
         return (
             f"{len(self.cache.shards)} of {len(self.cache.plan)} shards are finished and kept; make room, "
-            f"then go on with: t2ialign encode --resume --out {self.folder}"
+            f"then go on with: {resume_command(self.folder)}"
         )
 
 
@@ -285,33 +313,38 @@ def compare(cache: Cache, encoder: Encoder, count: int, skip: Sequence[str] = ()
 
     skip: shards that are known to be damaged.
     """
-    about, reader = cache.about, ShardReader()
-    items = sorted({round(x) for x in np.linspace(0, about["num_examples"] - 1, count)})
+    reader = ShardReader()
+    items = sorted({round(x) for x in np.linspace(0, cache.about["num_examples"] - 1, count)})
     wanted = [("images", items)]
-    if about["layout"] != "captions":
+    if cache.about["layout"] != "captions":
         wanted.append(("captions", sorted({cache.index.items[i][0] for i in items})))
     rows = identical = 0
     worst, where = 0.0, ""
     for kind, numbers in wanted:
-        names = {n: f"{kind}-{n // about['shard_items']:05d}.safetensors" for n in numbers}
-        numbers = [n for n in numbers if names[n] in cache.shards and names[n] not in skip]
+        places = {n: cache.place(kind, n) for n in numbers}
+        numbers = [n for n in numbers if places[n][0].name in cache.shards and places[n][0].name not in skip]
         again = encoder.rows(kind, numbers)
-        for row, number in enumerate(numbers):
-            path = cache.folder / names[number]
+        for i, number in enumerate(numbers):
+            shard, row = places[number]
+            path = cache.folder / shard.name
             try:
-                stored = reader.row(path, number % about["shard_items"])
+                stored = reader.row(path, row)
             except READ_ERRORS as error:
                 raise UserError(f"shard {path} cannot be read ({error})") from error
-            gaps = [_gap(x, again[name][row]) for name, x in stored.items()]
-            rows, identical = rows + 1, identical + (max(gaps) == 0)
-            if max(gaps) > worst:
-                worst, where = max(gaps), str(path)
+            gap = max(_gap(x, again[name][i]) for name, x in stored.items())
+            rows, identical = rows + 1, identical + (gap == 0)
+            if gap > worst:
+                worst, where = gap, str(path)
     return Comparison(rows, identical, worst, where)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """Largest difference in units of the largest number; exactly 0 for equal bits."""
+    """Largest difference in units of the largest number; exactly 0 for equal bits, infinite if `a` has
+    numbers that are not finite.
+    """
     if torch.equal(a, b):
         return 0.0
+    if not torch.isfinite(a).all():
+        return math.inf
     scale = max(float(a.abs().max()), 1e-30)
     return max(float((a.float() - b.float()).abs().max()) / scale, 1e-30)
