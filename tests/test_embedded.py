@@ -1,0 +1,65 @@
+"""The models that ship in the package: ordinary folders, cards that are true, pictures that follow captions."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from transformers import CLIPModel
+
+from align_cli import config, registry
+from align_cli.evaluation.paired import measure
+from align_cli.models.loading import load_model
+from align_cli.settings import ModelSettings
+from align_cli.shapes.dataset import eval_prompts
+
+PIPELINES = [name for name, source in registry.MODELS.items() if source.startswith("embedded:")]
+MOST_BYTES = 40 * 2**20
+"""All embedded weights together."""
+
+
+def card(name: str) -> dict:
+    return json.loads((registry.WEIGHTS / name / "card.json").read_text())
+
+
+def test_every_folder_is_a_model_and_all_are_small():
+    assert sorted(path.name for path in registry.WEIGHTS.iterdir()) == sorted([*PIPELINES, "tiny-clip"])
+    assert sum(path.stat().st_size for path in registry.WEIGHTS.rglob("*.safetensors")) < MOST_BYTES
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_card_of_a_pipeline(name):
+    pipe, facts = DiffusionPipeline.from_pretrained(registry.WEIGHTS / name), card(name)
+    assert facts["class"] == f"diffusers.{type(pipe).__name__}"
+    counts = {
+        part: sum(p.numel() for p in module.parameters())
+        for part, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+    }
+    assert counts == facts["parameters"]
+    assert set(facts["measured_fp16"]) == {"train", "test"}
+
+
+def test_card_of_the_reward_model():
+    model, facts = CLIPModel.from_pretrained(registry.WEIGHTS / "tiny-clip"), card("tiny-clip")
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["measured_fp16"]["test_hard_negative"] >= 0.9
+
+
+@pytest.mark.parametrize("name", [*PIPELINES, "tiny-clip"])
+def test_no_path_of_a_machine_in_any_configuration(name):
+    for path in (registry.WEIGHTS / name).rglob("*config.json"):
+        text = path.read_text()
+        assert "_name_or_path" not in text and '"/' not in text, path
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pictures_follow_simple_captions(name):
+    """A few pictures with the packaged settings score about what the card says."""
+    drawing = config.resolve("softrepa", preset=f"softrepa/{name}").sample
+    model = load_model(ModelSettings(name=name, device="cpu"))
+    found = measure(model, eval_prompts(24, 5, split="train", kinds=("single",)), drawing, 5)
+    assert np.mean(found.values["all"]) >= card(name)["measured_fp16"]["train"]["all_single"] - 0.25
