@@ -52,7 +52,7 @@ def a_batch(n: int = 4, **extra) -> Batch:
 
 
 def run(method: SoftREPA, batch: Batch, seed: int = 3, **options):
-    """Values, gradients and number of backward calls of one step."""
+    """Values, gradients and losses of one step."""
     losses: list[torch.Tensor] = []
 
     def backward(loss: torch.Tensor) -> None:

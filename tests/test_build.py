@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from align_cli.shapes.build import components
 from align_cli.shapes.build.painters import PAINTERS, SDXL, _widen
+from align_cli.shapes.build.run import Stage
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +60,41 @@ def test_painters_learn_in_all_their_parts(stage, stages):
     if isinstance(model, SDXL):
         cond = model.encode(ids, empty)
         assert cond.tokens[1].abs().max() == cond.pooled[1].abs().max() == 0 < cond.pooled[0].abs().max()
+
+
+def test_stage_stopped_twice_ends_as_one_that_ran_through(tmp_path):
+    """Weights, moments, and what the state file keeps beside them."""
+
+    def sitting(path, stop: int) -> torch.nn.Linear:
+        """From the state file to the stop, as in a process of its own. Returns the average."""
+        torch.manual_seed(0)
+        model, average = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1).requires_grad_(False)
+        average.load_state_dict(model.state_dict())
+        optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+        stage = Stage(path, model, optimizer, average=average.state_dict())
+
+        def loss_at(step: int) -> torch.Tensor:
+            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+            return (model(x) - 1).square().mean()
+
+        def after_step(step: int) -> None:
+            average.weight.lerp_(model.weight.detach(), 0.3)
+            if step == stop:
+                stage.save()
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            stage.fit(loss_at, steps=9, lr=0.1, warmup=1, every=9, report=str, after_step=after_step)
+        return average
+
+    def train(path, *stops: int):
+        average = [sitting(path, stop) for stop in (*stops, 10)][-1]
+        return torch.load(path, weights_only=True), average.weight
+
+    whole, average = train(tmp_path / "whole.state")
+    parts, same = train(tmp_path / "parts.state", 2, 5)
+    assert torch.equal(average, same)
+    for part in ("model", "average"):
+        for key, value in whole[part].items():
+            assert torch.equal(parts[part][key], value)
+    assert torch.equal(whole["average"]["weight"], average)

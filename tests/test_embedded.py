@@ -1,4 +1,4 @@
-"""The models that ship in the package: ordinary folders, cards that are true, pictures that follow captions."""
+"""The models that ship in the package: ordinary folders, true cards, pictures that follow captions."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ def test_negatives_that_the_dataset_lacks(model):
         run(make(model, hard_negatives=2), a_batch(negatives=[["x"], ["y", "z"], ["x"], ["y"]]))
 
 
-def test_noise_per_chunk(model):
+def test_noise_of_some_rows(model):
     method = make(model, noise_rows=2)
     noise = method._noise(5, (4, 8, 8), torch.Generator().manual_seed(0))
     assert noise.shape == (5, 4, 8, 8)
@@ -310,7 +310,7 @@ def test_noise_per_chunk(model):
     assert torch.equal(shared[0], shared[4])
 
 
-CHUNKED = {"noise_rows": 1, "pair_chunk": 3, "dweight": 2.0, "hard_negatives": 1}
+CHUNKED = {"noise_rows": 3, "pair_chunk": 3, "dweight": 2.0, "hard_negatives": 1}
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,9 @@ class _Run:
         return torch.autocast(self.device.type, kinds[self.settings.precision])
 
     def _backward(self, loss: Tensor, group: str | None = None, **options: Any) -> None:
-        """`StepContext.backward`: gradients of one loss, of one group only if it is named."""
+        """`StepContext.backward`: gradients of one loss, of one group only if it is named. A loss that is not
+        finite ends the run, with fp16 too: its scaler is for gradients that overflow.
+        """
         if loss.ndim:
             raise ValueError(f"ctx.backward wants a loss of shape (), got {tuple(loss.shape)}")
         self.bad_loss |= ~torch.isfinite(loss.detach())

@@ -45,11 +45,9 @@ class SoftREPAConfig:
     logit_scale: float = 4.0
     """Similarity at zero error. Source: train.py ContrastiveLoss."""
     pair_chunk: int = 16
-    """Image-caption pairs per forward and backward pass: sets the memory, not the gradient. 0: all at once.
-    """
+    """Image-caption pairs per pass of the denoiser: sets its memory, not the gradient. 0: all at once."""
     noise_rows: int = 0
-    """Images of a batch that share one noise tensor (train_dist.py: --nrows); 0: all of them.
-    """
+    """Images of the global batch that share one noise tensor (train_dist.py: --nrows); 0: all of them."""
     init: str = "bos"
     """Start of the tokens: bos (copies of the empty prompt's first encoding, as official for SD1.5), normal
     (as official for SDXL and SD3), or bos+noise (copies of equal start never separate: they stay one

@@ -51,12 +51,13 @@ def pair_gradient(
         own = soft.detach().to(fine).expand(*soft.shape[:-3], len(pairs), *soft.shape[-2:])
         own = own.clone().requires_grad_()
         err = errors(own, pairs // width, texts[pairs])
-        with torch.autocast(device.type, enabled=False):
-            (slope,) = torch.autograd.grad(err.sum() * scale, own)
         found[pairs] = err.detach().float()
-        waiting = torch.cat([waiting, slope], dim=-3)
-        rows = slice(done, (start + len(pairs)) // width)
-        if rows.stop > done:
+        with torch.autocast(device.type, enabled=False):  # weights over the scale are too small for float16
+            (slope,) = torch.autograd.grad(err.sum() * scale, own)
+            waiting = torch.cat([waiting, slope], dim=-3)
+            rows = slice(done, (start + len(pairs)) // width)
+            if rows.stop == done:
+                continue
             whole = found[done * width : rows.stop * width].view(-1, width).clone().requires_grad_()
             part = loss_of(whole, rows)
             weight = torch.autograd.grad(part, whole)[0].flatten() / scale
@@ -76,10 +77,11 @@ def with_gradient(loss: Tensor, soft: Tensor, gradient: Tensor) -> Tensor:
 class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, soft: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient.to(soft.dtype))
+        ctx.save_for_backward(gradient)
+        ctx.dtype = soft.dtype
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return outer[0] * gradient, None, None
+        return (outer[0] * gradient).to(ctx.dtype), None, None  # scaled first, so that it fits float16

@@ -128,12 +128,9 @@ def inserted(
         return args, changed
 
     with ExitStack() as hooks:
-        handles = [on_timestep(unet, 1, note)]
-        handles += [
-            b.register_forward_pre_hook(insert, with_kwargs=True) for b in selected_blocks(unet, stages)
-        ]
-        for handle in handles:
-            hooks.callback(handle.remove)
+        hooks.callback(on_timestep(unet, 1, note).remove)
+        for block in selected_blocks(unet, stages):
+            hooks.callback(block.register_forward_pre_hook(insert, with_kwargs=True).remove)
         yield
 
 

@@ -94,9 +94,7 @@ def train(out: Path, steps: int, seed: int, name: str) -> None:
     lr = REFINE_LR if refining else LR
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.99), weight_decay=0.01)
-    state: dict[str, Tensor] = average.state_dict()
-    stage = Stage(out / f"{name}.state", model, optimizer, average=state)
-    average.load_state_dict(state)
+    stage = Stage(out / f"{name}.state", model, optimizer, average=average.state_dict())
     if rank == 0:
         latents = Latents(out, seed)
     if world > 1:

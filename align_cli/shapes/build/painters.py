@@ -143,8 +143,7 @@ class SD3(Painter):
         self.transformer = components.transformer()
         self.text = CLIPTextModelWithProjection.from_pretrained(folder / "tiny-clip")
         tower = CLIPTextModel.from_pretrained(folder / "denoiser-refine" / "text_encoder")
-        names = self.text.text_model.load_state_dict(_bare(tower.state_dict()), strict=True)
-        assert not names.missing_keys
+        self.text.text_model.load_state_dict(_bare(tower.state_dict()))
         self.text_2 = CLIPTextModelWithProjection.from_pretrained(folder / "tiny-clip")
 
     def encode(self, ids: Tensor, empty: Tensor) -> TextCond:

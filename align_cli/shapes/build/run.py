@@ -24,7 +24,7 @@ def cosine(peak: float, step: int, steps: int, warmup: int) -> float:
 class Stage:
     """Model, optimiser, step and seconds of one stage in one atomically replaced file.
 
-    `extra` are further dicts of tensors that the file keeps.
+    `extra` are further dicts of tensors that the file keeps; loading writes into these tensors.
     """
 
     def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **extra: dict) -> None:
@@ -35,7 +35,8 @@ class Stage:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             for name, values in self.extra.items():
-                values.update(saved[name])
+                for key, value in saved[name].items():
+                    values[key].copy_(value)  # in place: the file goes on holding what the caller changes
             self.step, self.seconds = saved["step"], saved["seconds"]
             print(f"resumed {path} at step {self.step}, {self.seconds:.0f} s", flush=True)
 
