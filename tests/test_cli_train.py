@@ -369,15 +369,14 @@ def test_a_broken_image_is_named(tmp_path, options):
 
 
 def test_nan_stops_with_the_last_good_checkpoint(tmp_path, options, monkeypatch):
-    real = SoftREPA._errors
+    real = SoftREPA.contrast
 
-    def broken(self, noisy, *rest):
+    def broken(self, latents, *rest):
         broken.calls += 1
-        errors = real(self, noisy, *rest)
-        return errors * float("nan") if broken.calls == 4 else errors
+        return real(self, latents * float("nan") if broken.calls == 4 else latents, *rest)
 
     broken.calls = 0
-    monkeypatch.setattr(SoftREPA, "_errors", broken)
+    monkeypatch.setattr(SoftREPA, "contrast", broken)
     out = tmp_path / "run"
     result = call(*options, "--out", out, "--no-eval")
     assert result.exit_code == 2 and "the loss is not finite at step 4 of 6" in result.stderr
