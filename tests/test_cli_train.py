@@ -368,6 +368,15 @@ def test_a_broken_image_is_named(tmp_path, options):
     assert text.exit_code == 2 and "000000000005.jpg is no image" in text.stderr
 
 
+def test_a_folder_of_other_things_is_left_alone(tmp_path, options):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert "is not empty and holds no run" in refused(*options, "--out", mine)
+    ok(*options, "--out", mine, "--no-eval", "--overwrite")
+    assert (mine / "thesis.txt").read_text() == "years of work" and (mine / "adapter").is_dir()
+
+
 def test_nan_stops_with_the_last_good_checkpoint(tmp_path, options, monkeypatch):
     real = SoftREPA.contrast
 

@@ -308,8 +308,8 @@ def describe(s: EditSettings) -> str:
         s.n_avg > 1
     )
     return (
-        f"FlowEdit, the last {s.n_start} of {s.steps} steps{more}, guidance {s.src_guidance:g} -> "
-        f"{s.tgt_guidance:g} ({s.convention})"
+        f"FlowEdit, the last {s.n_start} of {s.steps} steps{more}, guidance of the "
+        f"source {s.src_guidance:g}, of the target {s.tgt_guidance:g} (as {s.convention} counts)"
     )
 
 

@@ -98,7 +98,6 @@ def train(
         typer.echo(describe(resolved))
         typer.echo(f"\noutput folder: {folder}")
         return
-    run_folder.check(folder, resume=resume, overwrite=overwrite)
     try:
         _run(resolved, folder, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
@@ -172,6 +171,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
     """Load, train, save, evaluate."""
     say_loading(resolved.model.name)
     dataset = _dataset(resolved)
+    run_folder.check(folder, resume=resume, overwrite=overwrite)
     method_class = registry.load(registry.METHODS, resolved.method)
 
     from rich.console import Console

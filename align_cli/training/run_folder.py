@@ -49,12 +49,13 @@ def check(out: Path, *, resume: bool, overwrite: bool) -> None:
 
     Raises:
         UserError: it holds a run and neither `resume` nor `overwrite` is given, it holds none to resume, it
-            is a file, or it cannot be written to.
+            holds other things and `overwrite` is not given, it is a file, or it cannot be written to.
     """
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite removes it; give one of them")
     try:
         held = [name for name in OURS if (out / name).exists()] if out.is_dir() else []
+        foreign = out.is_dir() and not held and any(out.iterdir())
         blocked = next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None)
     except OSError as error:
         raise UserError(
@@ -66,6 +67,11 @@ def check(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"{out} already holds a run ({held[0]}); go on with --resume, replace it with --overwrite, "
             f"or choose another folder with --out"
+        )
+    if foreign and not (resume or overwrite):
+        raise UserError(
+            f"{out} is not empty and holds no run; choose another folder with --out, or give --overwrite, "
+            f"which leaves other files alone"
         )
     if resume and RUN not in held:
         raise UserError(
