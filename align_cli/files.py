@@ -23,6 +23,11 @@ def file_errors(doing: str, advice: str = "") -> Iterator[None]:
         raise UserError(f"{doing}: {reason}{tail}") from error
 
 
+def blocking(folder: Path) -> Path | None:
+    """The file that stands where `folder`, or one above it, would have to be; None if there is none."""
+    return next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+
+
 def part_path(path: Path) -> Path:
     """The temporary name of a file that is being written."""
     return path.with_name(f".{path.name}.part")

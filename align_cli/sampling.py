@@ -17,7 +17,7 @@ from align_cli.diffusion.samplers import samplers_of
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel
 from align_cli.pictures import Note, contact_sheet, save_png
-from align_cli.settings import SampleSettings
+from align_cli.settings import SampleSettings, require_multiple
 
 __all__ = [
     "Note", "check_settings", "check_side", "contact_sheet", "own_settings", "picture_seeds", "sample",
@@ -104,12 +104,8 @@ def check_settings(model: BaseModel, settings: SampleSettings) -> int:
 
 def check_side(model: BaseModel, side: int, what: str) -> None:
     """UserError, about the setting `what`, if the model makes no pictures of this side (pixels)."""
-    factor, most = model.size_factor, model.max_image_size
-    if side % factor:
-        near = max(1, round(side / factor)) * factor
-        raise UserError(
-            f"{what} must be a multiple of {factor} pixels for {model.model_id}, got {side}; try {near}"
-        )
+    most = model.max_image_size
+    require_multiple(what, side, model.size_factor, model.model_id)
     if most and side > most:
         raise UserError(f"{what} must be at most {most} pixels for {model.model_id}, got {side}")
 

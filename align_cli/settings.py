@@ -25,6 +25,15 @@ def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
     require(value in allowed, f"{key} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def require_multiple(key: str, side: int, factor: int, model: str) -> None:
+    """Raise `UserError` unless `side` (pixels) is a multiple of `factor`, as `model` needs."""
+    near = max(1, round(side / factor)) * factor
+    require(
+        side % factor == 0,
+        f"{key} must be a multiple of {factor} pixels for {model}, got {side}; try {near}",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """Which base model, and how it is held."""
@@ -221,12 +230,7 @@ class SampleSettings:
         Args:
             vae_factor: pixels per latent position along one side.
         """
-        near = max(1, round(self.image_size / vae_factor)) * vae_factor
-        require(
-            self.image_size % vae_factor == 0,
-            f"sample.image_size must be a multiple of {vae_factor} pixels for {model}, got "
-            f"{self.image_size}; try {near}",
-        )
+        require_multiple("sample.image_size", self.image_size, vae_factor, model)
         require(
             self.steps <= num_train_timesteps,
             f"sample.steps must be at most {num_train_timesteps} for {model}, got {self.steps}",

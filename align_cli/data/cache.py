@@ -36,6 +36,7 @@ from torch import Tensor
 from align_cli.data.shards import Field, Written, file_bytes
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel, TextCond
+from align_cli.settings import require_multiple
 
 FORMAT = 1
 MANIFEST, INDEX, LOCK = "manifest.json", "items.json", ".lock"
@@ -157,11 +158,7 @@ def known_shapes(model: str, image_size: int, dtype: str, t5_length: int) -> Sha
         return None
     channels, width, pooled = _KNOWN[model]
     factor = 8 if channels == 4 else 16  # an MMDiT reads patches of 2 x 2 latents
-    if image_size % factor:
-        raise UserError(
-            f"--image-size must be a multiple of {factor} pixels for {model}, got {image_size}; try "
-            f"{max(1, round(image_size / factor)) * factor}"
-        )
+    require_multiple("--image-size", image_size, factor, model)
     latent = (channels, image_size // 8, image_size // 8)
     if channels == 4:
         return Shapes(

@@ -26,7 +26,7 @@ from align_cli.data.claims import Claims
 from align_cli.data.encoding import Encoder, Report
 from align_cli.data.shards import READ_ERRORS, ShardReader, file_sha256, write_shard
 from align_cli.errors import UserError
-from align_cli.files import file_errors, part_path, write_text
+from align_cli.files import blocking, file_errors, part_path, write_text
 
 POLL = 1.0
 """Seconds between looks at what other processes have finished."""
@@ -75,7 +75,7 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
         UserError: a file in its place, nothing to resume, or a folder of other things that is not to be
             written into: a file of the same name would be lost.
     """
-    blocked = next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None)
+    blocked = blocking(out)
     if blocked is not None:
         raise UserError(f"{blocked} is a file, not a folder; choose another folder with --out")
     if resume:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli.errors import UserError
+from align_cli.files import blocking
 
 FORMAT = 1
 CONFIG, RUN, METRICS, CHECKPOINTS = "config.toml", "run.json", "metrics.jsonl", "checkpoints"
@@ -56,7 +57,7 @@ def check(out: Path, *, resume: bool, overwrite: bool) -> None:
     try:
         held = [name for name in OURS if (out / name).exists()] if out.is_dir() else []
         foreign = out.is_dir() and not held and any(out.iterdir())
-        blocked = next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None)
+        blocked = blocking(out)
     except OSError as error:
         raise UserError(
             f"cannot look into {out}: {error.strerror}; choose another folder with --out"

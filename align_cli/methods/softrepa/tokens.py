@@ -111,16 +111,16 @@ def inserted(
     if scale == 0:
         yield
         return
-    current: list[Tensor] = []
+    now: list[Tensor] = []
 
     def note(t: Tensor) -> None:
-        current[:] = [t]
+        now[:] = [soft_at(t)]
 
     def insert(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         text = kwargs["encoder_hidden_states"]
-        soft = soft_at(current[0])
+        soft = now[0]
         changed = {**kwargs, "encoder_hidden_states": insert_after_first(text, soft)}
         bias = kwargs.get("encoder_attention_mask")
         if scale != 1 or bias is not None:
