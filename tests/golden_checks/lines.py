@@ -1,0 +1,59 @@
+"""One compared quantity, and how it is compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FORWARD, DERIVED = 1e-5, 1e-4
+"""Tolerances relative to max |expected|: forward passes and losses; sampling and gradients. Source: the case
+files.
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compared quantity."""
+
+    quantity: str
+    error: float
+    tol: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tol  # False for NaN
+
+
+def compare(quantity: str, got: Tensor, expected: Tensor, relative: float) -> Line:
+    """Largest absolute difference against relative * max |expected|; infinite if the shapes differ."""
+    scale = float(expected.double().abs().max()) if expected.numel() else 0.0
+    if got.shape != expected.shape:
+        if got.numel() != 1 or expected.numel() != 1:
+            return Line(
+                f"{quantity} (shape {list(got.shape)}, expected {list(expected.shape)})", math.inf, 0.0
+            )
+        got = got.reshape(expected.shape)
+    error = float((got.detach().double() - expected.double()).abs().max()) if expected.numel() else 0.0
+    return Line(quantity, error, relative * scale)
+
+
+def same(quantity: str, got: object, expected: object) -> Line:
+    """Exact equality."""
+    text = quantity if got == expected else f"{quantity} (got {got}, expected {expected})"
+    return Line(text, 0.0 if got == expected else math.inf, 0.0)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of case. method: its name in the output. fits: does the content of a case.json, in its folder,
+    belong here? check: the lines of such a case.
+    """
+
+    method: str
+    fits: Callable[[Path, dict[str, Any]], bool]
+    check: Callable[[Path, dict[str, Any]], Iterator[Line]]
