@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr, ndtri, stdtrit
+from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 
 INTERVALS = ("t", "bootstrap")
 MIN_CLUSTERS = 10
@@ -37,8 +37,9 @@ class Paired:
     """Base against aligned on the same pictures.
 
     base, aligned: means over the n pictures where the metric is asked. difference: aligned - base, with its
-    interval low .. high. up, down: prompts that got better and worse. sign_p: two-sided exact sign test over
-    those prompts (for 0/1 metrics with one picture per prompt: McNemar's exact test). interval: its kind.
+    interval low .. high. p: two-sided, of no difference in the mean (paired t test, robust to clusters). up,
+    down: prompts that got better and worse. sign_p: two-sided exact sign test over those prompts (for 0/1
+    metrics with one picture per prompt: McNemar's exact test). interval: its kind.
     """
 
     base: float
@@ -46,6 +47,7 @@ class Paired:
     difference: float
     low: float
     high: float
+    p: float
     n: int
     clusters: int
     up: int
@@ -56,11 +58,22 @@ class Paired:
     @property
     def verdict(self) -> str:
         """gain or loss only where the interval excludes 0."""
+        return self.judged(0.0)
+
+    def judged(self, p_adjusted: float, level: float = 0.95) -> str:
+        """The verdict where many comparisons were made: gain or loss only where the interval excludes 0 and
+        the p that was corrected for them (see `holm`) is at most 1 - level.
+        """
         if self.clusters < MIN_CLUSTERS:
             return TOO_FEW
-        if self.low > 0:
-            return GAIN
-        return LOSS if self.high < 0 else NO_CHANGE
+        if p_adjusted > 1 - level or self.low <= 0 <= self.high:
+            return NO_CHANGE
+        return GAIN if self.low > 0 else LOSS
+
+    @property
+    def win_rate(self) -> float:
+        """Share of the prompts that got better, with those that did not move counted half; NaN without any."""
+        return (self.up + (self.clusters - self.up - self.down) / 2) / self.clusters if self.clusters else math.nan
 
 
 def paired(
@@ -79,7 +92,7 @@ def paired(
         clusters: N names; pictures of one name (prompt) depend on each other. Default: all independent.
         level: coverage of the interval.
         interval: "t": mean +- t(level, G - 1) * se, se robust to clusters (see `_cluster_se`); "bootstrap":
-            percentiles of RESAMPLES draws of G clusters with replacement, from `seed`.
+            percentiles of RESAMPLES draws of G clusters with replacement, from `seed` (see `_bootstrap`).
     Raises:
         ValueError: arrays of different length or NaN pattern, or an unknown interval.
     """
@@ -96,7 +109,7 @@ def paired(
     n, count = len(d), int(group.max(initial=-1)) + 1
     if n == 0:
         nan = math.nan
-        return Paired(nan, nan, nan, nan, nan, 0, 0, 0, 0, 1.0, interval)
+        return Paired(nan, nan, nan, nan, nan, nan, 0, 0, 0, 0, 1.0, interval)
     mean = float(d.mean())
     low, high = _bootstrap(d, group, level, seed) if interval == "bootstrap" else _t_interval(d, group, level)
     sums = np.bincount(group, d, count)
@@ -107,6 +120,7 @@ def paired(
         mean,
         low,
         high,
+        _t_test(d, group),
         n,
         count,
         up,
@@ -146,6 +160,20 @@ def sign_test(up: int, down: int) -> float:
     return min(1.0, 2 * float(bdtr(min(up, down), moved, 0.5))) if moved else 1.0
 
 
+def holm(p: Sequence[float]) -> list[float]:
+    """p values corrected for being many, in the order given: all of them at most alpha by chance alone with
+    probability at most alpha, whatever depends on what.
+
+    Source: Holm 1979: the k-th smallest of m is multiplied by m - k + 1, and none is below a smaller one.
+    """
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    found, least = [0.0] * len(p), 0.0
+    for k, i in enumerate(order):
+        least = max(least, min(1.0, p[i] * (len(p) - k)))
+        found[i] = least
+    return found
+
+
 def _groups(clusters: Sequence[Hashable] | None, asked: np.ndarray) -> np.ndarray:
     """(n,) cluster number 0 .. G-1 of every asked picture."""
     if clusters is None:
@@ -177,15 +205,35 @@ def _t_interval(d: np.ndarray, group: np.ndarray, level: float) -> tuple[float, 
     return float(d.mean()) - half, float(d.mean()) + half
 
 
+def _t_test(d: np.ndarray, group: np.ndarray) -> float:
+    """Two-sided p of a mean of 0; 1 where nothing moved. Ordinary paired t test with one picture a cluster."""
+    count = int(group.max()) + 1
+    mean = abs(float(d.mean()))
+    if count < 2 or mean == 0:
+        return 1.0
+    se = _cluster_se(d, group)
+    return 2 * float(stdtr(count - 1, -mean / se)) if se > 0 else 0.0
+
+
 def _bootstrap(d: np.ndarray, group: np.ndarray, level: float, seed: int) -> tuple[float, float]:
+    """Percentiles of the mean of G clusters drawn with replacement.
+
+    The plain percentile interval is too short for few clusters, as a normal interval with sd / G in place of
+    the t interval with sd / (G - 1). So the percentiles are moved outwards by just that: the lower one is
+    Phi(-sqrt(G / (G - 1)) t(level, G - 1)). Source: Hesterberg 2015, "What Teachers Should Know About the
+    Bootstrap", the expanded percentile interval.
+    """
     count = int(group.max()) + 1
     if count < 2:
         return -math.inf, math.inf
+    tail = float(ndtr(-math.sqrt(count / (count - 1)) * stdtrit(count - 1, 0.5 + level / 2)))
     sums, sizes = np.bincount(group, d, count), np.bincount(group, minlength=count)
+    alike = bool((sizes == sizes[0]).all())
     rng = np.random.default_rng(seed)
     means = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, 200):
-        drawn = rng.integers(count, size=(min(200, RESAMPLES - start), count))
-        means[start : start + len(drawn)] = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+        drawn = rng.integers(count, size=(min(200, RESAMPLES - start), count), dtype=np.int32)
+        n = count * sizes[0] if alike else sizes[drawn].sum(1)
+        means[start : start + len(drawn)] = sums[drawn].sum(1) / n
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
