@@ -32,6 +32,11 @@ DATASETS = Table(
 BENCHMARKS = Table("benchmark", {"shapes": "align_cli.evaluation.benchmarks:ShapesBenchmark"})
 """Classes of the benchmarks of `t2ialign eval`."""
 
+REWARDS = Table("reward", {})
+"""Functions `build(request: rewards.base.Request) -> rewards.base.Reward`; `rewards.loading.load_reward` calls
+them.
+"""
+
 MODELS = Table(
     "model",
     {
