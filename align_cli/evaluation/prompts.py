@@ -26,10 +26,6 @@ GROUP_COLUMNS = ("category", "challenge", "style", "task", "tag", "kind", "group
 ID_COLUMN = "id"
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 
-Judge = Callable[[np.ndarray, Sequence[int]], dict[str, np.ndarray]]
-"""(pictures (N, H, W, 3) uint8, the N rows they were drawn for) -> metric -> (N,) in [0, 1], NaN where not
-asked."""
-
 
 @dataclass(frozen=True)
 class PromptRow:
@@ -43,13 +39,18 @@ class PromptRow:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+Judge = Callable[[np.ndarray, Sequence[PromptRow]], dict[str, np.ndarray]]
+"""(pictures (N, H, W, 3) uint8, the N rows they were drawn for) -> metric -> (N,) in [0, 1], NaN where the
+row does not ask."""
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """The prompts of a benchmark or of a file.
 
     source: where they came from, in words or as a path. scenes: what the rows ask for, in the shapes world.
-    judge: who judges pictures of this set beyond the scorers, None for nobody. notes: what the user should
-    know about the file.
+    judge: who judges pictures of this set beside the scorers, None for nobody; headline: which of its metrics
+    decides. notes: what the user should know about the file.
     """
 
     name: str
@@ -57,6 +58,7 @@ class PromptSet:
     rows: tuple[PromptRow, ...]
     scenes: tuple[Prompt, ...] | None = None
     judge: Judge | None = None
+    headline: str = ""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -101,11 +103,7 @@ class PromptSet:
         kept = sorted(i for members, k in zip(groups.values(), _shares(groups, n), strict=True)
                       for i in _apart(members, k))  # fmt: skip
         scenes = None if self.scenes is None else tuple(self.scenes[i] for i in kept)
-        judge = self.judge
-        chosen: Judge | None = None
-        if judge is not None:
-            chosen = lambda pictures, rows: judge(pictures, [kept[i] for i in rows])  # noqa: E731
-        return replace(self, rows=tuple(self.rows[i] for i in kept), scenes=scenes, judge=chosen)
+        return replace(self, rows=tuple(self.rows[i] for i in kept), scenes=scenes)
 
 
 def _shares(groups: Mapping[str, Sequence[int]], n: int) -> list[int]:
