@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from align_cli.cuts import Cut
 from align_cli.diffusion.process import Process
 
 
@@ -112,6 +114,12 @@ class BaseModel(Protocol):
     @property
     def token_limit(self) -> int:
         """Tokens the text encoder reads, start and end included."""
+        ...
+
+    def audit_text(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
+        """What each text encoder reads of the prompts: name of the encoder in the pipeline -> one per prompt.
+        The first encoder is called text_encoder, the others text_encoder_2 and text_encoder_3.
+        """
         ...
 
     def encode_image(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -6,12 +6,15 @@ H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from align_cli.cuts import Cut, cuts
 from align_cli.diffusion.flow import FlowProcess
 from align_cli.models.base import TextCond
 from align_cli.models.frozen import FrozenModel, clip_limit, clip_penultimate, count_tokens, token_ids
@@ -75,6 +78,14 @@ class SD3Model(FrozenModel):
     def token_count(self, prompt: str) -> int:
         """Tokens of the prompt, as T5 (or CLIP where there is none) counts them, before truncation."""
         return count_tokens(self.t5_tokenizer or self.tokenizers[0], prompt)
+
+    def audit_text(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
+        """What each text encoder reads of the prompts; T5, where there is one, reads most."""
+        first, second = (cuts(tokenizer, self.clip_length, prompts) for tokenizer in self.tokenizers)
+        found = {"text_encoder": first, "text_encoder_2": second}
+        if self.t5_tokenizer is not None:
+            found["text_encoder_3"] = cuts(self.t5_tokenizer, self.t5_length, prompts)
+        return found
 
     def encode_text(self, prompts: list[str]) -> TextCond:
         """tokens (B, L + N, D): both CLIPs' states before the last layer side by side, zeros up to D, and

@@ -6,6 +6,7 @@ H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from align_cli.cuts import Cut, cuts
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.models.base import TextCond
 from align_cli.models.frozen import FrozenModel, clip_limit, clip_penultimate, count_tokens
@@ -64,6 +66,11 @@ class SDXLModel(FrozenModel):
     def token_count(self, prompt: str) -> int:
         """Tokens of the prompt including start and end, before truncation."""
         return count_tokens(self.tokenizers[0], prompt)
+
+    def audit_text(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
+        """What each text encoder reads of the prompts."""
+        first, second = (cuts(tokenizer, self.token_limit, prompts) for tokenizer in self.tokenizers)
+        return {"text_encoder": first, "text_encoder_2": second}
 
     def encode_text(self, prompts: list[str]) -> TextCond:
         """tokens (B, L, D): both encoders' states before the last layer, side by side; pooled (B, P): the

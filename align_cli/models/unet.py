@@ -5,10 +5,13 @@ Letters: B batch, L tokens, D text width, P pooled width, C h w latent, H W pixe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from align_cli.cuts import Cut, cuts
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.models.base import TextCond
 from align_cli.models.frozen import FrozenModel, clip_limit, count_tokens, token_ids
@@ -72,6 +75,10 @@ class UNetModel(FrozenModel):
     def token_count(self, prompt: str) -> int:
         """Tokens of the prompt including start and end, before truncation."""
         return count_tokens(self.tokenizer, prompt)
+
+    def audit_text(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
+        """What the text encoder reads of the prompts."""
+        return {"text_encoder": cuts(self.tokenizer, self.token_limit, prompts)}
 
     def encode_text(self, prompts: list[str]) -> TextCond:
         """Last hidden state after the final norm, (B, L, D), padded and truncated to `token_limit`.

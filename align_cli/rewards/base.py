@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align_cli.cuts import Cut
+
 
 @dataclass(frozen=True)
 class Request:
@@ -26,18 +28,6 @@ class Request:
     preprocessing: str
     device: torch.device
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What a tokenizer leaves of one prompt. limit: tokens that are read, start and end included; 0 for a
-    scorer without such a limit. tokens: of the prompt, counted the same way. lost: the words that are cut, as
-    the user wrote them; "" if nothing is.
-    """
-
-    limit: int
-    tokens: int
-    lost: str
 
 
 class Reward(ABC):

@@ -1,0 +1,40 @@
+"""What tokenizers leave of prompts that are too long for a text encoder or a scorer. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a tokenizer leaves of one prompt. limit: tokens that are read, start and end included; 0 for a
+    reader without such a limit. tokens: of the prompt, counted the same way. lost: the words that are cut, as
+    the user wrote them, from the first that is not read to its end; "" if nothing is.
+    """
+
+    limit: int
+    tokens: int
+    lost: str
+
+
+def cuts(tokenizer: Any, limit: int, prompts: Sequence[str]) -> list[Cut]:
+    """What a tokenizer cuts from each prompt.
+
+    Args:
+        tokenizer: a transformers tokenizer that knows the offsets of its tokens (`is_fast`).
+        limit: tokens that the model reads, start and end included.
+    """
+    return [_cut(tokenizer, limit, prompt) for prompt in prompts]
+
+
+def _cut(tokenizer: Any, limit: int, prompt: str) -> Cut:
+    tokens = len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+    if tokens <= limit:
+        return Cut(limit, tokens, "")
+    kept = tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True)
+    seen = max((end for start, end in kept["offset_mapping"] if end > start), default=0)
+    while 0 < seen < len(prompt) and not prompt[seen - 1].isspace() and not prompt[seen].isspace():
+        seen -= 1  # half a word is a lost word
+    return Cut(limit, tokens, prompt[seen:].strip())

@@ -1,0 +1,240 @@
+"""Sets of prompts that an evaluation draws, and files of prompts: TXT, CSV, TSV, JSON and JSONL. No torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align_cli.data.prompts import read_utf8
+from align_cli.errors import UserError
+from align_cli.shapes.captions import Prompt
+
+TEXT_COLUMNS = ("prompt", "text", "caption")
+"""Names, in any case, of the column or key that holds the prompt; the first that is there counts."""
+GROUP_COLUMNS = ("category", "challenge", "style", "task", "tag", "kind", "group")
+"""Columns and keys by which results are also reported; the other ones are kept in `extra`."""
+ID_COLUMN = "id"
+FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt. id: unique in its set. groups: what results are grouped by, name -> value ("Category" ->
+    "Animals"). extra: what else the benchmark says about the prompt.
+    """
+
+    id: str
+    text: str
+    groups: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+Judge = Callable[[np.ndarray, Sequence[PromptRow]], dict[str, np.ndarray]]
+"""(pictures (N, H, W, 3) uint8, the N rows they were drawn for) -> metric -> (N,) in [0, 1], NaN where the
+row does not ask."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a benchmark or of a file.
+
+    source: where they came from, in words or as a path. scenes: what the rows ask for, in the shapes world.
+    judge: who judges pictures of this set beside the scorers, None for nobody; headline: which of its metrics
+    decides. notes: what the user should know about the file.
+    """
+
+    name: str
+    source: str
+    rows: tuple[PromptRow, ...]
+    scenes: tuple[Prompt, ...] | None = None
+    judge: Judge | None = None
+    headline: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise UserError(f"{self.source} holds no prompt")
+        if self.scenes is not None and len(self.scenes) != len(self.rows):
+            raise ValueError(f"{len(self.rows)} prompts but {len(self.scenes)} scenes")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts, in order."""
+        return [row.text for row in self.rows]
+
+    @property
+    def group_names(self) -> list[str]:
+        """Names of the groupings, in order of appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.groups))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the sha256 over ids, texts and groups."""
+        content = [[row.id, row.text, sorted(row.groups.items())] for row in self.rows]
+        return sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def limited(self, n: int | None) -> PromptSet:
+        """At most `n` of the prompts, spread evenly over the values of the first grouping, in file order.
+
+        Every group gives as many as the others, or all that it has; inside a group they lie evenly apart.
+        Without groups the whole set is one. None: all.
+        """
+        if n is None or n >= len(self):
+            return self
+        if n < 1:
+            raise UserError(f"an evaluation needs at least one prompt, got {n}")
+        first = self.group_names[0] if self.group_names else ""
+        groups: dict[str, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            groups.setdefault(row.groups.get(first, ""), []).append(i)
+        kept = sorted(i for members, k in zip(groups.values(), _shares(groups, n), strict=True)
+                      for i in _apart(members, k))  # fmt: skip
+        scenes = None if self.scenes is None else tuple(self.scenes[i] for i in kept)
+        return replace(self, rows=tuple(self.rows[i] for i in kept), scenes=scenes)
+
+
+def _shares(groups: Mapping[str, Sequence[int]], n: int) -> list[int]:
+    """How many of `n` each group gives: one of each in turn as long as it has one, the first groups first."""
+    shares = [0] * len(groups)
+    sizes = [len(members) for members in groups.values()]
+    while sum(shares) < n:
+        for i, size in enumerate(sizes):
+            if shares[i] < size and sum(shares) < n:
+                shares[i] += 1
+    return shares
+
+
+def _apart(members: Sequence[int], k: int) -> list[int]:
+    """`k` of the members, evenly apart: the middle ones of k equal parts."""
+    return [members[(2 * j + 1) * len(members) // (2 * k)] for j in range(k)]
+
+
+def read_prompts(path: Path, *, name: str = "", column: str | None = None) -> PromptSet:
+    """The prompts of a file, as its name says: .txt (one per line), .csv, .tsv (quoting off), .json (a list
+    of texts or objects) or .jsonl (a text or an object per line).
+
+    A table needs a header that names the prompts' column: `column`, or one of TEXT_COLUMNS. A column of
+    GROUP_COLUMNS groups the results, one called id names the rows (else they are numbered from 0). A
+    byte-order mark and CRLF are understood; rows without a prompt are left out; duplicates and blanks around
+    a prompt of a table are kept. `notes` tells of the former two.
+
+    Raises:
+        UserError: missing, no such format, not UTF-8, no prompts, no column of prompts, a broken row.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise UserError(f"{path}: a file of prompts ends in {', '.join(FORMATS)}")
+    text = read_utf8(path, f"a file of prompts ends in {', '.join(FORMATS)}")
+    if suffix == ".txt":
+        records: list[tuple[str, Any]] = [(f"line {i}", line.strip()) for i, line in _lines(text)]
+    elif suffix == ".jsonl":
+        records = [(f"line {i}", _json(line, path, f"line {i}")) for i, line in _lines(text) if line.strip()]
+    elif suffix == ".json":
+        content = _json(text, path, "")
+        if not isinstance(content, list):
+            raise UserError(f"{path} is no list of prompts; write [\"a red circle\", ...] or "
+                            '[{"prompt": "a red circle"}, ...]')  # fmt: skip
+        records = [(f"entry {i + 1}", entry) for i, entry in enumerate(content)]
+    else:
+        records = list(_table(text, path, quoted=suffix == ".csv"))
+    return _prompt_set(path, name or path.stem, records, column)
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    return ((i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), 1))
+
+
+def _json(text: str, path: Path, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}{', ' if where else ''}{where}: not valid JSON: {reason}") from None
+
+
+def _table(text: str, path: Path, *, quoted: bool) -> Iterator[tuple[str, dict[str, str]]]:
+    """(where, column -> cell) of every row. quoted: comma-separated with quotes; else tabs and no quotes."""
+    before = csv.field_size_limit(len(text) + 1)
+    try:
+        if quoted:
+            reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        else:
+            reader = csv.reader((line for _, line in _lines(text)), delimiter="\t", quoting=csv.QUOTE_NONE)
+        header = next(reader, [])
+        if duplicate := next((cell for cell in header if header.count(cell) > 1), None):
+            raise UserError(f"{path}: two columns are called {duplicate!r}")
+        for cells in reader:
+            if len(cells) > len(header):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells but the header has {len(header)}"
+                    + ("; put a prompt with a comma in double quotes" if quoted else "")
+                )
+            if cells:
+                missing = [""] * (len(header) - len(cells))
+                yield f"line {reader.line_num}", dict(zip(header, cells + missing, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _prompt_set(path: Path, name: str, records: list[tuple[str, Any]], column: str | None) -> PromptSet:
+    rows: list[PromptRow] = []
+    blank = 0
+    for where, record in records:
+        row = _row(record, len(rows), f"{path}, {where}", column)
+        if row is None:
+            blank += 1
+        else:
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{path} holds no prompt")
+    ids = [row.id for row in rows]
+    if double := next((own for own, count in Counter(ids).items() if count > 1), None):
+        raise UserError(f"{path}: two prompts have the id {double!r}")
+    notes = []
+    if path.suffix.lower() not in (".txt", ".jsonl") and blank:
+        notes.append(f"{path}: {blank} rows without a prompt are left out")
+    if repeated := len(rows) - len({row.text for row in rows}):
+        notes.append(f"{path}: {repeated} of {len(rows)} prompts repeat an earlier one; all are drawn, and "
+                     "intervals count a text once")  # fmt: skip
+    return PromptSet(name, str(path), tuple(rows), notes=tuple(notes))
+
+
+def _row(record: Any, number: int, where: str, column: str | None) -> PromptRow | None:
+    """A row of a file; None if it has no prompt."""
+    if isinstance(record, str):
+        return PromptRow(str(number), record) if record.strip() else None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: neither a text nor an object with a prompt")
+    lower = {str(key).strip().lower(): key for key in record}
+    key = column if column is not None else next((lower[c] for c in TEXT_COLUMNS if c in lower), None)
+    if key is None or key not in record:
+        wanted = repr(column) if column is not None else " or ".join(map(repr, TEXT_COLUMNS))
+        raise UserError(f"{where}: no {wanted} among {', '.join(map(repr, record)) or 'no columns'}")
+    text = record[key]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the prompt is no text but {text!r}"[:200])
+    if not text.strip():
+        return None
+    groups = {
+        str(k): str(v)
+        for k, v in record.items()
+        if k != key and str(k).strip().lower() in GROUP_COLUMNS and v
+    }
+    own = record.get(lower.get(ID_COLUMN, ""), number)
+    extra = {str(k): v for k, v in record.items() if k != key and k not in groups}
+    return PromptRow(str(own), text, groups, extra)
