@@ -391,7 +391,7 @@ def encoder_identity(model: BaseModel, *, text: bool = True) -> dict[str, str]:
     found = {}
     for name, part in _encoders(model, text):
         if isinstance(part, torch.nn.Module):
-            found[name] = _module_sha256(part)
+            found[name] = module_sha256(part)
         else:
             words = json.dumps([sorted(part.get_vocab().items()), part.model_max_length])
             found[name] = sha256(words.encode()).hexdigest()
@@ -411,7 +411,9 @@ def _encoders(model: BaseModel, text: bool) -> list[tuple[str, Any]]:
     return [(name, part) for name, part in found if part is not None]
 
 
-def _module_sha256(module: torch.nn.Module) -> str:
+def module_sha256(module: torch.nn.Module) -> str:
+    """Hash of the state of a module: names, dtypes, shapes, numbers."""
+
     def digest(entry: tuple[str, Tensor]) -> str:
         name, x = entry
         flat = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,86 @@
+"""Every arm draws the same prompts from the same noise, picture by picture into a store.
+
+The pictures are drawn in batches that depend on nothing but their order: batch b holds the items from b * B to
+(b + 1) * B, on any number of processes and after any number of stops. A batch of which some pictures are
+missing is drawn as a whole, because the last bit of a picture depends on the size of its batch; the pictures
+that are there stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from align_cli.evaluation.arms import Arm
+from align_cli.evaluation.store import Item, Store
+from align_cli.models.base import BaseModel
+from align_cli.pictures import to_uint8
+from align_cli.sampling import sample
+from align_cli.settings import SampleSettings
+from align_cli.training.distributed import Ranks
+
+Progress = Callable[[str, int], None]
+"""Called as (what, how many more are done)."""
+
+
+def my_share(missing: Sequence[int], size: int, ranks: Ranks) -> list[int]:
+    """Numbers of the batches with missing items that this process does: every world_size-th one.
+
+    missing: positions of items, as the main process sees them, the same on every process.
+    """
+    batches = sorted({i // size for i in missing})
+    return batches[ranks.rank :: ranks.world_size]
+
+
+def find_missing(store: Store, arms: Sequence[Arm], items: Sequence[Item], ranks: Ranks) -> dict[str, list[int]]:
+    """Arm -> positions of the pictures that are to be drawn, the same answer on every process.
+
+    Raises:
+        UserError: a picture of another run lies there.
+    """
+    found: dict[str, list[int]] = {}
+    ranks.on_main(lambda: found.update({arm.name: store.missing(arm.name, items) for arm in arms}))
+    return dict(ranks.objects(found)[0])
+
+
+def draw(
+    model: BaseModel,
+    arms: Sequence[Arm],
+    items: Sequence[Item],
+    settings: SampleSettings,
+    store: Store,
+    ranks: Ranks,
+    missing: Mapping[str, Sequence[int]],
+    facts: Mapping[str, object],
+    progress: Progress,
+) -> None:
+    """Draw what is missing.
+
+    Args:
+        missing: of `find_missing`. facts: what every picture's metadata says besides what the store says.
+        progress: called with the arm's name and the number of new pictures.
+    Raises:
+        UserError: an adapter does not fit, or a picture cannot be written.
+    """
+    size = settings.batch_size
+    for arm in arms:
+        wanted = set(missing[arm.name])
+        own = {**facts, "adapter": _adapters(arm)}
+        with arm.at_work(model):
+            for b in my_share(missing[arm.name], size, ranks):
+                batch = items[b * size : (b + 1) * size]
+                drawn = sample(
+                    model, [item.row.text for item in batch], settings, [item.seed for item in batch]
+                )
+                new = 0
+                for i, (item, picture) in enumerate(zip(batch, to_uint8(drawn), strict=True)):
+                    if b * size + i in wanted:
+                        store.save(arm.name, item, picture, own)
+                        new += 1
+                progress(arm.name, new)
+    ranks.objects(None)  # nobody goes on before all are done
+
+
+def _adapters(arm: Arm) -> str:
+    """Specs with hashes, or "none"."""
+    pairs = zip(arm.adapters, arm.hashes, strict=True)
+    return ", ".join(f"{spec} sha256:{sha}" for spec, sha in pairs) or "none"

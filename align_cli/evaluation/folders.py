@@ -1,0 +1,146 @@
+"""Pictures that another tool drew: folders whose file names say which prompt they belong to. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align_cli.errors import UserError
+from align_cli.evaluation.arms import check_name
+from align_cli.evaluation.store import PICTURE_ERRORS, Item, read_picture
+from align_cli.files import file_errors
+from align_cli.pictures import read_metadata
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+RULE = (
+    "a picture is called by the id of its prompt, or by the prompt's number from 0 (00000.png), with -K for "
+    "the K-th of several pictures of a prompt"
+)
+SHOWN = 3
+"""Names that a message lists."""
+
+
+def parse_folders(given: Sequence[str]) -> dict[str, Path]:
+    """--images [NAME=]DIR, repeated -> arm -> folder. The name of a folder is the arm's if none is given.
+
+    Raises:
+        UserError: no such folder, no name, or a name given twice.
+    """
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, rest = text.partition("=")
+        if not equals or Path(text).expanduser().is_dir():
+            name, rest = "", text
+        folder = Path(rest).expanduser()
+        if not folder.is_dir():
+            what = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise UserError(f"--images {text}: {rest or 'the folder'} {what}")
+        if not name:
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:40] or "images"
+        check_name(name, f"--images {text}")
+        if name in found:
+            raise UserError(f"--images {text}: two folders are called {name!r}; write --images NAME=FOLDER")
+        found[name] = folder
+    return found
+
+
+def match(
+    folder: Path, items: Sequence[Item], *, allow_missing: bool
+) -> tuple[list[Path | None], list[str]]:
+    """The picture of every item in a folder.
+
+    A picture that an evaluation drew says in its metadata which prompt it is of. Any other belongs to a prompt
+    by its path without the suffix: the prompt's id (which may name a folder: anime/00012), or else the
+    prompt's number from 0; "-K" or "_K" behind either is the K-th picture of the prompt, from 0. Numbers may
+    have leading zeros.
+
+    Returns:
+        a path or None for each item, and what the user should know, in words.
+    Raises:
+        UserError: missing or broken pictures (the first are named) unless `allow_missing`; not one picture
+            that fits; two files for one item; a picture that was drawn for other words.
+    """
+    with file_errors(f"cannot look into {folder}"):
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = next((f for f in (_told(files, items), _named(folder, files, items)) if any(f)), [])
+    if not found:
+        raise UserError(f"no picture in {folder} belongs to a prompt; {RULE}")
+    notes = []
+    broken: dict[int, str] = {}
+    for i, path in enumerate(found):
+        if path is not None:
+            try:
+                read_picture(path)
+            except UserError as error:
+                broken[i] = str(error)
+    missing = [i for i, path in enumerate(found) if path is None]
+    if (missing or broken) and not allow_missing:
+        raise UserError(f"{_trouble(folder, items, missing, broken)}; --allow-missing goes on without them")
+    if missing or broken:
+        notes.append(f"{_trouble(folder, items, missing, broken)}: left out")
+    used = {path for path in found if path is not None}
+    if spare := [path for path in files if path not in used]:
+        notes.append(f"{folder}: {len(spare)} pictures belong to no prompt of this run ({spare[0].name}, ...)")
+    return [None if i in broken else path for i, path in enumerate(found)], notes
+
+
+def _trouble(
+    folder: Path, items: Sequence[Item], missing: Sequence[int], broken: Mapping[int, str]
+) -> str:
+    """What is wrong, with names."""
+    parts = []
+    if missing:
+        names = ", ".join(items[i].stem for i in missing[:SHOWN])
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        parts.append(f"{len(missing)} of {len(items)} pictures are missing in {folder} ({names}{more})")
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        parts.append(f"broken: {next(iter(broken.values()))}{more}")
+    return "; ".join(parts)
+
+
+def _told(files: Sequence[Path], items: Sequence[Item]) -> list[Path | None]:
+    """By what the metadata of pictures of an evaluation say."""
+    table: dict[tuple[str, str], Path] = {}
+    texts: dict[Path, str] = {}
+    for path in files:
+        try:
+            facts = read_metadata(path) if path.suffix.lower() == ".png" else {}
+        except PICTURE_ERRORS:
+            continue
+        if "id" in facts and "run" in facts:
+            _put(table, (facts["id"], facts.get("k", "0")), path)
+            texts[path] = facts.get("prompt", "")
+    found = [table.get((item.row.id, str(item.k))) for item in items]
+    for item, path in zip(items, found, strict=True):
+        if path is not None and texts[path] != item.row.text:
+            raise UserError(f"{path} was drawn for {texts[path]!r}, not for {item.row.text!r}")
+    return found
+
+
+def _named(folder: Path, files: Sequence[Path], items: Sequence[Item]) -> list[Path | None]:
+    """By names: ids of prompts, or else their numbers."""
+    table: dict[str, Path] = {}
+    for path in files:
+        _put(table, _plain(path.relative_to(folder).with_suffix("").as_posix()), path)
+    for own in (lambda item: item.row.id, lambda item: str(item.number)):
+        found = []
+        for item in items:
+            names = [f"{own(item)}-{item.k}", *([own(item)] if item.k == 0 else [])]
+            found.append(next((table[_plain(name)] for name in names if _plain(name) in table), None))
+        if any(found):
+            return found
+    return []
+
+
+def _plain(name: str) -> str:
+    """A name with "-" for "_", and without leading zeros of its numbers."""
+    return re.sub(r"(?<![0-9.])0+(?=\d)", "", name.replace("_", "-"))
+
+
+def _put(table: dict[Any, Path], key: Any, path: Path) -> None:
+    if key in table:
+        raise UserError(f"{table[key]} and {path} are of the same prompt; leave one of them away")
+    table[key] = path

@@ -1,0 +1,227 @@
+"""The folder of an evaluation: what lies in it, and whether it is this evaluation's.
+
+    eval.json                      what fixes the run, written first and compared when it goes on
+    images/ARM/00000.png           pictures, 00000-0.png and so on where there are several per prompt
+    scores/ARM/SCORER.jsonl        see scoring.py
+    results.json, results.csv, report.html
+
+A picture is there completely or not at all, and says in its metadata which run, arm and prompt it is of. No
+torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+import align_cli
+from align_cli.errors import UserError
+from align_cli.evaluation.prompts import PromptRow, PromptSet
+from align_cli.files import blocking, file_errors, part_path, write_text
+from align_cli.pictures import read_metadata, save_png
+
+FORMAT = 1
+ABOUT, IMAGES, SCORES = "eval.json", "images", "scores"
+RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
+OURS = (ABOUT, IMAGES, SCORES, RESULTS, TABLE, REPORT)
+"""Everything an evaluation writes; --overwrite removes these names and nothing else."""
+PICTURE_ERRORS = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What a damaged picture raises."""
+READERS = 4
+"""Pictures that are read at once."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to be drawn by every arm. number: of its prompt; k: which of the prompt's pictures."""
+
+    row: PromptRow
+    number: int
+    k: int
+    seed: int
+    stem: str
+
+
+def make_items(prompts: PromptSet, per_prompt: int, seed: int) -> list[Item]:
+    """`per_prompt` pictures of every prompt, each with its own start noise, the same for every arm."""
+    from align_cli.sampling import picture_seeds
+
+    seeds = picture_seeds(seed, len(prompts) * per_prompt)
+    return [
+        Item(row, i, k, seeds[i * per_prompt + k], f"{i:05d}-{k}" if per_prompt > 1 else f"{i:05d}")
+        for i, row in enumerate(prompts.rows)
+        for k in range(per_prompt)
+    ]
+
+
+class Store:
+    """One evaluation's folder. identity: what must be the same when the run goes on, as plain JSON."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder, self.identity = folder, dict(identity)
+        self.run = sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def begin(self, command: Sequence[str], created: str, *, resume: bool, overwrite: bool) -> None:
+        """Write eval.json, or compare the one that is there.
+
+        Raises:
+            UserError: the folder holds another run, or an unfinished one that is not to be resumed, or things
+                that no evaluation wrote; it cannot be written to.
+        """
+        check_folder(self.folder, resume=resume, overwrite=overwrite)
+        with file_errors(f"cannot write to {self.folder}", "choose another folder with --out"):
+            if overwrite:
+                _remove(self.folder)
+            if resume:
+                self._compare()
+                return
+            self.folder.mkdir(parents=True, exist_ok=True)
+            about = {
+                "format": FORMAT,
+                "software": f"t2ialign {align_cli.__version__}",
+                "created": created,
+                "command": list(command),
+                "run": self.run,
+                "identity": self.identity,
+            }
+            write_text(self.folder / ABOUT, json.dumps(about, indent=2, allow_nan=False) + "\n")
+
+    def _compare(self) -> None:
+        saved = read_about(self.folder)["identity"]
+        if why := differences(saved, json.loads(json.dumps(self.identity))):
+            raise UserError(
+                f"{self.folder} holds another evaluation: {why}; choose another --out, or replace it with "
+                "--overwrite"
+            )
+
+    def path(self, arm: str, item: Item) -> Path:
+        """Where the picture of an item lies."""
+        return self.folder / IMAGES / arm / f"{item.stem}.png"
+
+    def save(self, arm: str, item: Item, picture: np.ndarray, facts: Mapping[str, object]) -> None:
+        """Write (H, W, 3) uint8, with what it is of. UserError if it cannot be written."""
+        own = {"prompt": item.row.text, "seed": item.seed, "arm": arm, "id": item.row.id, "k": item.k, "run": self.run}
+        save_png(picture, self.path(arm, item), {**own, **facts})
+
+    def missing(self, arm: str, items: Sequence[Item]) -> list[int]:
+        """Positions in `items` of the pictures that have to be drawn: those that are not there, or cut off.
+
+        Raises:
+            UserError: a picture that another run drew lies in the place of one of them.
+        """
+        with ThreadPoolExecutor(READERS) as pool:
+            there = list(pool.map(lambda item: self._whole(arm, item), items))
+        return [i for i, whole in enumerate(there) if not whole]
+
+    def _whole(self, arm: str, item: Item) -> bool:
+        path = self.path(arm, item)
+        if not path.exists():
+            return False
+        try:
+            facts = read_metadata(path)
+        except PICTURE_ERRORS:
+            return False
+        wanted = {"run": self.run, "arm": arm, "seed": str(item.seed), "prompt": item.row.text}
+        for key, value in wanted.items():
+            if facts.get(key) != value:
+                raise UserError(
+                    f"{path} is no picture of this run: its {key} is {facts.get(key, 'not said')!r}, not "
+                    f"{value!r}; remove it, or choose another --out"
+                )
+        return True
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 (alpha dropped, grey repeated).
+
+    Raises:
+        UserError: not there, or no whole picture.
+    """
+    try:
+        with Image.open(path) as file:
+            return np.asarray(file.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"no picture {path}") from None
+    except PICTURE_ERRORS as error:
+        raise UserError(f"{path} is no whole picture: {error}") from None
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The content of eval.json. UserError if there is none, or it cannot be read."""
+    path = folder / ABOUT
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about["format"] > FORMAT:
+            raise UserError(f"{path} has format {about['format']}, this t2ialign reads up to {FORMAT}")
+        if not isinstance(about["identity"], dict):
+            raise TypeError("identity is no object")
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no evaluation to resume; leave --resume away to start one, or name it with --out"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); start afresh with --overwrite") from None
+    found: dict[str, Any] = about
+    return found
+
+
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder before anything is loaded.
+
+    Raises:
+        UserError: it holds an evaluation and neither `resume` nor `overwrite` is given, it holds none to
+            resume, it holds other things and `overwrite` is not given, it is a file.
+    """
+    if resume and overwrite:
+        raise UserError("--resume goes on with an evaluation and --overwrite removes it; give one of them")
+    blocked = blocking(folder)
+    if blocked is not None:
+        raise UserError(f"{blocked} is a file, not a folder; choose another folder with --out")
+    if resume:
+        read_about(folder)
+        return
+    if overwrite or not folder.exists():
+        return
+    with file_errors(f"cannot look into {folder}", "choose another folder with --out"):
+        names = {path.name for path in folder.iterdir()}
+    if ABOUT in names:
+        raise UserError(
+            f"{folder} already holds an evaluation; go on with --resume, replace it with --overwrite, or "
+            "choose another folder with --out"
+        )
+    if names - {part_path(Path(ABOUT)).name}:
+        raise UserError(
+            f"{folder} is not empty and holds no evaluation; choose another folder with --out, or give "
+            "--overwrite, which leaves files of other names alone"
+        )
+
+
+def _remove(folder: Path) -> None:
+    for name in OURS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def differences(saved: Any, now: Any, where: str = "") -> str:
+    """In words, the first place where two runs differ; "" if they do not."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in [*saved, *(k for k in now if k not in saved)]:
+            inside = f"{where}.{key}" if where else str(key)
+            if key not in now or key not in saved:
+                return f"{inside} is {saved.get(key, 'not set')!r} there and {now.get(key, 'not set')!r} here"
+            if found := differences(saved[key], now[key], inside):
+                return found
+        return ""
+    return "" if saved == now else f"{where} is {saved!r} there and {now!r} here"
