@@ -5,7 +5,7 @@ A benchmark has `name`, `metrics`, `headline`, `prompts`, `judge` and `floor`; r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -77,6 +77,13 @@ class ShapesBenchmark:
             for name, x in values.items()
             if name in self.metrics
         }
+
+
+def compositions(prompts: Sequence[Prompt]) -> list[Hashable]:
+    """What each prompt asks to be drawn, whatever its words: prompts of one composition are no independent
+    evidence, so the intervals are clustered by it.
+    """
+    return [tuple(sorted(p.spec.objects)) for p in prompts]
 
 
 def same_objects(a: Prompt, b: Prompt) -> bool:

@@ -104,7 +104,7 @@ class SetJudge:
         if prompts.judge is None:
             raise ValueError(f"{prompts.name} has no judge")
         self.judge, self.name = prompts.judge, prompts.name
-        self.headline = f"{self.name}/all"
+        self.headline = f"{self.name}/{prompts.headline}"
 
     def facts(self) -> dict[str, str]:
         return {
@@ -116,7 +116,7 @@ class SetJudge:
         return ()
 
     def values(self, arm: str, pictures: Sequence[Shown], items: Sequence[Item]) -> dict[str, np.ndarray]:
-        found = self.judge(np.stack([p.pixels for p in pictures]), [item.number for item in items])
+        found = self.judge(np.stack([p.pixels for p in pictures]), [item.row for item in items])
         return {f"{self.name}/{key}": np.asarray(x, float) for key, x in found.items()}
 
 

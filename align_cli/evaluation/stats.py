@@ -154,6 +154,19 @@ def rate(values: np.ndarray, clusters: Sequence[Hashable] | None = None, *, leve
     return Estimate(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)), n, count)
 
 
+def mean_of(values: np.ndarray, clusters: Sequence[Hashable] | None = None, *, level: float = 0.95) -> Estimate:
+    """Mean with its t interval, robust to clusters. values: (N,), NaN where not asked; clusters: as in
+    `paired`.
+    """
+    values = np.asarray(values, float)
+    asked = ~np.isnan(values)
+    group = _groups(clusters, asked)
+    x = values[asked]
+    if len(x) == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0, 0)
+    return Estimate(float(x.mean()), *_t_interval(x, group, level), len(x), int(group.max()) + 1)
+
+
 def sign_test(up: int, down: int) -> float:
     """Two-sided exact p of `up` rises and `down` falls if both were equally likely; 1 if nothing moved."""
     moved = up + down

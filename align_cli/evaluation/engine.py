@@ -1,0 +1,220 @@
+"""The one evaluation: pictures of all arms, numbers of all scorers, what they say. Stops and goes on.
+
+    Evaluation -> pictures (drawn, or found in folders) -> scores -> results.json, results.csv
+
+Every process of a run calls the same functions in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align_cli.data.cache import encoder_identity, module_sha256
+from align_cli.errors import UserError
+from align_cli.evaluation import drift as drifting
+from align_cli.evaluation.arms import Arm
+from align_cli.evaluation.benchmarks import ShapesBenchmark, compositions
+from align_cli.evaluation.compare import Design
+from align_cli.evaluation.drawing import Progress, draw, find_missing
+from align_cli.evaluation.outcome import Facts, audit_entry, outcome
+from align_cli.evaluation.prompts import PromptSet
+from align_cli.evaluation.scoring import RewardScorer, Scorer, SetJudge, score
+from align_cli.evaluation.store import Item, Store, make_items, read_picture
+from align_cli.models.base import BaseModel
+from align_cli.rewards.base import Reward
+from align_cli.settings import SampleSettings
+from align_cli.training.distributed import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured. baseline: the arm that the others are compared with. given: arm -> the picture of
+    every item, for pictures that are not drawn here. interval: "t" or "bootstrap".
+    """
+
+    prompts: PromptSet
+    arms: Sequence[Arm]
+    baseline: str
+    rewards: Sequence[Reward]
+    items: Sequence[Item]
+    seed: int = 0
+    per_prompt: int = 1
+    interval: str = "bootstrap"
+    given: Mapping[str, Sequence[Path | None]] = field(default_factory=dict)
+    command: Sequence[str] = ()
+    created: str = ""
+    notes: Sequence[str] = ()
+
+    def scorers(self) -> list[Scorer]:
+        """The benchmark's own judge first."""
+        own: list[Scorer] = [SetJudge(self.prompts)] if self.prompts.judge is not None else []
+        return [*own, *(RewardScorer(reward) for reward in self.rewards)]
+
+
+def items_of(prompts: PromptSet, per_prompt: int, seed: int) -> list[Item]:
+    """The pictures of an evaluation, in order."""
+    return make_items(prompts, per_prompt, seed)
+
+
+def identity(
+    prompts: PromptSet, arms: Sequence[Arm], seed: int, per_prompt: int, model: str, dtype: str, sample: SampleSettings
+) -> dict[str, Any]:
+    """What fixes the pictures of a run, as far as it is known before a model is loaded."""
+    return {
+        "benchmark": {"name": prompts.name, "prompts": len(prompts), "fingerprint": prompts.fingerprint},
+        "model": model,
+        "dtype": dtype,
+        "seed": seed,
+        "per_prompt": per_prompt,
+        "sample": asdict(sample),
+        "arms": {arm.name: {"adapters": list(arm.adapters), "sha256": list(arm.hashes)} for arm in arms},
+    }
+
+
+def weights_of(model: BaseModel) -> dict[str, str]:
+    """Hashes of all that draws: denoiser, autoencoder, text encoders, tokenizers."""
+    return {"denoiser": module_sha256(model.denoiser), **encoder_identity(model)}
+
+
+def run(
+    job: Evaluation,
+    store: Store,
+    ranks: Ranks,
+    progress: Progress,
+    model: BaseModel | None = None,
+    sample: SampleSettings | None = None,
+    missing: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """Draw and score what is missing, compare.
+
+    Args:
+        model, sample: None where the pictures are given. missing: of `find_missing`, None to look now.
+    Returns:
+        the content of results.json, the same on every process.
+    Raises:
+        UserError: see `draw` and `score`.
+    """
+    begun = time.perf_counter()
+    seconds: dict[str, float] = {}
+    pictures = dict(job.given)
+    if model is not None and sample is not None:
+        if missing is None:
+            missing = find_missing(store, job.arms, job.items, ranks)
+        facts = {"model": model.model_id, "sampling": _sampling(sample), "software": "t2ialign"}
+        draw(model, job.arms, job.items, sample, store, ranks, missing, facts, progress)
+        pictures = {arm.name: [store.path(arm.name, item) for item in job.items] for arm in job.arms}
+    seconds["drawing"] = time.perf_counter() - begun
+    scored: list[tuple[Scorer, dict[str, dict[str, np.ndarray]]]] = []
+    for scorer in job.scorers():
+        scored.append((scorer, score(store.folder, scorer, pictures, job.items, ranks, progress)))
+    drift = _drift(job, store, pictures, ranks, progress)
+    seconds["scoring"] = time.perf_counter() - begun - seconds["drawing"]
+    present = {arm: np.array([p is not None for p in paths]) for arm, paths in pictures.items()}
+    design = Design(
+        arms=tuple(arm.name for arm in job.arms),
+        baseline=job.baseline,
+        clusters=clusters_of(job.prompts, job.items),
+        groups=[item.row.groups for item in job.items],
+        present=present,
+        interval=job.interval,
+        seed=job.seed,
+    )
+    about = _model_facts(model)
+    facts_ = Facts(
+        command=list(job.command),
+        created=job.created,
+        model=about,
+        sample=asdict(sample) if sample is not None else {},
+        seed=job.seed,
+        per_prompt=job.per_prompt,
+        seconds=seconds,
+        notes=list(job.notes),
+    )
+    return outcome(
+        store.folder, job.prompts, job.items, job.arms, job.baseline, pictures, scored, design, drift,
+        audit(job, model), floor_of(job, pictures), facts_,
+    )  # fmt: skip
+
+
+def _model_facts(model: BaseModel | None) -> dict[str, str]:
+    if model is None:
+        return {"id": "pictures that were given", "family": "", "dtype": "uint8", "device": "cpu"}
+    return {
+        "id": model.model_id,
+        "family": model.family,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+    }
+
+
+def _sampling(sample: SampleSettings) -> str:
+    idle = ("spacing", "eta") if sample.sampler == "euler" else ()
+    return ", ".join(f"{key} {value}" for key, value in vars(sample).items() if key not in idle)
+
+
+def _drift(
+    job: Evaluation,
+    store: Store,
+    pictures: Mapping[str, Sequence[Path | None]],
+    ranks: Ranks,
+    progress: Progress,
+) -> list[dict[str, object]]:
+    """How far every arm has moved from the baseline; nothing for one arm alone."""
+    if len(job.arms) < 2:
+        return []
+    tower = next((r for r in job.rewards if isinstance(r, drifting.HasFeatures)), None)
+    scorer = drifting.Drift(tower, pictures, job.baseline, job.per_prompt)
+    values = score(store.folder, scorer, pictures, job.items, ranks, progress)
+    others = [arm.name for arm in job.arms if arm.name != job.baseline]
+    return [drifting.summary(values, arm, job.baseline, tower) for arm in others]
+
+
+def clusters_of(prompts: PromptSet, items: Sequence[Item]) -> list[Hashable]:
+    """What is no independent evidence, by name: pictures of one text; in the shapes world, of one set of
+    objects.
+    """
+    if prompts.scenes is None:
+        return [item.row.text for item in items]
+    names = compositions(prompts.scenes)
+    return [names[item.number] for item in items]
+
+
+def audit(job: Evaluation, model: BaseModel | None) -> list[dict[str, object]]:
+    """What every text encoder and every scorer cuts from the prompts."""
+    firsts = [item for item in job.items if item.k == 0]
+    texts = [item.row.text for item in firsts]
+    found = []
+    if model is not None:
+        for name, cut in model.audit_text(texts).items():
+            found.append(audit_entry("text encoder", name, firsts, cut))
+    for reward in job.rewards:
+        found.append(audit_entry("scorer", reward.name, firsts, reward.audit(texts)))
+    return found
+
+
+def floor_of(job: Evaluation, pictures: Mapping[str, Sequence[Path | None]]) -> dict[str, float]:
+    """Shapes world: what the baseline's pictures score against the prompts of other pictures; else nothing."""
+    paths = [path for path in pictures[job.baseline] if path is not None]
+    if job.prompts.scenes is None or len(paths) < len(job.items):
+        return {}
+    shown = [read_picture(path) for path in paths]
+    bench = ShapesBenchmark()
+    scenes = [job.prompts.scenes[item.number] for item in job.items]
+    found = bench.floor(np.stack(shown), scenes, seed=job.seed)
+    return {f"{bench.name}/{key}": value for key, value in found.items()}
+
+
+def check_size(prompts: PromptSet, model: BaseModel, sample: SampleSettings) -> None:
+    """UserError if the benchmark's judge cannot read pictures of the model's size."""
+    side = sample.image_size or model.image_size
+    if prompts.image_size and side != prompts.image_size:
+        raise UserError(
+            f"{prompts.name} judges {prompts.image_size} px pictures of the shapes world, {model.model_id} "
+            f"draws {side} px pictures; use --model tiny-sd15"
+        )

@@ -1,0 +1,212 @@
+"""The outcome of an evaluation: results.json, from which the table, the CSV file and the report are made."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import align_cli
+from align_cli.cuts import Cut
+from align_cli.evaluation.arms import Arm
+from align_cli.evaluation.compare import Comparison, Design, Mean, Metric, compare, means
+from align_cli.evaluation.guard import held_out, in_words
+from align_cli.evaluation.prompts import PromptSet
+from align_cli.evaluation.scoring import Scorer
+from align_cli.evaluation.store import RESULTS, TABLE, Item
+from align_cli.files import file_errors, write_text
+
+FORMAT = 1
+PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+EXAMPLES = 10
+"""Prompts that the audit shows of each reader; all of them are counted."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an evaluation ran on, beside its prompts and arms; each goes into results.json as it is."""
+
+    command: list[str]
+    created: str
+    model: dict[str, str]
+    sample: dict[str, Any]
+    seed: int
+    per_prompt: int
+    seconds: dict[str, float]
+    notes: list[str]
+
+
+def outcome(
+    folder: Path,
+    prompts: PromptSet,
+    items: Sequence[Item],
+    arms: Sequence[Arm],
+    baseline: str,
+    pictures: Mapping[str, Sequence[Path | None]],
+    scored: Sequence[tuple[Scorer, Mapping[str, Mapping[str, Any]]]],
+    design: Design,
+    drift: Sequence[Mapping[str, object]],
+    audit: Sequence[Mapping[str, object]],
+    floor: Mapping[str, float],
+    facts: Facts,
+) -> dict[str, Any]:
+    """The content of results.json, format 1.
+
+    Args:
+        folder: what the paths of pictures start from. scored: every scorer with metric -> arm -> (N,).
+    """
+    metrics = [
+        Metric(key, scorer.name, key == scorer.headline, scorer.fraction)
+        for scorer, values in scored
+        for key in sorted(values, key=lambda k, s=scorer: k == s.headline)  # the headline last
+    ]
+    values = {key: row for _, found in scored for key, row in found.items()}
+    compared = compare(values, metrics, design)
+    trained = {arm.name: arm.trained_on for arm in arms}
+    notes = [*prompts.notes, *facts.notes]
+    return plain({
+        "format": FORMAT,
+        "command": facts.command,
+        "created": facts.created,
+        "versions": {"t2ialign": align_cli.__version__, **{name: version(name) for name in PACKAGES}},
+        "benchmark": {
+            "name": prompts.name,
+            "source": prompts.source,
+            "prompts": len(prompts),
+            "fingerprint": prompts.fingerprint,
+            "group_names": prompts.group_names,
+        },
+        "model": facts.model,
+        "seed": facts.seed,
+        "per_prompt": facts.per_prompt,
+        "sample": facts.sample,
+        "seconds": {key: round(value, 2) for key, value in facts.seconds.items()},
+        "arms": [
+            {
+                "name": arm.name,
+                "adapters": list(arm.adapters),
+                "hashes": list(arm.hashes),
+                "trained_on": list(arm.trained_on),
+            }
+            for arm in arms
+        ],
+        "baseline": baseline,
+        "interval": design.interval,
+        "scorers": [
+            {
+                **scorer.facts(),
+                "headline": scorer.headline,
+                "metrics": [m.name for m in metrics if m.scorer == scorer.name],
+            }
+            for scorer, _ in scored
+        ],
+        "audit": list(audit),
+        "means": [_mean(mean) for mean in means(values, metrics, design)],
+        "comparisons": [_comparison(c, trained[c.arm]) for c in compared],
+        "drift": list(drift),
+        "floor": dict(floor),
+        "words": in_words(compared, baseline, trained, drift),
+        "notes": notes,
+        "items": [_item(i, item, folder, pictures, values) for i, item in enumerate(items)],
+    })  # fmt: skip
+
+
+def _mean(mean: Mean) -> dict[str, Any]:
+    e = mean.estimate
+    return {
+        "arm": mean.arm, "metric": mean.metric.name, "group": _group(mean.group), "mean": e.mean,
+        "low": e.low, "high": e.high, "n": e.n, "clusters": e.clusters,
+    }  # fmt: skip
+
+
+def _comparison(c: Comparison, trained_on: Sequence[str]) -> dict[str, Any]:
+    row = c.row
+    return {
+        "arm": c.arm, "metric": c.metric.name, "headline": c.metric.headline, "group": _group(c.group),
+        "base": row.base, "aligned": row.aligned, "difference": row.difference, "low": row.low,
+        "high": row.high, "n": row.n, "clusters": row.clusters, "up": row.up, "down": row.down,
+        "win_rate": row.win_rate, "sign_p": row.sign_p, "p": row.p, "p_adjusted": c.p_adjusted,
+        "verdict": c.verdict, "held_out": held_out(c.metric.scorer, trained_on),
+    }  # fmt: skip
+
+
+def _group(group: tuple[str, str] | None) -> list[str] | None:
+    return None if group is None else list(group)
+
+
+def _item(
+    i: int,
+    item: Item,
+    folder: Path,
+    pictures: Mapping[str, Sequence[Path | None]],
+    values: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    return {
+        "id": item.row.id,
+        "prompt": item.row.text,
+        "groups": dict(item.row.groups),
+        "k": item.k,
+        "seed": item.seed,
+        "images": {arm: _relative(paths[i], folder) for arm, paths in pictures.items()},
+        "scores": {key: {arm: float(x[i]) for arm, x in row.items()} for key, row in values.items()},
+    }
+
+
+def _relative(path: Path | None, folder: Path) -> str | None:
+    return None if path is None else Path(os.path.relpath(path, folder)).as_posix()
+
+
+def plain(value: Any) -> Any:
+    """`value` with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def audit_entry(
+    what: str, name: str, items: Sequence[Item], found: Sequence[Cut]
+) -> dict[str, object]:
+    """One entry of "audit": how many prompts a reader cuts, and the words lost. found: one per prompt; items:
+    the first picture of each prompt.
+    """
+    lost = [(item.row.id, cut) for item, cut in zip(items, found, strict=True) if cut.lost]
+    return {
+        "what": what,
+        "name": name,
+        "limit": found[0].limit or None,
+        "cut": len(lost),
+        "of": len(found),
+        "examples": [{"id": own, "lost": cut.lost} for own, cut in lost[:EXAMPLES]],
+    }
+
+
+def write(folder: Path, results: Mapping[str, Any]) -> None:
+    """results.json and results.csv. UserError if they cannot be written."""
+    text = json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    with file_errors(f"cannot write {folder / RESULTS}", "make room, then go on with --resume"):
+        write_text(folder / RESULTS, text)
+        write_text(folder / TABLE, table(results))
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """CSV: a line per picture, with a column per grouping and per metric."""
+    groups = results["benchmark"]["group_names"]
+    metrics = [name for scorer in results["scorers"] for name in scorer["metrics"]]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["id", "k", "seed", "arm", "image", "prompt", *groups, *metrics])
+    for item in results["items"]:
+        for arm in (a["name"] for a in results["arms"]):
+            scores = [item["scores"].get(name, {}).get(arm) for name in metrics]
+            shared = [item["id"], item["k"], item["seed"], arm, item["images"][arm], item["prompt"]]
+            writer.writerow([*shared, *(item["groups"].get(g, "") for g in groups), *scores])
+    return out.getvalue()
