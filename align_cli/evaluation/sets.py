@@ -80,7 +80,7 @@ def parti(options: SetOptions) -> PromptSet:
     found = read_prompts(path, name="parti", column=options.column)
     if lacking := [name for name in PARTI_GROUPS if name not in found.group_names]:
         raise UserError(
-            f"{path} has no column {lacking[0]}; --prompts of parti wants {PARTI_FILE}; other prompts are drawn "
+            f"{path} has no column {lacking[0]}; --prompts of parti wants {PARTI_FILE}; draw other prompts "
             f"with t2ialign eval {path}"
         )
     rows = (
