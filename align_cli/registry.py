@@ -29,12 +29,22 @@ DATASETS = Table(
 )
 """Classes that follow `align_cli.data.base.Dataset`."""
 
-BENCHMARKS = Table("benchmark", {"shapes": "align_cli.evaluation.benchmarks:ShapesBenchmark"})
-"""Classes of the benchmarks of `t2ialign eval`."""
+BENCHMARKS = Table(
+    "benchmark",
+    {
+        "coco": "align_cli.evaluation.sets:coco",
+        "geneval": "align_cli.evaluation.geneval:geneval",
+        "geneval-shapes": "align_cli.evaluation.geneval_shapes:geneval_shapes",
+        "hpsv2": "align_cli.evaluation.sets:hpsv2",
+        "parti": "align_cli.evaluation.sets:parti",
+        "shapes": "align_cli.evaluation.sets:shapes",
+    },
+)
+"""Functions `(evaluation.sets.SetOptions) -> PromptSet`: the prompts of the benchmarks of `t2ialign eval`."""
 
 REWARDS = Table("reward", {})
-"""Functions `build(request: rewards.base.Request) -> rewards.base.Reward`; `rewards.loading.load_reward` calls
-them.
+"""Functions `build(request: rewards.base.Request) -> rewards.base.Reward`, called by
+`rewards.loading.load_reward`.
 """
 
 MODELS = Table(

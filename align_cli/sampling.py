@@ -35,6 +35,8 @@ def sample(
     settings: SampleSettings,
     seeds: Sequence[int],
     callback: Callback | None = None,
+    *,
+    start_noise: Tensor | None = None,
 ) -> Tensor:
     """One picture per prompt.
 
@@ -45,6 +47,8 @@ def sample(
     Args:
         prompts, seeds: N each.
         settings: sampler, number of steps, guidance, batch size; image_size 0 takes the model's own.
+        start_noise: (N, C, h, w) standard normal in place of what the seeds give, for published protocols;
+            noise of later steps still comes from the seeds.
     Returns:
         (N, 3, H, W) float32 in [0, 1] on the CPU.
     Raises:
@@ -71,7 +75,7 @@ def sample(
         z = rollout(
             model.predict,
             model.process,
-            noise(),
+            noise() if start_noise is None else start_noise[start : start + size].to(model.device),
             steps=settings.steps,
             spacing=None if settings.sampler == "euler" else settings.spacing,
             sampler=settings.sampler,

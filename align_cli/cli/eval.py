@@ -65,8 +65,9 @@ def evaluate(
     from align_cli.cli.progress import DrawingProgress
     from align_cli.evaluation.paired import evaluate_alignment, evaluate_base
     from align_cli.evaluation.results import BaseResult, PairedResult
+    from align_cli.evaluation.sets import SetOptions, load_set
 
-    prompts = registry.load(registry.BENCHMARKS, benchmark)().prompts(n, seed, split=split)
+    prompts = list(load_set(benchmark, SetOptions(num=n, seed=seed, split=split)).scenes or ())
     if folder is not None:
         make_folder(folder)
     typer.echo(plan.describe(), err=True)

@@ -45,10 +45,10 @@ class CocoDataset:
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, got {split!r}")
         self.settings, self.split = settings, split
-        root = _root(settings.path)
+        root = find_root(settings.path)
         self.folder = root / f"{split}2017"
         path = root / "annotations" / f"captions_{split}2017.json"
-        self.ids, self.files, self.captions = _read(path)
+        self.ids, self.files, self.captions = read_captions(path)
         if settings.num_examples:
             n = settings.num_examples
             self.ids, self.files, self.captions = self.ids[:n], self.files[:n], self.captions[:n]
@@ -120,7 +120,7 @@ def square_pixels(path: Path, size: int, interpolation: str) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
 
 
-def _root(path: str) -> Path:
+def find_root(path: str) -> Path:
     """The folder with the annotations: `path` or `path`/coco."""
     if not path:
         raise UserError(f"the coco dataset needs --data-path: {LAYOUT}")
@@ -133,7 +133,7 @@ def _root(path: str) -> Path:
     raise UserError(f"data folder {given} has no annotations folder; --data-path wants {LAYOUT}")
 
 
-def _read(path: Path) -> tuple[list[int], list[str], list[list[str]]]:
+def read_captions(path: Path) -> tuple[list[int], list[str], list[list[str]]]:
     """Image ids in ascending order, their file names, their captions in the order of the file."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -50,7 +50,8 @@ class PromptSet:
 
     source: where they came from, in words or as a path. scenes: what the rows ask for, in the shapes world.
     judge: who judges pictures of this set beside the scorers, None for nobody; headline: which of its metrics
-    decides. notes: what the user should know about the file.
+    decides. image_size: side of the pictures in pixels that can be judged, 0 for any.
+    notes: what the user should know about the file.
     """
 
     name: str
@@ -59,6 +60,7 @@ class PromptSet:
     scenes: tuple[Prompt, ...] | None = None
     judge: Judge | None = None
     headline: str = ""
+    image_size: int = 0
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -134,23 +136,32 @@ def read_prompts(path: Path, *, name: str = "", column: str | None = None) -> Pr
     Raises:
         UserError: missing, no such format, not UTF-8, no prompts, no column of prompts, a broken row.
     """
+    return _prompt_set(path, name or path.stem, read_records(path), column)
+
+
+def read_records(path: Path) -> list[tuple[str, Any]]:
+    """(where in the file, content) of every line, row or entry of a file of FORMATS: a text, or an object as
+    it stands there (of a table: header -> cell). Blank lines of tables and of JSONL are left out.
+
+    Raises:
+        UserError: as `read_prompts` does for the file as such.
+    """
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise UserError(f"{path}: a file of prompts ends in {', '.join(FORMATS)}")
     text = read_utf8(path, f"a file of prompts ends in {', '.join(FORMATS)}")
     if suffix == ".txt":
-        records: list[tuple[str, Any]] = [(f"line {i}", line.strip()) for i, line in _lines(text)]
-    elif suffix == ".jsonl":
-        records = [(f"line {i}", _json(line, path, f"line {i}")) for i, line in _lines(text) if line.strip()]
-    elif suffix == ".json":
-        content = _json(text, path, "")
-        if not isinstance(content, list):
-            raise UserError(f"{path} is no list of prompts; write [\"a red circle\", ...] or "
-                            '[{"prompt": "a red circle"}, ...]')  # fmt: skip
-        records = [(f"entry {i + 1}", entry) for i, entry in enumerate(content)]
-    else:
-        records = list(_table(text, path, quoted=suffix == ".csv"))
-    return _prompt_set(path, name or path.stem, records, column)
+        return [(f"line {i}", line.strip()) for i, line in _lines(text)]
+    if suffix == ".jsonl":
+        return [(f"line {i}", _json(line, path, f"line {i}")) for i, line in _lines(text) if line.strip()]
+    if suffix != ".json":
+        return list(_table(text, path, quoted=suffix == ".csv"))
+    content = _json(text, path, "")
+    if not isinstance(content, list):
+        raise UserError(
+            f'{path} is no list; write ["a red circle", ...] or [{{"prompt": "a red circle"}}, ...]'
+        )
+    return [(f"entry {i + 1}", entry) for i, entry in enumerate(content)]
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
