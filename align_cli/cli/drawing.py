@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,15 @@ class Plan:
     open_keys: frozenset[str]
     own_dtype: bool
 
-    def load(self) -> tuple[BaseModel, Plan]:
-        """The model, with a look whether every adapter fits it, and the plan with nothing left open."""
-        say_loading(self.model.name)
+    def load(
+        self, stacks: Sequence[Sequence[str]] | None = None, *, quiet: bool = False
+    ) -> tuple[BaseModel, Plan]:
+        """The model, with a look whether every adapter fits it, and the plan with nothing left open.
+
+        stacks: of adapters that are drawn with; None for all of them in one. quiet: the user knows already.
+        """
+        if not quiet:
+            say_loading(self.model.name)
         from align_cli.adapters import attach
         from align_cli.models.loading import load_model, pick_device
         from align_cli.sampling import check_settings, own_settings
@@ -54,8 +60,9 @@ class Plan:
         if self.own_dtype and pick_device(settings.device).type == "cpu":
             settings = replace(settings, dtype="float32")  # half precision on a CPU is slower, not faster
         model = load_model(settings)
-        with attach(model, self.adapters):
-            pass  # before the settings, which may come from an adapter that does not fit
+        for stack in [self.adapters] if stacks is None else stacks:
+            with attach(model, stack):
+                pass  # before the settings, which may come from an adapter that does not fit
         drawing = own_settings(model, self.sample, self.open_keys)
         check_settings(model, drawing)
         return model, replace(self, model=settings, sample=drawing)

@@ -1,92 +1,138 @@
-"""`t2ialign eval`: measure alignment, of a model alone or of adapters against their base. No torch here."""
+"""`t2ialign eval`: measure models and adapters on prompts, paired and with intervals. No torch here."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from align_cli import registry
 from align_cli.cli import options
-from align_cli.cli.text import print_table
-from align_cli.files import file_errors, write_text
-from align_cli.settings import EvalSettings, one_of
+from align_cli.settings import one_of
 
 
 def evaluate(
-    benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help="Which benchmark: shapes.")],
+    benchmark: Annotated[
+        str,
+        typer.Argument(
+            metavar="BENCHMARK|FILE",
+            help="parti, hpsv2, coco, geneval, geneval-shapes, shapes; or a file of prompts (TXT, CSV, TSV, JSON).",
+        ),
+    ],
     model: options.Model = None,
     adapter: options.Adapters = None,
-    n: Annotated[int, typer.Option("--n", metavar="N", min=1, help="Prompts.")] = EvalSettings().num_prompts,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="SEED", min=0, help="Seed of prompts and noise.")
-    ] = EvalSettings().seed,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", metavar="NAME=A@0.5+B", help="One more stack of adapters, by a name; repeatable."),
+    ] = None,
+    vs: Annotated[
+        str | None, typer.Option("--vs", metavar="NAME", help="What the others are compared with. Default: base.")
+    ] = None,
+    scorers: Annotated[
+        str | None,
+        typer.Option(
+            "--scorers",
+            metavar="A,B,C",
+            help="clip, pickscore, hpsv2, ...; NAME:PREPROCESSING for another one; none only draws.",
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="NAME=PATH", help="Weights of a scorer; repeatable."),
+    ] = None,
+    trained_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trained-on", metavar="NAME", help="Scorer that the adapters were trained on; repeatable."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="PATH", help="The benchmark's prompts, a file or a folder."),
+    ] = None,
+    data_path: options.DataPath = None,
+    column: Annotated[
+        str | None, typer.Option("--column", metavar="NAME", help="Of a table: the one with the prompts.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="N of the prompts, spread evenly over the groups."),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", metavar="N", min=1, help="Shapes world: how many prompts are made.")
+    ] = None,
     split: Annotated[
-        str, typer.Option("--split", metavar="NAME", help="test, val or train compositions.")
-    ] = "test",
-    interval: Annotated[str, typer.Option("--interval", metavar="NAME", help="t or bootstrap.")] = "t",
+        str | None, typer.Option("--split", metavar="NAME", help="Shapes world: test, val or train compositions.")
+    ] = None,
+    per_prompt: Annotated[
+        int | None, typer.Option("--per-prompt", metavar="K", min=1, help="Pictures of every prompt.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="SEED", min=0, help="Seed of noise (and of prompts made here).")
+    ] = 0,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--images", metavar="[NAME=]DIR", help="Score these pictures, draw none; repeatable, one arm each."
+        ),
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="--images: go on without missing and broken pictures.")
+    ] = False,
+    geneval_results: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--geneval-results", metavar="[ARM=]FILE", help="What GenEval's own evaluator wrote; repeatable."
+        ),
+    ] = None,
+    interval: Annotated[
+        str | None, typer.Option("--interval", metavar="NAME", help="bootstrap or t.")
+    ] = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     sampler: options.Sampler = None,
     spacing: options.Spacing = None,
     eta: options.Eta = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", metavar="PIXELS", help="Pixels per side; 0: the model's.")
+    ] = None,
     batch_size: options.BatchSize = None,
     device: options.Device = None,
     encoder_device: options.EncoderDevice = None,
     dtype: options.Dtype = None,
     as_json: options.AsJson = False,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="Folder for the numbers and a picture.")
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Default: runs/eval-BENCHMARK-..., one for every run."),
     ] = None,
-    overwrite: options.Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start afresh; files of other names are left alone.")
+    ] = False,
 ) -> None:
-    """Measure alignment on held-out prompts: same prompts and noise for base and aligned, 95 % intervals.
+    """Measure alignment: same prompts and noise for every model, mean differences with 95 % intervals.
 
-    Without --adapter the model is measured alone. The floor is what the same pictures score against the
-    prompts of other pictures.
+    Without --adapter and --arm the model is measured alone. Sampling settings come from the first adapter, else
+    from the preset of the model; flags go above them. Several processes: torchrun -m align_cli eval ...
     """
-    from align_cli.cli.drawing import choose_folder, make_folder, make_plan
+    from align_cli.cli import eval_work
 
-    registry.path_of(registry.BENCHMARKS, benchmark)
-    one_of("--split", split, ("test", "val", "train"))
-    one_of("--interval", interval, ("t", "bootstrap"))
-    flags = {
-        "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
-        "batch_size": batch_size,
-    }  # fmt: skip
-    devices = {"device": device, "encoder_device": encoder_device}
-    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype}, flags)
-    numbers, picture = f"eval-{benchmark}.json", f"eval-{benchmark}.png"
-    folder = None if out is None else choose_folder(out, "", [numbers, picture], overwrite)
-    loaded, plan = plan.load()
-
-    from align_cli.cli.progress import DrawingProgress
-    from align_cli.evaluation.paired import evaluate_alignment, evaluate_base
-    from align_cli.evaluation.results import BaseResult, PairedResult
-    from align_cli.evaluation.sets import SetOptions, load_set
-
-    prompts = list(load_set(benchmark, SetOptions(num=n, seed=seed, split=split)).scenes or ())
-    if folder is not None:
-        make_folder(folder)
-    typer.echo(plan.describe(), err=True)
-    result: BaseResult | PairedResult
-    with DrawingProgress() as progress:
-        if plan.adapters:
-            result = evaluate_alignment(
-                loaded, plan.adapters, prompts, plan.sample, seed, progress, interval=interval, split=split
-            )
-        else:
-            result = evaluate_base(loaded, prompts, plan.sample, seed, progress, split=split)
-    text = json.dumps(result.to_json(), indent=2, allow_nan=False)
-    if folder is not None:
-        with file_errors(f"cannot write {folder / numbers}", "choose another folder with --out"):
-            write_text(folder / numbers, text + "\n")
-        result.save_picture(folder / picture)
-    if as_json:
-        typer.echo(text)
-        return
-    print_table(result)
-    if folder is not None:
-        typer.echo(f"numbers: {folder / numbers}\npicture: {folder / picture}")
+    if split is not None:
+        one_of("--split", split, ("test", "val", "train"))
+    if interval is not None:
+        one_of("--interval", interval, ("t", "bootstrap"))
+    eval_work.evaluate(
+        eval_work.Asked(
+            benchmark=benchmark, model=model, adapters=adapter or [], arms=arm or [], vs=vs, scorers=scorers,
+            weights=weights or [], trained_on=trained_on or [], prompts=prompts, data_path=data_path,
+            column=column, limit=limit, n=n, split=split, per_prompt=per_prompt, seed=seed,
+            images=images or [], allow_missing=allow_missing, geneval_results=geneval_results or [],
+            interval=interval,
+            model_flags={"device": device, "encoder_device": encoder_device, "dtype": dtype},
+            sample_flags={
+                "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
+                "image_size": image_size, "batch_size": batch_size,
+            },
+            as_json=as_json, out=out, resume=resume, overwrite=overwrite,
+        )
+    )  # fmt: skip

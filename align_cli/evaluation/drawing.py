@@ -57,7 +57,8 @@ def draw(
 
     Args:
         missing: of `find_missing`. facts: what every picture's metadata says besides what the store says.
-        progress: called with the arm's name and the number of new pictures.
+        progress: called with "drawing ARM" and the number of new pictures, of all processes as far as one
+            can tell.
     Raises:
         UserError: an adapter does not fit, or a picture cannot be written.
     """
@@ -76,7 +77,7 @@ def draw(
                     if b * size + i in wanted:
                         store.save(arm.name, item, picture, own)
                         new += 1
-                progress(arm.name, new)
+                progress(f"drawing {arm.name}", new * ranks.world_size)
     ranks.objects(None)  # nobody goes on before all are done
 
 

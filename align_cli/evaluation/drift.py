@@ -26,7 +26,7 @@ class HasFeatures(Protocol):
 
     def facts(self) -> dict[str, str]: ...
 
-    def image_features(self, images: Tensor) -> Tensor:
+    def image_vectors(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D)."""
         ...
 
@@ -100,7 +100,7 @@ class Drift:
         paths, found = list(pictures), {}
         for places in alike([pictures[p] for p in paths]):
             images = as_tensor([pictures[paths[i]] for i in places]).to(tower.device)
-            rows = tower.image_features(images).double().cpu().numpy()
+            rows = tower.image_vectors(images).double().cpu().numpy()
             for i, row in zip(places, rows, strict=True):
                 found[paths[i]] = row / np.linalg.norm(row)
         return found

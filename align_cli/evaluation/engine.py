@@ -17,12 +17,13 @@ import numpy as np
 
 from align_cli.data.cache import encoder_identity, module_sha256
 from align_cli.errors import UserError
+from align_cli.evaluation import audit as auditing
 from align_cli.evaluation import drift as drifting
 from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.benchmarks import ShapesBenchmark, compositions
 from align_cli.evaluation.compare import Design
 from align_cli.evaluation.drawing import Progress, draw, find_missing
-from align_cli.evaluation.outcome import Facts, audit_entry, outcome
+from align_cli.evaluation.outcome import Facts, outcome
 from align_cli.evaluation.prompts import PromptSet
 from align_cli.evaluation.scoring import RewardScorer, Scorer, SetJudge, score
 from align_cli.evaluation.store import Item, Store, make_items, read_picture
@@ -35,7 +36,8 @@ from align_cli.training.distributed import Ranks
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What is measured. baseline: the arm that the others are compared with. given: arm -> the picture of
-    every item, for pictures that are not drawn here. interval: "t" or "bootstrap".
+    every item, for pictures that are not drawn here. extra: scorers besides the rewards and the benchmark's own
+    judge. interval: "t" or "bootstrap".
     """
 
     prompts: PromptSet
@@ -47,6 +49,7 @@ class Evaluation:
     per_prompt: int = 1
     interval: str = "bootstrap"
     given: Mapping[str, Sequence[Path | None]] = field(default_factory=dict)
+    extra: Sequence[Scorer] = ()
     command: Sequence[str] = ()
     created: str = ""
     notes: Sequence[str] = ()
@@ -54,7 +57,7 @@ class Evaluation:
     def scorers(self) -> list[Scorer]:
         """The benchmark's own judge first."""
         own: list[Scorer] = [SetJudge(self.prompts)] if self.prompts.judge is not None else []
-        return [*own, *(RewardScorer(reward) for reward in self.rewards)]
+        return [*own, *self.extra, *(RewardScorer(reward) for reward in self.rewards)]
 
 
 def items_of(prompts: PromptSet, per_prompt: int, seed: int) -> list[Item]:
@@ -187,15 +190,11 @@ def clusters_of(prompts: PromptSet, items: Sequence[Item]) -> list[Hashable]:
 
 def audit(job: Evaluation, model: BaseModel | None) -> list[dict[str, object]]:
     """What every text encoder and every scorer cuts from the prompts."""
-    firsts = [item for item in job.items if item.k == 0]
-    texts = [item.row.text for item in firsts]
-    found = []
-    if model is not None:
-        for name, cut in model.audit_text(texts).items():
-            found.append(audit_entry("text encoder", name, firsts, cut))
-    for reward in job.rewards:
-        found.append(audit_entry("scorer", reward.name, firsts, reward.audit(texts)))
-    return found
+    texts = job.prompts.texts
+    encoders = model.audit_text(texts) if model is not None else {}
+    scorers = {reward.name: reward.audit(texts) for reward in job.rewards}
+    found = auditing.audit(job.prompts, encoders, "text encoder")
+    return [*found, *auditing.audit(job.prompts, scorers, "scorer")]
 
 
 def floor_of(job: Evaluation, pictures: Mapping[str, Sequence[Path | None]]) -> dict[str, float]:

@@ -8,16 +8,17 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import align_cli
-from align_cli.cuts import Cut
 from align_cli.evaluation.arms import Arm
+from align_cli.evaluation.audit import audit_words
 from align_cli.evaluation.compare import Comparison, Design, Mean, Metric, compare, means
 from align_cli.evaluation.guard import held_out, in_words
+from align_cli.evaluation.official import official_results
 from align_cli.evaluation.prompts import PromptSet
 from align_cli.evaluation.scoring import Scorer
 from align_cli.evaluation.store import RESULTS, TABLE, Item
@@ -25,8 +26,6 @@ from align_cli.files import file_errors, write_text
 
 FORMAT = 1
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
-EXAMPLES = 10
-"""Prompts that the audit shows of each reader; all of them are counted."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,27 @@ def outcome(
         "comparisons": [_comparison(c, trained[c.arm]) for c in compared],
         "drift": list(drift),
         "floor": dict(floor),
-        "words": in_words(compared, baseline, trained, drift),
+        "official": _official(prompts, items, arms, values),
+        "words": [*in_words(compared, baseline, trained, drift), *audit_words(audit)],
         "notes": notes,
         "items": [_item(i, item, folder, pictures, values) for i, item in enumerate(items)],
     })  # fmt: skip
+
+
+def _official(
+    prompts: PromptSet,
+    items: Sequence[Item],
+    arms: Sequence[Arm],
+    values: Mapping[str, Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """The benchmark's own table for every arm, where it has one."""
+    rows = [item.number for item in items]
+    return [
+        {"arm": arm.name, "metric": key, **asdict(line)}
+        for key, of in values.items()
+        for arm in arms
+        for line in official_results(prompts, key, rows, of[arm.name])
+    ]
 
 
 def _mean(mean: Mean) -> dict[str, Any]:
@@ -170,23 +186,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def audit_entry(
-    what: str, name: str, items: Sequence[Item], found: Sequence[Cut]
-) -> dict[str, object]:
-    """One entry of "audit": how many prompts a reader cuts, and the words lost. found: one per prompt; items:
-    the first picture of each prompt.
-    """
-    lost = [(item.row.id, cut) for item, cut in zip(items, found, strict=True) if cut.lost]
-    return {
-        "what": what,
-        "name": name,
-        "limit": found[0].limit or None,
-        "cut": len(lost),
-        "of": len(found),
-        "examples": [{"id": own, "lost": cut.lost} for own, cut in lost[:EXAMPLES]],
-    }
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:

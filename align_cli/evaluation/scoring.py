@@ -103,8 +103,7 @@ class SetJudge:
     def __init__(self, prompts: PromptSet) -> None:
         if prompts.judge is None:
             raise ValueError(f"{prompts.name} has no judge")
-        self.judge, self.name = prompts.judge, prompts.name
-        self.headline = f"{self.name}/{prompts.headline}"
+        self.judge, self.name, self.headline = prompts.judge, prompts.name, prompts.headline
 
     def facts(self) -> dict[str, str]:
         return {
@@ -117,7 +116,7 @@ class SetJudge:
 
     def values(self, arm: str, pictures: Sequence[Shown], items: Sequence[Item]) -> dict[str, np.ndarray]:
         found = self.judge(np.stack([p.pixels for p in pictures]), [item.row for item in items])
-        return {f"{self.name}/{key}": np.asarray(x, float) for key, x in found.items()}
+        return {key: np.asarray(x, float) for key, x in found.items()}
 
 
 def alike(pictures: Sequence[np.ndarray]) -> list[list[int]]:
@@ -224,7 +223,7 @@ def score(
 
     Args:
         folder: of the evaluation. pictures: arm -> the file of every item, None where there is none.
-        progress: called with the scorer's name and the number of new pictures.
+        progress: called with "scoring NAME" and a number of pictures.
     Returns:
         metric -> arm -> (N,) float64, NaN where not asked or without picture; the same on every process.
     Raises:
@@ -235,6 +234,8 @@ def score(
         todo: list[int] = []
         ranks.on_main(lambda scores=scores, paths=paths, todo=todo: todo.extend(_unscored(scores, paths)))
         todo = ranks.objects(todo)[0]
+        left = sum(paths[i] is not None for b in todo for i in range(b * BATCH, min((b + 1) * BATCH, len(items))))
+        progress(f"scoring {scorer.name}", sum(path is not None for path in paths) - left)
         part = scores.part(ranks.rank)
         for b in todo[ranks.rank :: ranks.world_size]:
             shown = [
@@ -246,7 +247,7 @@ def score(
             values = scorer.values(arm, shown, of)
             check_numbers(scorer, shown, of, values)
             part.add(shown, values)
-            progress(scorer.name, len(shown))
+            progress(f"scoring {scorer.name}", len(shown) * ranks.world_size)
         ranks.objects(None)
         ranks.on_main(lambda scores=scores: scores.join(scores.read()))
     return _table(folder, scorer, pictures, len(items))
