@@ -33,8 +33,8 @@ BENCHMARKS = Table("benchmark", {"shapes": "align_cli.evaluation.benchmarks:Shap
 """Classes of the benchmarks of `t2ialign eval`."""
 
 REWARDS = Table("reward", {})
-"""Functions `build(request: rewards.base.Request) -> rewards.base.Reward`; `rewards.loading.load_reward` calls
-them.
+"""Functions `build(request: rewards.base.Request) -> rewards.base.Reward`, called by
+`rewards.loading.load_reward`.
 """
 
 MODELS = Table(
