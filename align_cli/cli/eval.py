@@ -23,10 +23,13 @@ def evaluate(
     adapter: options.Adapters = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option("--arm", metavar="NAME=A@0.5+B", help="One more stack of adapters, by a name; repeatable."),
+        typer.Option(
+            "--arm", metavar="NAME=A@0.5+B", help="One more stack of adapters, by a name; repeatable."
+        ),
     ] = None,
     vs: Annotated[
-        str | None, typer.Option("--vs", metavar="NAME", help="What the others are compared with. Default: base.")
+        str | None,
+        typer.Option("--vs", metavar="NAME", help="What the others are compared with. Default: base."),
     ] = None,
     scorers: Annotated[
         str | None,
@@ -62,7 +65,8 @@ def evaluate(
         int | None, typer.Option("--n", metavar="N", min=1, help="Shapes world: how many prompts are made.")
     ] = None,
     split: Annotated[
-        str | None, typer.Option("--split", metavar="NAME", help="Shapes world: test, val or train compositions.")
+        str | None,
+        typer.Option("--split", metavar="NAME", help="Shapes world: test, val or train compositions."),
     ] = None,
     per_prompt: Annotated[
         int | None, typer.Option("--per-prompt", metavar="K", min=1, help="Pictures of every prompt.")
@@ -73,7 +77,9 @@ def evaluate(
     images: Annotated[
         list[str] | None,
         typer.Option(
-            "--images", metavar="[NAME=]DIR", help="Score these pictures, draw none; repeatable, one arm each."
+            "--images",
+            metavar="[NAME=]DIR",
+            help="Score these pictures, draw none; repeatable, one arm each.",
         ),
     ] = None,
     allow_missing: Annotated[
@@ -105,7 +111,9 @@ def evaluate(
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="Default: runs/eval-BENCHMARK-..., one for every run."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in the folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the evaluation in the folder.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start afresh; files of other names are left alone.")
     ] = False,

@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -111,8 +111,6 @@ def _work(
     from align_cli.cli.text import say_loading
 
     say_loading(plan.model.name if plan is not None else "the scorers")
-    import torch
-
     from align_cli.devices import pick_device
     from align_cli.evaluation import engine
     from align_cli.training.distributed import Ranks, leave_group, on_rank, rank_device
@@ -128,7 +126,7 @@ def _work(
         model, plan = replace(plan, model=on_rank(plan.model)).load(stacks, quiet=True)
         engine.check_size(prompts, model, plan.sample)
         identity = {
-            **engine.identity(prompts, arms, asked.seed, per_prompt, plan.model.name, _dtype(model), plan.sample),
+            **_identity(asked, prompts, arms, per_prompt, plan),
             "device": model.device.type,
             "weights": engine.weights_of(model),
         }
@@ -152,8 +150,7 @@ def _work(
         notes=notes,
     )
     try:
-        with torch.inference_mode(False):
-            results = _measure(job, store, ranks, model, plan)
+        results = _measure(job, store, ranks, model, plan)
     except KeyboardInterrupt:
         if ranks.main:
             typer.echo(f"stopped; what is finished is kept, go on with: {_again(folder)}", err=True)
@@ -298,7 +295,9 @@ def scorer_choices(asked: Asked, prompts: PromptSet, plan: Plan | None) -> list[
         if not equals or not path:
             raise UserError(f"--weights {text}: write --weights NAME=PATH")
         if name not in names:
-            raise UserError(f"--weights {text}: {name} is not among the scorers ({', '.join(names) or 'none'})")
+            raise UserError(
+                f"--weights {text}: {name} is not among the scorers ({', '.join(names) or 'none'})"
+            )
         sources[name] = path
     return [ScorerChoice(name, way or "official", sources.get(name)) for name, way in pairs]
 
@@ -314,25 +313,21 @@ def _rewards(choices: Sequence[ScorerChoice], device: str) -> list[Reward]:
 def _identity(
     asked: Asked, prompts: PromptSet, arms: list[Arm], per_prompt: int, plan: Plan | None
 ) -> dict[str, Any]:
-    """What fixes the run before anything is loaded: it names the default folder. Pictures that are given are
-    fixed by their folders.
+    """What fixes the pictures, as far as the plan is decided: it names the default folder, and once the model
+    is loaded it tells whether a folder is this run's. The devices are this machine's own matter.
     """
+    about: dict[str, Any] = {
+        "benchmark": {"name": prompts.name, "prompts": len(prompts), "fingerprint": prompts.fingerprint},
+        "per_prompt": per_prompt,
+    }
     if plan is None:
-        named = {name: str(path.resolve()) for name, path in folders.parse_folders(asked.images).items()}
-        return {
-            "benchmark": {"name": prompts.name, "prompts": len(prompts), "fingerprint": prompts.fingerprint},
-            "per_prompt": per_prompt,
-            "images": named,
-        }
-    from dataclasses import asdict
-
-    return {
-        "benchmark": [prompts.name, len(prompts), prompts.fingerprint],
+        found = folders.parse_folders(asked.images)
+        return about | {"images": {name: str(path.resolve()) for name, path in found.items()}}
+    return about | {
         "model": asdict(replace(plan.model, device="auto", encoder_device="")),
         "seed": asked.seed,
-        "per_prompt": per_prompt,
         "sample": asdict(plan.sample),
-        "arms": {arm.name: [*arm.adapters, *arm.hashes] for arm in arms},
+        "arms": {arm.name: {"adapters": list(arm.adapters), "sha256": list(arm.hashes)} for arm in arms},
     }
 
 
@@ -340,10 +335,6 @@ def default_name(benchmark: str, identity: Mapping[str, Any]) -> str:
     """eval-parti-1a2b3c4d: one name for every run."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", benchmark).strip("-.")[:40] or "prompts"
     return f"eval-{slug}-{sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]}"
-
-
-def _dtype(model: BaseModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 def _given(asked: Asked, items: Sequence[Any]) -> tuple[dict[str, list[Path | None]], list[str]]:

@@ -31,7 +31,9 @@ def my_share(missing: Sequence[int], size: int, ranks: Ranks) -> list[int]:
     return batches[ranks.rank :: ranks.world_size]
 
 
-def find_missing(store: Store, arms: Sequence[Arm], items: Sequence[Item], ranks: Ranks) -> dict[str, list[int]]:
+def find_missing(
+    store: Store, arms: Sequence[Arm], items: Sequence[Item], ranks: Ranks
+) -> dict[str, list[int]]:
     """Arm -> positions of the pictures that are to be drawn, the same answer on every process.
 
     Raises:

@@ -7,6 +7,7 @@ Every process of a run calls the same functions in the same order.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from align_cli.data.cache import encoder_identity, module_sha256
 from align_cli.errors import UserError
@@ -65,21 +67,6 @@ def items_of(prompts: PromptSet, per_prompt: int, seed: int) -> list[Item]:
     return make_items(prompts, per_prompt, seed)
 
 
-def identity(
-    prompts: PromptSet, arms: Sequence[Arm], seed: int, per_prompt: int, model: str, dtype: str, sample: SampleSettings
-) -> dict[str, Any]:
-    """What fixes the pictures of a run, as far as it is known before a model is loaded."""
-    return {
-        "benchmark": {"name": prompts.name, "prompts": len(prompts), "fingerprint": prompts.fingerprint},
-        "model": model,
-        "dtype": dtype,
-        "seed": seed,
-        "per_prompt": per_prompt,
-        "sample": asdict(sample),
-        "arms": {arm.name: {"adapters": list(arm.adapters), "sha256": list(arm.hashes)} for arm in arms},
-    }
-
-
 def weights_of(model: BaseModel) -> dict[str, str]:
     """Hashes of all that draws: denoiser, autoencoder, text encoders, tokenizers."""
     return {"denoiser": module_sha256(model.denoiser), **encoder_identity(model)}
@@ -128,21 +115,36 @@ def run(
         interval=job.interval,
         seed=job.seed,
     )
-    about = _model_facts(model)
+    memory, gpu = peak_memory()
     facts_ = Facts(
         command=list(job.command),
         created=job.created,
-        model=about,
+        model=_model_facts(model),
         sample=asdict(sample) if sample is not None else {},
         seed=job.seed,
         per_prompt=job.per_prompt,
         seconds=seconds,
+        memory={"process": memory, "gpu": gpu},
         notes=list(job.notes),
     )
     return outcome(
         store.folder, job.prompts, job.items, job.arms, job.baseline, pictures, scored, design, drift,
         audit(job, model), floor_of(job, pictures), facts_,
     )  # fmt: skip
+
+
+def peak_memory() -> tuple[int, int]:
+    """(process, GPU) bytes: the most this process ever held, and the most its tensors held on any one GPU."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    gpu = max(map(torch.cuda.max_memory_allocated, gpus), default=0)
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset), gpu
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024), gpu
 
 
 def _model_facts(model: BaseModel | None) -> dict[str, str]:

@@ -46,9 +46,7 @@ def parse_folders(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def match(
-    folder: Path, items: Sequence[Item], *, allow_missing: bool
-) -> tuple[list[Path | None], list[str]]:
+def match(folder: Path, items: Sequence[Item], *, allow_missing: bool) -> tuple[list[Path | None], list[str]]:
     """The picture of every item in a folder.
 
     A picture that an evaluation drew says in its metadata which prompt it is of. Any other belongs to a prompt
@@ -82,13 +80,13 @@ def match(
         notes.append(f"{_trouble(folder, items, missing, broken)}: left out")
     used = {path for path in found if path is not None}
     if spare := [path for path in files if path not in used]:
-        notes.append(f"{folder}: {len(spare)} pictures belong to no prompt of this run ({spare[0].name}, ...)")
+        notes.append(
+            f"{folder}: {len(spare)} pictures belong to no prompt of this run ({spare[0].name}, ...)"
+        )
     return [None if i in broken else path for i, path in enumerate(found)], notes
 
 
-def _trouble(
-    folder: Path, items: Sequence[Item], missing: Sequence[int], broken: Mapping[int, str]
-) -> str:
+def _trouble(folder: Path, items: Sequence[Item], missing: Sequence[int], broken: Mapping[int, str]) -> str:
     """What is wrong, with names."""
     parts = []
     if missing:

@@ -88,7 +88,11 @@ def _warning(arm: str, apart: Sequence[Comparison], known: Sequence[Comparison])
 def _moved(entry: Mapping[str, object]) -> str:
     """Large changes of the pictures themselves."""
     parts = []
-    for key, word in (("saturation", "saturation"), ("clipped", "clipped values"), ("diversity", "diversity")):
+    for key, word in (
+        ("saturation", "saturation"),
+        ("clipped", "clipped values"),
+        ("diversity", "diversity"),
+    ):
         now, before = entry[key], entry[f"{key}_base"]
         if not (isinstance(now, float) and isinstance(before, float)):
             continue

@@ -39,6 +39,7 @@ class Facts:
     seed: int
     per_prompt: int
     seconds: dict[str, float]
+    memory: dict[str, int]
     notes: list[str]
 
 
@@ -87,6 +88,7 @@ def outcome(
         "per_prompt": facts.per_prompt,
         "sample": facts.sample,
         "seconds": {key: round(value, 2) for key, value in facts.seconds.items()},
+        "memory": facts.memory,
         "arms": [
             {
                 "name": arm.name,

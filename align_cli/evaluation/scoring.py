@@ -234,7 +234,9 @@ def score(
         todo: list[int] = []
         ranks.on_main(lambda scores=scores, paths=paths, todo=todo: todo.extend(_unscored(scores, paths)))
         todo = ranks.objects(todo)[0]
-        left = sum(paths[i] is not None for b in todo for i in range(b * BATCH, min((b + 1) * BATCH, len(items))))
+        left = sum(
+            paths[i] is not None for b in todo for i in range(b * BATCH, min((b + 1) * BATCH, len(items)))
+        )
         progress(f"scoring {scorer.name}", sum(path is not None for path in paths) - left)
         part = scores.part(ranks.rank)
         for b in todo[ranks.rank :: ranks.world_size]:
@@ -258,9 +260,7 @@ def _unscored(scores: Scores, paths: Sequence[Path | None]) -> list[int]:
     have = scores.read()
     todo = set()
     for i, path in enumerate(paths):
-        if path is not None and (
-            i not in have or have[i][0] != identity(scores.scorer, scores.arm, i, path)
-        ):
+        if path is not None and (i not in have or have[i][0] != identity(scores.scorer, scores.arm, i, path)):
             todo.add(i // BATCH)
     return sorted(todo)
 

@@ -73,7 +73,11 @@ class Paired:
     @property
     def win_rate(self) -> float:
         """Share of the prompts that got better, with those that did not move counted half; NaN without any."""
-        return (self.up + (self.clusters - self.up - self.down) / 2) / self.clusters if self.clusters else math.nan
+        return (
+            (self.up + (self.clusters - self.up - self.down) / 2) / self.clusters
+            if self.clusters
+            else math.nan
+        )
 
 
 def paired(
@@ -154,7 +158,9 @@ def rate(values: np.ndarray, clusters: Sequence[Hashable] | None = None, *, leve
     return Estimate(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)), n, count)
 
 
-def mean_of(values: np.ndarray, clusters: Sequence[Hashable] | None = None, *, level: float = 0.95) -> Estimate:
+def mean_of(
+    values: np.ndarray, clusters: Sequence[Hashable] | None = None, *, level: float = 0.95
+) -> Estimate:
     """Mean with its t interval, robust to clusters. values: (N,), NaN where not asked; clusters: as in
     `paired`.
     """

@@ -109,7 +109,14 @@ class Store:
 
     def save(self, arm: str, item: Item, picture: np.ndarray, facts: Mapping[str, object]) -> None:
         """Write (H, W, 3) uint8, with what it is of. UserError if it cannot be written."""
-        own = {"prompt": item.row.text, "seed": item.seed, "arm": arm, "id": item.row.id, "k": item.k, "run": self.run}
+        own = {
+            "prompt": item.row.text,
+            "seed": item.seed,
+            "arm": arm,
+            "id": item.row.id,
+            "k": item.k,
+            "run": self.run,
+        }
         save_png(picture, self.path(arm, item), {**own, **facts})
 
     def missing(self, arm: str, items: Sequence[Item]) -> list[int]:

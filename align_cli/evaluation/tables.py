@@ -1,73 +1,58 @@
-"""The tables that an evaluation prints: the answer to "did it help?"."""
+"""The tables that an evaluation prints, made from results.json: the answer to "did it help?"."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
+import typer
 from rich import box
-from rich.console import Group
-from rich.padding import Padding
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from align_cli.evaluation.stats import GAIN, LOSS, MIN_CLUSTERS, NO_CHANGE, TOO_FEW, Estimate, Paired
-
-if TYPE_CHECKING:
-    from align_cli.evaluation.results import BaseResult, PairedResult, RunFacts
+from align_cli.evaluation.stats import GAIN, LOSS, MIN_CLUSTERS, NO_CHANGE, TOO_FEW
 
 STYLES = {GAIN: "bold green", LOSS: "bold red", NO_CHANGE: "dim", TOO_FEW: "dim"}
 WIDE = 92
 """Columns of text from which cells stand three blanks apart, and not one."""
 FLOOR_COLUMN = 100
 """Columns of text from which the floor has a column of its own."""
+GROUPS_SHOWN = 8
+"""Groups of a grouping up to which they are printed; more are in the report."""
+PLAIN_WIDTH = 100
+"""Columns of a table that goes to a file or a pipe."""
 
 
-def paired_table(result: PairedResult, width: int = 100) -> Group:
-    """Verdict, one row per metric with its interval, the headline last and by kind of prompt, the facts."""
-    table = _table(width)
-    column = width >= FLOOR_COLUMN
-    for name in ("base", "aligned", "difference", "95 % CI", "n", *(["floor"] if column else [])):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-
-    def add(name: str, row: Paired, style: str = "") -> None:
-        cells = [
-            _number(row.base),
-            _number(row.aligned),
-            _signed(row.difference),
-            _interval(row.low, row.high),
-            str(row.n),
-        ]
-        if column:
-            cells.append(_number(result.floor.get(name.removeprefix("* "), math.nan)))
-        verdict = Text(row.verdict, STYLES[row.verdict]) if row.n else Text("not asked", "dim")
-        table.add_row(name, *cells, verdict, style=style)
-
-    _rows(table, result.rows, result.kinds, result.headline, add)
-    return Group(
-        Padding(_verdict_line(result), (1, 0, 0, 0)),
-        table,
-        *_footer(result.facts, "base", {} if column else result.floor),
-    )
+def print_results(results: Mapping[str, Any]) -> None:
+    """The tables on stdout; in a file or a pipe PLAIN_WIDTH columns and no blank lines."""
+    console = Console()
+    if console.is_terminal:
+        console.print(results_table(results, console.width))
+        return
+    plain = Console(width=PLAIN_WIDTH)
+    with plain.capture() as captured:
+        plain.print(results_table(results, PLAIN_WIDTH))
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))
 
 
-def base_table(result: BaseResult, width: int = 100) -> Group:
-    """One row per metric with its interval and the floor."""
-    table = _table(width)
-    for name in ("score", "95 % CI", "n", "floor"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+def results_table(results: Mapping[str, Any], width: int = PLAIN_WIDTH) -> Group:
+    """What is printed: the answer in words, one row per metric with its interval, the headlines by group, what
+    it was measured on.
+    """
+    words = [Text(line, _style(line)) for line in results["words"]]
+    if not results["scorers"]:
+        return Group(*words, *_footer(results, width))
+    body = _compared(results, width) if results["comparisons"] else _alone(results, width)
+    return Group(*words, body, *_official(results), *_footer(results, width))
 
-    def add(name: str, row: Estimate, style: str = "") -> None:
-        interval = f"[{_number(row.low)}, {_number(row.high)}]" if row.n else "-"
-        floor = _number(result.floor.get(name.removeprefix("* "), math.nan))
-        few = "not asked" if not row.n else TOO_FEW if row.clusters < MIN_CLUSTERS else ""
-        table.add_row(name, _number(row.mean), interval, str(row.n), floor, Text(few, "dim"), style=style)
 
-    _rows(table, result.rows, result.kinds, result.headline, add)
-    return Group(table, *_footer(result.facts, "these", {}))
+def _style(line: str) -> str:
+    for verdict in (GAIN, LOSS):
+        if f": {verdict}, " in line:
+            return STYLES[verdict]
+    return "bold" if line.startswith("reward hacking") else ""
 
 
 def _table(width: int) -> Table:
@@ -76,79 +61,154 @@ def _table(width: int) -> Table:
     return table
 
 
-def _rows(
-    table: Table,
-    rows: Mapping[str, Estimate | Paired],
-    kinds: Mapping,
-    headline: str,
-    add: Callable[..., None],
-) -> None:
-    """All metrics, a rule, the headline, and the headline per kind of prompt."""
-    others = [name for name in rows if name != headline]
-    for name in others:
-        add(name, rows[name])
-    table.add_section()
-    add(f"* {headline}", rows[headline], style="bold")
-    if len(kinds) > 1:
-        for kind, values in kinds.items():
-            add(f"    {kind}", values[headline])
+def _compared(results: Mapping[str, Any], width: int) -> Table:
+    """Base against aligned. A column names the arm where there are several."""
+    arms = list(dict.fromkeys(row["arm"] for row in results["comparisons"]))
+    table = _table(width)
+    floor = width >= FLOOR_COLUMN and bool(results["floor"])
+    if len(arms) > 1:
+        table.add_column("arm", no_wrap=True)
+    other = "arm" if len(arms) > 1 else arms[0]
+    for name in (results["baseline"], other, "difference", "95 % CI", "n", *(["floor"] if floor else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for label, row, style in _rows(results, "comparisons"):
+        cells = [row["arm"]] if len(arms) > 1 else []
+        cells += [_number(row["base"]), _number(row["aligned"]), _signed(row["difference"])]
+        cells += [_interval(row["low"], row["high"], _signed), str(row["n"])]
+        if floor:
+            cells.append(_number(results["floor"].get(row["metric"]) if row["group"] is None else None))
+        trained = "" if row["held_out"] else " (trained on)"
+        verdict = (
+            Text(row["verdict"] + trained, STYLES[row["verdict"]]) if row["n"] else Text("not asked", "dim")
+        )
+        table.add_row(label, *cells, verdict, style=style)
+    return table
 
 
-def _verdict_line(result: PairedResult) -> Text:
-    """The headline in words; "gain" only where the interval excludes 0."""
-    row = result.rows[result.headline]
-    line = Text()
-    line.append(f"{result.headline}: {row.verdict}", STYLES[row.verdict].replace("dim", "bold"))
-    if row.n:
-        line.append(f"  {_number(row.base)} -> {_number(row.aligned)}, {_signed(row.difference)} ")
-        line.append(f"{_interval(row.low, row.high)}; better on {row.up} prompts, worse on {row.down}")
-        line.append(f" (sign test p = {_p(row.sign_p)})" if row.up + row.down else "")
-    return line
+def _alone(results: Mapping[str, Any], width: int) -> Table:
+    """Means of arms that are compared with nothing."""
+    table = _table(width)
+    names = ("score", "95 % CI", "n", *(["floor"] if results["floor"] else []))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for label, row, style in _rows(results, "means"):
+        few = "not asked" if not row["n"] else TOO_FEW if row["clusters"] < MIN_CLUSTERS else ""
+        floor = [_number(results["floor"].get(row["metric"]) if row["group"] is None else None)]
+        cells = [_number(row["mean"]), _interval(row["low"], row["high"], _number), str(row["n"])]
+        table.add_row(label, *cells, *(floor if results["floor"] else []), Text(few, "dim"), style=style)
+    return table
 
 
-def _footer(facts: RunFacts, whose: str, floor: dict[str, float]) -> list[Text]:
-    """Small print. floor: the numbers, where the table has no column for them."""
-    kinds = ", ".join(f"{n} {kind}" for kind, n in facts.kinds.items())
-    held = " held-out" if facts.split != "train" else ""
-    scores = ", ".join(f"{name} {_number(value)}" for name, value in floor.items() if not math.isnan(value))
-    scores = f": {scores}" if scores else ""
-    both = ", same prompts and noise for both models" if "aligned" in facts.seconds else ""
-    lines = [
-        "* headline metric, fixed before the run: all that is asked for is there, and no object more.",
-        f"floor: {whose} pictures judged against other prompts of their kind (no alignment at all){scores}.",
-        f"{facts.prompts}{held} prompts ({facts.split} split: {kinds}; {facts.distinct_prompts} distinct), "
-        f"seed {facts.seed}{both}; intervals clustered by composition, trusted from {MIN_CLUSTERS} of them.",
-        f"{facts.model}, {_sampling(facts.sample)}, {facts.dtype} on {facts.device}: {_cost(facts)}",
-    ]
+def _rows(results: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any], str]]:
+    """(label, row, style): every metric of every scorer, its headline last, with the groups below it."""
+    shown = [name for name in results["benchmark"]["group_names"] if _few(results, name)]
+    found: list[tuple[str, Mapping[str, Any], str]] = []
+    for scorer in results["scorers"]:
+        for metric in scorer["metrics"]:
+            head = metric == scorer["headline"]
+            for row in results[key]:
+                if row["metric"] != metric:
+                    continue
+                if row["group"] is None:
+                    found.append((f"* {metric}" if head else metric, row, "bold" if head else ""))
+                elif head and row["group"][0] in shown:
+                    found.append((f"    {row['group'][1]}", row, ""))
+    return found
+
+
+def _few(results: Mapping[str, Any], name: str) -> bool:
+    values = {item["groups"].get(name) for item in results["items"]}
+    return 1 < len(values) <= GROUPS_SHOWN
+
+
+def _official(results: Mapping[str, Any]) -> list[Text]:
+    """The benchmark's own table, a line per arm and metric."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in results["official"]:
+        spread = "" if row["std"] is None else f" +- {row['std']:.4f}"
+        text = f"{row['label']} {_number(row['value'])}{spread}"
+        lines.setdefault((row["arm"], row["metric"]), []).append(text)
+    return [Text(f"{arm}, {metric} as officially reported: {', '.join(parts)}")
+            for (arm, metric), parts in lines.items()]  # fmt: skip
+
+
+def _footer(results: Mapping[str, Any], width: int) -> list[Text]:
+    """Small print: what was measured, on what, how far to trust it."""
+    bench, model = results["benchmark"], results["model"]
+    several = results["per_prompt"] > 1
+    lines = list(results["notes"])
+    if results["scorers"]:
+        lines.append("* headline of its scorer, fixed before the run." + _meaning(results))
+    if results["floor"]:
+        scores = ", ".join(f"{k} {_number(v)}" for k, v in results["floor"].items() if v is not None)
+        column = width >= FLOOR_COLUMN or not results["comparisons"]
+        lines.append(
+            f"floor: pictures of {results['baseline']} judged against other prompts of their kind (no alignment "
+            f"at all){'' if column else ': ' + scores}."
+        )
+    lines += [_drift(row) for row in results["drift"]]
+    each = f", {results['per_prompt']} pictures each" if several else ""
+    same = ", same prompts and noise for every arm" if len(results["arms"]) > 1 and results["sample"] else ""
+    lines.append(
+        f"{bench['prompts']} prompts of {bench['source']}{each}, seed {results['seed']}{same}; "
+        f"{_intervals(results)}"
+    )
+    times = ", ".join(f"{name} {value:.1f} s" for name, value in results["seconds"].items())
+    memory = results["memory"]
+    gpu = f", {memory['gpu'] / 2**30:.2f} GiB on the GPU" if memory["gpu"] else ""
+    lines.append(
+        f"{model['id']}{_sampling(results['sample'])}, {model['dtype']} on {model['device']}: {times}, peak "
+        f"memory {memory['process'] / 2**20:,.0f} MiB{gpu}"
+    )
     return [Text(line, "dim") for line in lines]
 
 
-def _sampling(sample: Mapping[str, object]) -> str:
-    return f"{sample['sampler']} {sample['steps']} steps, guidance {sample['guidance']:g}"
+def _meaning(results: Mapping[str, Any]) -> str:
+    if any(scorer["headline"] == "shapes/all" for scorer in results["scorers"]):
+        return " shapes/all: all that is asked for is there, and no object more."
+    return ""
 
 
-def _cost(facts: RunFacts) -> str:
-    times = " + ".join(f"{seconds:.1f} s {name}" for name, seconds in facts.seconds.items())
-    if len(facts.seconds) == 1:
-        times = f"{sum(facts.seconds.values()):.1f} s"
-    gpu = f", {facts.peak_gpu_memory_bytes / 2**30:.2f} GiB on the GPU" if facts.peak_gpu_memory_bytes else ""
-    return f"{times}, peak memory {facts.peak_memory_bytes / 2**20:,.0f} MiB{gpu}"
+def _intervals(results: Mapping[str, Any]) -> str:
+    by = "composition" if results["floor"] else "prompt"
+    kind = f"95 % {results['interval']} intervals clustered by {by}, trusted from {MIN_CLUSTERS} of them"
+    heads = sum(row["headline"] and row["group"] is None for row in results["comparisons"])
+    rest = len(results["comparisons"]) - heads
+    if heads + rest < 2:
+        return f"{kind}."
+    return f"{kind}; verdicts corrected for {heads} headline and {rest} other comparisons (Holm)."
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+def _drift(row: Mapping[str, Any]) -> str:
+    parts = [f"saturation {_number(row['saturation_base'])} -> {_number(row['saturation'])}"]
+    parts.append(f"clipped {_number(row['clipped_base'])} -> {_number(row['clipped'])}")
+    if row["feature_distance"] is not None:
+        parts.append(f"feature distance ({row['feature_of']}) {_number(row['feature_distance'])}")
+    if row["diversity"] is not None and row["diversity_base"] is not None:
+        parts.append(
+            f"diversity between seeds {_number(row['diversity_base'])} -> {_number(row['diversity'])}"
+        )
+    else:
+        parts.append("diversity between seeds needs --per-prompt 2 and a scorer with an image tower")
+    return f"drift of {row['arm']}: {', '.join(parts)}."
 
 
-def _signed(value: float) -> str:
+def _sampling(sample: Mapping[str, Any]) -> str:
+    return f", {sample['sampler']} {sample['steps']} steps, guidance {sample['guidance']:g}" if sample else ""
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _signed(value: float | None) -> str:
     """With its sign, also where it rounds to nothing: -0.000 is below 0. Only 0 itself has none."""
-    if math.isnan(value):
+    if value is None:
         return "-"
     return f"{value:+.3f}" if value else "0.000"
 
 
-def _interval(low: float, high: float) -> str:
-    return "-" if not (math.isfinite(low) and math.isfinite(high)) else f"[{_signed(low)}, {_signed(high)}]"
-
-
-def _p(value: float) -> str:
-    return f"{value:.1g}" if value < 0.001 else f"{value:.3f}"
+def _interval(low: float | None, high: float | None, text: Any) -> str:
+    return "-" if low is None or high is None or math.isinf(low) else f"[{text(low)}, {text(high)}]"

@@ -63,5 +63,7 @@ def read_verdicts(given: Sequence[str], prompts: PromptSet, arms: Sequence[str])
         files[name] = Path(rest)
         free.remove(name)
     if free:
-        raise UserError(f"--geneval-results: no file for the arm {free[0]}; write --geneval-results {free[0]}=FILE")
+        raise UserError(
+            f"--geneval-results: no file for the arm {free[0]}; write --geneval-results {free[0]}=FILE"
+        )
     return GenevalVerdicts(files, {arm: read_results(path, prompts) for arm, path in files.items()})
