@@ -25,7 +25,7 @@ LONGALIGN_CROP = 504
 
 @dataclass(frozen=True)
 class Preprocess:
-    """words: what a number is quoted with. resize: (B, 3, H, W), S -> (B, 3, S, S). mean, std: the tower's."""
+    """words: what a number is quoted with. resize: (B, 3, H, W), S -> (B, 3, S, S). mean, std: its own."""
 
     words: str
     resize: Callable[[Tensor, int], Tensor]

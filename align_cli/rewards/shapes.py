@@ -15,7 +15,7 @@ from align_cli.shapes.world import SIZE
 
 
 class ShapesOracle(Reward):
-    """Reads 32 x 32 pictures and says what is true of the prompt. `score` is 1 where everything is, else 0."""
+    """Reads 32 x 32 pictures and says what is true of the prompt. `score`: 1 where everything is, else 0."""
 
     differentiable = False
 
@@ -34,8 +34,7 @@ class ShapesOracle(Reward):
         return self.metrics(images, prompts)[self.headline]
 
     def metrics(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """ "shapes/object", "shapes/color", ..., "shapes/all" -> (B,) in [0, 1], NaN where the prompt does not
-        ask.
+        """shapes/object, shapes/color, ..., shapes/all -> (B,) in [0, 1], NaN where the prompt does not ask.
 
         Raises:
             UserError: pictures that are not 32 x 32, or a prompt that is no sentence of the shapes world.

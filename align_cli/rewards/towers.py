@@ -1,4 +1,4 @@
-"""CLIP dual towers: transformers' CLIPModel from its own files, or from those of open_clip's layout (HPSv2)."""
+"""CLIP dual towers: transformers' CLIPModel, from its own files or from those of open_clip (HPSv2)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ViT-H-14": _layout(1024, (14, 1280, 32, 80), (1024, 16, 24)),
     "ViT-g-14": _layout(1024, (14, 1408, 40, 88), (1024, 16, 24), mlp_ratio=4.3637),
 }
-"""The published architectures, in the words of open_clip's configurations. Source: open_clip, model_configs."""
+"""The published architectures in the words of open_clip's configurations. Source: its model_configs."""
 
 
 def clip_config(layout: Mapping[str, Any]) -> CLIPConfig:
@@ -107,8 +107,8 @@ _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of open_clip's CLIP class under the names of transformers' CLIPModel; names that it does not
-    know stay as they are.
+    """The weights of open_clip's CLIP class under the names of transformers' CLIPModel; unknown names stay as
+    they are.
 
     Source: HPSv2's and open_clip's model files; see rewards-and-benchmarks 2.6.
     """
@@ -159,9 +159,8 @@ def _config(place: Place, layout: str) -> CLIPConfig:
             continue
         content = read_json(path, place.reward)
         if name == "config.json" and content.get("model_type") not in ("clip", None):
-            raise UserError(
-                f"{place.reward}: {path} is of a {content['model_type']} model, not of a CLIP model"
-            )
+            found = content["model_type"]
+            raise UserError(f"{place.reward}: {path} is of a {found} model, not of a CLIP model")
         if name == "config.json" and "model_type" not in content:
             continue  # of something else, as open_clip's own repositories have
         try:
