@@ -16,7 +16,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="BENCHMARK|FILE",
-            help="parti, hpsv2, coco, geneval, geneval-shapes, shapes; or a file of prompts (TXT, CSV, TSV, JSON).",
+            help="parti, hpsv2, coco, geneval, geneval-shapes, shapes; or a file of prompts.",
         ),
     ],
     model: options.Model = None,
@@ -120,8 +120,8 @@ def evaluate(
 ) -> None:
     """Measure alignment: same prompts and noise for every model, mean differences with 95 % intervals.
 
-    Without --adapter and --arm the model is measured alone. Sampling settings come from the first adapter, else
-    from the preset of the model; flags go above them. Several processes: torchrun -m align_cli eval ...
+    Without --adapter and --arm the model is measured alone. Sampling settings come from the first adapter,
+    else from the preset of the model; flags go above them. Several processes: torchrun -m align_cli eval ...
     """
     from align_cli.cli import eval_work
 

@@ -1,6 +1,4 @@
-"""What `t2ialign eval` does: checks everything that can be checked, then loads, draws, scores, says. No torch at
-import.
-"""
+"""What `t2ialign eval` does: check what can be checked, then load, draw and score. No torch at import."""
 
 from __future__ import annotations
 

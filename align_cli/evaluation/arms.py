@@ -82,12 +82,10 @@ def _split(text: str, option: str, form: str) -> tuple[str, str]:
 
 
 def _adapters(text: str) -> tuple[str, ...]:
-    """A@0.5+B as its parts; a folder whose name holds a + is found where the parts are none."""
+    """A@0.5+B as its parts; a folder whose own name holds the + is taken as it is."""
     parts = text.split("+")
-    if all(parts) and len(parts) > 1:
-        if not Path(parse_spec(text)[0]).expanduser().exists():
-            return tuple(parts)
-    return (text,)
+    whole = Path(parse_spec(text)[0]).expanduser().exists()
+    return (text,) if whole or not all(parts) else tuple(parts)
 
 
 def _arm(name: str, specs: tuple[str, ...], trained_on: Sequence[str]) -> Arm:

@@ -1,7 +1,7 @@
 """Every arm draws the same prompts from the same noise, picture by picture into a store.
 
-The pictures are drawn in batches that depend on nothing but their order: batch b holds the items from b * B to
-(b + 1) * B, on any number of processes and after any number of stops. A batch of which some pictures are
+The pictures are drawn in batches that depend on nothing but their order: batch b holds the items from b * B
+to (b + 1) * B, on any number of processes and after any number of stops. A batch of which some pictures are
 missing is drawn as a whole, because the last bit of a picture depends on the size of its batch; the pictures
 that are there stay as they are.
 """

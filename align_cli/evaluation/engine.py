@@ -38,8 +38,8 @@ from align_cli.training.distributed import Ranks
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What is measured. baseline: the arm that the others are compared with. given: arm -> the picture of
-    every item, for pictures that are not drawn here. extra: scorers besides the rewards and the benchmark's own
-    judge. interval: "t" or "bootstrap".
+    every item, for pictures that are not drawn here. extra: scorers besides the rewards and the benchmark's
+    own judge. interval: "t" or "bootstrap".
     """
 
     prompts: PromptSet
@@ -200,7 +200,7 @@ def audit(job: Evaluation, model: BaseModel | None) -> list[dict[str, object]]:
 
 
 def floor_of(job: Evaluation, pictures: Mapping[str, Sequence[Path | None]]) -> dict[str, float]:
-    """Shapes world: what the baseline's pictures score against the prompts of other pictures; else nothing."""
+    """Shapes world: what the baseline's pictures score against prompts of other pictures; else nothing."""
     paths = [path for path in pictures[job.baseline] if path is not None]
     if job.prompts.scenes is None or len(paths) < len(job.items):
         return {}

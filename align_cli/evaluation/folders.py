@@ -49,8 +49,8 @@ def parse_folders(given: Sequence[str]) -> dict[str, Path]:
 def match(folder: Path, items: Sequence[Item], *, allow_missing: bool) -> tuple[list[Path | None], list[str]]:
     """The picture of every item in a folder.
 
-    A picture that an evaluation drew says in its metadata which prompt it is of. Any other belongs to a prompt
-    by its path without the suffix: the prompt's id (which may name a folder: anime/00012), or else the
+    A picture that an evaluation drew says in its metadata which prompt it is of. Any other belongs to a
+    prompt by its path without the suffix: the prompt's id (which may name a folder: anime/00012), or else the
     prompt's number from 0; "-K" or "_K" behind either is the K-th picture of the prompt, from 0. Numbers may
     have leading zeros.
 

@@ -67,8 +67,8 @@ def _warning(arm: str, apart: Sequence[Comparison], known: Sequence[Comparison])
     names = ", ".join(dict.fromkeys(c.metric.scorer for c in known))
     if not apart:
         return (
-            f"{arm} was trained on every scorer here ({names}): a gain of theirs proves nothing; add one that it "
-            "was not trained on with --scorers"
+            f"{arm} was trained on every scorer here ({names}): a gain of theirs proves nothing; add one "
+            "that it was not trained on with --scorers"
         )
     rose = [c for c in known if c.verdict == GAIN]
     fell = ", ".join(c.metric.scorer for c in apart if c.verdict == LOSS)
@@ -77,8 +77,8 @@ def _warning(arm: str, apart: Sequence[Comparison], known: Sequence[Comparison])
         return f"reward hacking: {arm} gains where it was trained ({names}) and loses on held-out {fell}"
     if rose and not gained:
         return (
-            f"{arm} gains only where it was trained ({names}), no held-out scorer sees a gain: not shown to be "
-            "real"
+            f"{arm} gains only where it was trained ({names}), no held-out scorer sees a gain: not shown to "
+            "be real"
         )
     if rose:
         return f"{arm} gains where it was trained ({names}) and on held-out {gained}: the gain is real"

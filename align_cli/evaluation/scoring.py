@@ -283,9 +283,8 @@ def check_numbers(
             prompt = items[i].row.text
             short = prompt if len(prompt) <= 60 else prompt[:57] + "..."
             raise UserError(
-                f"scorer {scorer.name} gave {float(x[i])} for {shown[i].path} (prompt {short!r}); look at the "
-                "picture, or leave the scorer out of --scorers; a wider --dtype helps where half precision "
-                "overflows"
+                f"scorer {scorer.name} gave {float(x[i])} for {shown[i].path} (prompt {short!r}); look at "
+                "the picture and at the weights of the scorer, or leave it out of --scorers"
             )
     if scorer.headline and scorer.headline not in values:
         raise ValueError(f"{scorer.name} has no metric {scorer.headline}")

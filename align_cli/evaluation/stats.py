@@ -72,12 +72,10 @@ class Paired:
 
     @property
     def win_rate(self) -> float:
-        """Share of the prompts that got better, with those that did not move counted half; NaN without any."""
-        return (
-            (self.up + (self.clusters - self.up - self.down) / 2) / self.clusters
-            if self.clusters
-            else math.nan
-        )
+        """Share of the prompts that got better; those that did not move count half. NaN without any."""
+        if not self.clusters:
+            return math.nan
+        return (self.up + (self.clusters - self.up - self.down) / 2) / self.clusters
 
 
 def paired(
@@ -225,7 +223,9 @@ def _t_interval(d: np.ndarray, group: np.ndarray, level: float) -> tuple[float, 
 
 
 def _t_test(d: np.ndarray, group: np.ndarray) -> float:
-    """Two-sided p of a mean of 0; 1 where nothing moved. Ordinary paired t test with one picture a cluster."""
+    """Two-sided p of a mean of 0; 1 where nothing moved. With one picture per cluster the
+    ordinary paired t test.
+    """
     count = int(group.max()) + 1
     mean = abs(float(d.mean()))
     if count < 2 or mean == 0:

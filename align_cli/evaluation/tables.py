@@ -38,8 +38,8 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 def results_table(results: Mapping[str, Any], width: int = PLAIN_WIDTH) -> Group:
-    """What is printed: the answer in words, one row per metric with its interval, the headlines by group, what
-    it was measured on.
+    """What is printed: the answer in words, one row per metric with its interval, the headlines by group, and
+    what it was measured on.
     """
     words = [Text(line, _style(line)) for line in results["words"]]
     if not results["scorers"]:
@@ -145,8 +145,8 @@ def _footer(results: Mapping[str, Any], width: int) -> list[Text]:
         scores = ", ".join(f"{k} {_number(v)}" for k, v in results["floor"].items() if v is not None)
         column = width >= FLOOR_COLUMN or not results["comparisons"]
         lines.append(
-            f"floor: pictures of {results['baseline']} judged against other prompts of their kind (no alignment "
-            f"at all){'' if column else ': ' + scores}."
+            f"floor: pictures of {results['baseline']} judged against other prompts of their kind (no "
+            f"alignment at all){'' if column else ': ' + scores}."
         )
     lines += [_drift(row) for row in results["drift"]]
     each = f", {results['per_prompt']} pictures each" if several else ""

@@ -51,7 +51,7 @@ def read_verdicts(given: Sequence[str], prompts: PromptSet, arms: Sequence[str])
         UserError: no such arm or file, not one file per arm, or a file of other prompts.
     """
     files: dict[str, Path] = {}
-    free = [arm for arm in arms]
+    free = list(arms)
     for text in given:
         name, equals, rest = text.partition("=")
         if not equals or Path(text).exists():
