@@ -1,0 +1,119 @@
+"""Inline SVG of the evaluation report: bars with intervals. Positions are percentages, so that every picture
+is as wide as there is room for while its text keeps its size. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from align_cli.evaluation.markup import Html, finite, number, tag
+
+BAR, GLYPH = 22, 18
+"""Heights of a bar's row and of the small interval in a table, px."""
+AXIS = 24
+
+
+class Scale:
+    """Maps values to percentages of a width; `ticks` are round numbers inside it."""
+
+    def __init__(self, values: Iterable[object], *, targets: int = 4) -> None:
+        """values: numbers that shall be seen, beside 0; what is no number is passed over."""
+        seen = [0.0, *(x for x in map(finite, values) if x is not None)]
+        low, high = min(seen), max(seen)
+        if low == high:
+            low, high = -1.0, 1.0
+        pad = 0.04 * (high - low)
+        self.low, self.high = low - (pad if low < 0 else 0), high + (pad if high > 0 else 0)
+        step = _round_step((self.high - self.low) / targets)
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        self.ticks = [i * step for i in range(first, last + 1)]
+        self.decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+
+    def at(self, value: float) -> float:
+        """Position in percent, kept between 0 and 100."""
+        return min(100.0, max(0.0, 100 * (value - self.low) / (self.high - self.low)))
+
+
+def _round_step(rough: float) -> float:
+    """The next of 1, 2, 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * f for f in (1, 2, 5, 10) if power * f >= rough * (1 - 1e-9))
+
+
+def difference_scale(rows: Iterable[tuple[object, object, object]]) -> Scale:
+    """A scale for (value, low, high) in which a few very wide intervals do not squeeze all the rest: ends are
+    seen up to four times the largest value, or the median end, whichever is more.
+    """
+    rows = [tuple(map(finite, row)) for row in rows]
+    values = [abs(v) for v, _, _ in rows if v is not None]
+    ends = sorted(abs(x) for _, *pair in rows for x in pair if x is not None)
+    limit = max(4 * max(values, default=0.0), ends[len(ends) // 2] if ends else 0.0)
+    shown = [x if x is None else min(limit, max(-limit, x)) for row in rows for x in row]
+    return Scale(shown)
+
+
+def bar(scale: Scale, value: object, low: object, high: object, kind: str) -> Html:
+    """A bar from 0 to the value with its interval as a whisker; kind: a class for its colour."""
+    x = finite(value)
+    parts = [_line(scale.at(t), 0, BAR, "zero" if t == 0 else "tick") for t in scale.ticks]
+    if x is not None:
+        left, right = sorted((scale.at(0), scale.at(x)))
+        parts.append(tag("rect", x=_pc(left), y=4, width=_pc(right - left), height=BAR - 8, class_=kind))
+    parts += _whisker(scale, low, high, BAR / 2)
+    return _svg(BAR, parts)
+
+
+def axis(scale: Scale) -> Html:
+    """The tick labels below a column of bars."""
+    labels = []
+    for value in scale.ticks:
+        at = scale.at(value)
+        anchor = "start" if at < 8 else "end" if at > 92 else "middle"
+        labels.append(tag("text", number(value, scale.decimals), x=_pc(at), y=15, text_anchor=anchor))
+    return _svg(AXIS, labels, "axis")
+
+
+def glyph(value: object, low: object, high: object, kind: str) -> Html:
+    """An interval around 0 to its own scale: a look whether it holds 0. Empty without an interval."""
+    x = finite(value)
+    if x is None or finite(low) is None or finite(high) is None:
+        return Html("")
+    scale = Scale((x, low, high))
+    parts = [_line(scale.at(0), 0, GLYPH, "zero"), *_whisker(scale, low, high, GLYPH / 2)]
+    parts.append(tag("circle", cx=_pc(scale.at(x)), cy=GLYPH / 2, r=4, class_=kind))
+    return _svg(GLYPH, parts, "glyph")
+
+
+def share(value: object) -> Html:
+    """A share of 1 as a filled bar; empty without a number."""
+    x = finite(value)
+    if x is None:
+        return Html("")
+    full = tag("rect", x=0, y=5, width="100%", height=8, class_="back")
+    return _svg(GLYPH, [full, tag("rect", x=0, y=5, width=_pc(100 * min(1.0, x)), height=8)], "glyph")
+
+
+def _whisker(scale: Scale, low: object, high: object, middle: float) -> list[Html]:
+    """The interval with end caps; an end outside the scale runs to the edge and has no cap."""
+    a, b = finite(low), finite(high)
+    if a is None or b is None:
+        return []
+    line = tag("line", x1=_pc(scale.at(a)), x2=_pc(scale.at(b)), y1=middle, y2=middle, class_="whisker")
+    inside = (x for x in (a, b) if scale.low <= x <= scale.high)
+    return [line, *(_line(scale.at(x), middle - 4, middle + 4, "whisker") for x in inside)]
+
+
+def _line(at: float, top: float, bottom: float, kind: str) -> Html:
+    return tag("line", x1=_pc(at), x2=_pc(at), y1=top, y2=bottom, class_=kind)
+
+
+def _svg(height: int, parts: Iterable[Html], kind: str = "bar") -> Html:
+    """Hidden from screen readers: the numbers stand in the same row."""
+    return tag(
+        "svg", parts, width="100%", height=height, class_=kind, aria_hidden="true", focusable="false"
+    )
+
+
+def _pc(value: float) -> str:
+    return f"{value:.2f}%"
