@@ -79,7 +79,7 @@ def results_of(
         "seed": seed,
         "per_prompt": 1,
         "sample": {"sampler": "ddim", "steps": 20, "guidance": 4.0, "eta": 0.0},
-        "seconds": {"draw": {arm: 12.5 for arm in arms}, "score": 1.25},
+        "seconds": {"draw": dict.fromkeys(arms, 12.5), "score": 1.25},
         "arms": [_arm(arm) for arm in arms],
         "baseline": arms[0],
         "scorers": [_scorer(name) for name in METRICS],

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from transformers import CLIPModel
 
 from align_cli import config, registry
-from align_cli.evaluation.paired import measure
+from align_cli.evaluation.benchmarks import measure
 from align_cli.models.loading import load_model
 from align_cli.settings import ModelSettings
 from align_cli.shapes.dataset import eval_prompts
@@ -62,4 +62,4 @@ def test_pictures_follow_simple_captions(name):
     drawing = config.resolve("softrepa", preset=f"softrepa/{name}").sample
     model = load_model(ModelSettings(name=name, device="cpu"))
     found = measure(model, eval_prompts(24, 5, split="train", kinds=("single",)), drawing, 5)
-    assert np.mean(found.values["all"]) >= card(name)["measured_fp16"]["train"]["all_single"] - 0.25
+    assert np.mean(found["all"]) >= card(name)["measured_fp16"]["train"]["all_single"] - 0.25

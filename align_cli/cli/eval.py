@@ -123,14 +123,13 @@ def evaluate(
     Without --adapter and --arm the model is measured alone. Sampling settings come from the first adapter,
     else from the preset of the model; flags go above them. Several processes: torchrun -m align_cli eval ...
     """
-    from align_cli.cli import eval_work
+    from align_cli.cli import eval_plan, eval_work
 
     if split is not None:
         one_of("--split", split, ("test", "val", "train"))
     if interval is not None:
         one_of("--interval", interval, ("t", "bootstrap"))
-    eval_work.evaluate(
-        eval_work.Asked(
+    asked = eval_plan.Asked(
             benchmark=benchmark, model=model, adapters=adapter or [], arms=arm or [], vs=vs, scorers=scorers,
             weights=weights or [], trained_on=trained_on or [], prompts=prompts, data_path=data_path,
             column=column, limit=limit, n=n, split=split, per_prompt=per_prompt, seed=seed,
@@ -142,5 +141,5 @@ def evaluate(
                 "image_size": image_size, "batch_size": batch_size,
             },
             as_json=as_json, out=out, resume=resume, overwrite=overwrite,
-        )
-    )  # fmt: skip
+        )  # fmt: skip
+    eval_work.evaluate(asked, eval_plan.decide(asked))

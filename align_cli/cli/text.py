@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import typer
-
-if TYPE_CHECKING:
-    from align_cli.evaluation.results import BaseResult, PairedResult
-
-PLAIN_WIDTH = 100
-"""Columns of a table that goes to a file or a pipe."""
 
 
 def columns(rows: Iterable[Sequence[str]], gap: int = 2) -> str:
@@ -28,20 +21,6 @@ def columns(rows: Iterable[Sequence[str]], gap: int = 2) -> str:
         if row
     ]
     return "\n".join(lines)
-
-
-def print_table(result: BaseResult | PairedResult) -> None:
-    """The table of an evaluation on stdout; in a file or a pipe PLAIN_WIDTH columns and no blank lines."""
-    from rich.console import Console
-
-    console = Console()
-    if console.is_terminal:
-        console.print(result.to_table(console.width))
-        return
-    plain = Console(width=PLAIN_WIDTH)
-    with plain.capture() as captured:
-        plain.print(result.to_table(PLAIN_WIDTH))
-    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))
 
 
 def say_loading(model: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,7 @@ import typer
 
 from align_cli import config, registry
 from align_cli.cli import options
-from align_cli.cli.text import columns, print_table, say_loading
+from align_cli.cli.text import columns, say_loading
 from align_cli.errors import UserError
 from align_cli.training import run_folder
 
@@ -317,7 +319,8 @@ def _conclude(
 ) -> None:
     """Save the adapter, evaluate, write result.json, print."""
     from align_cli.adapters import save_adapter
-    from align_cli.evaluation.paired import peak_memory
+    from align_cli.evaluation.engine import peak_memory
+    from align_cli.evaluation.store import REPORT
     from align_cli.files import file_errors, write_text
     from align_cli.training.log import duration_text
 
@@ -344,7 +347,7 @@ def _conclude(
         "adapter": run_folder.ADAPTER,
         "evaluation": None,
     }
-    show = _evaluate(resolved, folder, model, method) if resolved.eval.num_prompts else None
+    show = _evaluate(resolved, folder, model) if resolved.eval.num_prompts else None
     if show is not None:
         numbers["evaluation"] = show[0]
     path = folder / run_folder.RESULT
@@ -360,27 +363,52 @@ def _conclude(
     typer.echo(f"adapter: {adapter}")
     if show is not None:
         typer.echo(f"picture: {folder / run_folder.PICTURE}")
+        typer.echo(f"report: {folder / run_folder.EVALUATION / REPORT}")
     typer.echo(f"numbers: {path}")
 
 
 def _evaluate(
-    resolved: config.Resolved, folder: Path, model: BaseModel, method: Method
-) -> tuple[dict[str, object], Callable[[], None]] | None:
-    """The paired evaluation of the shapes world: its numbers, and what prints its table; or None."""
-    from align_cli.cli.progress import DrawingProgress
-    from align_cli.evaluation.benchmarks import ShapesBenchmark
-    from align_cli.evaluation.paired import evaluate_alignment
+    resolved: config.Resolved, folder: Path, model: BaseModel
+) -> tuple[dict[str, Any], Callable[[], None]] | None:
+    """The paired evaluation of the shapes world, as `t2ialign eval shapes --adapter RUN` does it: its
+    numbers, and what prints its table; or None.
+    """
+    from align_cli.cli.measuring import measure
+    from align_cli.evaluation import engine
+    from align_cli.evaluation.arms import make_arms
+    from align_cli.evaluation.outcome import write
+    from align_cli.evaluation.report import write_report
+    from align_cli.evaluation.sets import SetOptions, load_set
+    from align_cli.evaluation.sheet import save_sheet
+    from align_cli.evaluation.store import REPORT, Store, identity
+    from align_cli.evaluation.tables import print_results
+    from align_cli.rewards.loading import load_reward
+    from align_cli.training.distributed import Ranks
 
-    bench = ShapesBenchmark()
-    if resolved.data.name != "shapes" or not bench.suits(model):
+    chosen = resolved.eval
+    options = SetOptions(num=chosen.num_prompts, seed=chosen.seed, split=chosen.split)
+    prompts = load_set("shapes", options)
+    side = resolved.sample.image_size or model.image_size
+    if resolved.data.name != "shapes" or side != prompts.image_size:
         typer.echo("note: no paired evaluation, it measures pictures of the shapes world only", err=True)
         return None
-    split = resolved.eval.split
-    prompts = bench.prompts(resolved.eval.num_prompts, resolved.eval.seed, split=split)
-    with DrawingProgress() as progress:
-        found = evaluate_alignment(
-            model, method, prompts, resolved.sample, resolved.eval.seed, progress, split=split
-        )
-    found.save_picture(folder / run_folder.PICTURE)
-
-    return found.to_json(), lambda: print_table(found)
+    place = folder / run_folder.EVALUATION
+    arms = make_arms([str(folder / run_folder.ADAPTER)], [])
+    job = engine.Evaluation(
+        prompts=prompts,
+        arms=arms,
+        baseline=arms[0].name,
+        rewards=[load_reward("shapes")],
+        items=engine.items_of(prompts, 1, chosen.seed),
+        seed=chosen.seed,
+        interval="t",
+        command=["t2ialign", *sys.argv[1:]],
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    store = Store(place, identity(prompts, 1, arms, chosen.seed, resolved.model, resolved.sample, model))
+    store.begin(job.command, job.created, resume=False, overwrite=True)
+    found = measure(job, store, Ranks.alone(model.device), model, resolved.sample)
+    write(place, found)
+    write_report(found, place, place / REPORT)
+    save_sheet(found, place, folder / run_folder.PICTURE)
+    return {key: value for key, value in found.items() if key != "items"}, lambda: print_results(found)

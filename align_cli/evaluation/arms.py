@@ -7,10 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align_cli.adapters import AdapterInfo, parse_spec, read_adapter
 from align_cli.errors import UserError, unknown
-from align_cli.models.base import BaseModel
+
+if TYPE_CHECKING:
+    from align_cli.models.base import BaseModel
 
 BASE, ALIGNED = "base", "aligned"
 """The arm without adapters, and the name of the stack that `--adapter` gives."""

@@ -11,7 +11,8 @@ import numpy as np
 
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel
-from align_cli.pictures import Note
+from align_cli.pictures import Note, to_uint8
+from align_cli.settings import SampleSettings
 from align_cli.shapes.captions import Prompt, parse
 from align_cli.shapes.dataset import eval_prompts
 from align_cli.shapes.oracle import METRICS, judge
@@ -79,6 +80,16 @@ class ShapesBenchmark:
         }
 
 
+def measure(
+    model: BaseModel, prompts: list[Prompt], settings: SampleSettings, seed: int
+) -> dict[str, np.ndarray]:
+    """Draw the prompts with the model as it is now, and judge the pictures: metric -> (N,), in memory."""
+    from align_cli.sampling import picture_seeds, sample
+
+    drawn = sample(model, [p.text for p in prompts], settings, picture_seeds(seed, len(prompts)))
+    return ShapesBenchmark().judge(to_uint8(drawn), prompts)
+
+
 def compositions(prompts: Sequence[Prompt]) -> list[Hashable]:
     """What each prompt asks to be drawn, whatever its words: prompts of one composition are no independent
     evidence, so the intervals are clustered by it.
@@ -91,19 +102,12 @@ def same_objects(a: Prompt, b: Prompt) -> bool:
     return sorted(a.spec.objects) == sorted(b.spec.objects)
 
 
-def spread(prompts: list[Prompt], n: int) -> list[int]:
-    """Indices of at most `n` prompts: the first of each kind in turn, then the second of each, and so on."""
-    kinds: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        kinds.setdefault(prompt.kind, []).append(i)
-    longest = max(map(len, kinds.values()), default=0)
-    return [group[k] for k in range(longest) for group in kinds.values() if k < len(group)][:n]
-
-
-def wrong(values: Mapping[str, np.ndarray], i: int) -> tuple[str, ...]:
-    """Single metrics of picture i that are not fully met; empty where everything asked for is true."""
-    single = [(name, x[i]) for name, x in values.items() if name not in ("all", "facts")]
-    return tuple(name for name, value in single if not np.isnan(value) and value < 1)
+def wrong(values: Mapping[str, float | None]) -> tuple[str, ...]:
+    """Single metrics of a picture that are not fully met; empty where everything asked for is true. values:
+    metric -> number, None or NaN where not asked.
+    """
+    single = {name: value for name, value in values.items() if name not in ("all", "facts")}
+    return tuple(name for name, value in single.items() if value is not None and value < 1)
 
 
 def verdict_note(missed: tuple[str, ...]) -> Note:
@@ -121,5 +125,6 @@ def check_pictures(model: BaseModel, pictures: Sequence[np.ndarray], texts: Sequ
             spec = parse(text)
         except UserError:
             continue
-        notes[i] = verdict_note(wrong(judge(pictures[i][None], [spec]), 0))
+        found = {name: float(x[0]) for name, x in judge(pictures[i][None], [spec]).items()}
+        notes[i] = verdict_note(wrong(found))
     return notes if any(note.text for note in notes) else []

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from align_cli.data.cache import encoder_identity, module_sha256
 from align_cli.errors import UserError
 from align_cli.evaluation import audit as auditing
 from align_cli.evaluation import drift as drifting
@@ -65,11 +64,6 @@ class Evaluation:
 def items_of(prompts: PromptSet, per_prompt: int, seed: int) -> list[Item]:
     """The pictures of an evaluation, in order."""
     return make_items(prompts, per_prompt, seed)
-
-
-def weights_of(model: BaseModel) -> dict[str, str]:
-    """Hashes of all that draws: denoiser, autoencoder, text encoders, tokenizers."""
-    return {"denoiser": module_sha256(model.denoiser), **encoder_identity(model)}
 
 
 def run(

@@ -266,7 +266,7 @@ def _unscored(scores: Scores, paths: Sequence[Path | None]) -> list[int]:
 
 
 def identity(scorer: Scorer, arm: str, item: int, path: Path) -> str:
-    """Hash of all that the numbers of a picture depend on, besides the scorer. UserError if it is not there."""
+    """Hash of all that the numbers of a picture depend on, besides the scorer. UserError without a file."""
     with file_errors(f"cannot read {path}"):
         hashes = [file_sha256(p) for p in (path, *scorer.looks_at(arm, item))]
     return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()

@@ -4,6 +4,7 @@
     images/ARM/00000.png           pictures, 00000-0.png and so on where there are several per prompt
     scores/ARM/SCORER.jsonl        see scoring.py
     results.json, results.csv, report.html
+    geneval/ARM/00000/             pictures as GenEval's own evaluator wants them
 
 A picture is there completely or not at all, and says in its metadata which run, arm and prompt it is of. No
 torch.
@@ -15,24 +16,30 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 import align_cli
 from align_cli.errors import UserError
+from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.prompts import PromptRow, PromptSet
 from align_cli.files import blocking, file_errors, part_path, write_text
 from align_cli.pictures import read_metadata, save_png
+from align_cli.settings import ModelSettings, SampleSettings
+
+if TYPE_CHECKING:
+    from align_cli.models.base import BaseModel
 
 FORMAT = 1
 ABOUT, IMAGES, SCORES = "eval.json", "images", "scores"
 RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
-OURS = (ABOUT, IMAGES, SCORES, RESULTS, TABLE, REPORT)
+GENEVAL = "geneval"
+OURS = (ABOUT, IMAGES, SCORES, RESULTS, TABLE, REPORT, GENEVAL)
 """Everything an evaluation writes; --overwrite removes these names and nothing else."""
 PICTURE_ERRORS = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What a damaged picture raises."""
@@ -61,6 +68,42 @@ def make_items(prompts: PromptSet, per_prompt: int, seed: int) -> list[Item]:
         for i, row in enumerate(prompts.rows)
         for k in range(per_prompt)
     ]
+
+
+def identity(
+    prompts: PromptSet,
+    per_prompt: int,
+    arms: Sequence[Arm],
+    seed: int,
+    settings: ModelSettings,
+    sample: SampleSettings,
+    model: BaseModel | None = None,
+) -> dict[str, Any]:
+    """What fixes the pictures of a run, as plain JSON. Which device of a kind is this machine's own matter.
+
+    model: None where it is not loaded yet; then the weights and the kind of device are left out.
+    """
+    about = {
+        **identity_of_prompts(prompts, per_prompt),
+        "model": asdict(replace(settings, device="auto", encoder_device="")),
+        "seed": seed,
+        "sample": asdict(sample),
+        "arms": {arm.name: {"adapters": list(arm.adapters), "sha256": list(arm.hashes)} for arm in arms},
+    }
+    if model is None:
+        return about
+    from align_cli.data.cache import encoder_identity, module_sha256
+
+    weights = {"denoiser": module_sha256(model.denoiser), **encoder_identity(model)}
+    return about | {"device": model.device.type, "weights": weights}
+
+
+def identity_of_prompts(prompts: PromptSet, per_prompt: int) -> dict[str, Any]:
+    """What fixes the items of a run."""
+    return {
+        "benchmark": {"name": prompts.name, "prompts": len(prompts), "fingerprint": prompts.fingerprint},
+        "per_prompt": per_prompt,
+    }
 
 
 class Store:

@@ -57,7 +57,7 @@ def _style(line: str) -> str:
 
 def _table(width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0) if width >= WIDE else 0)
-    table.add_column("metric", no_wrap=True)
+    table.add_column("metric", overflow="ellipsis")
     return table
 
 
@@ -174,8 +174,9 @@ def _meaning(results: Mapping[str, Any]) -> str:
 def _intervals(results: Mapping[str, Any]) -> str:
     by = "composition" if results["floor"] else "prompt"
     kind = f"95 % {results['interval']} intervals clustered by {by}, trusted from {MIN_CLUSTERS} of them"
-    heads = sum(row["headline"] and row["group"] is None for row in results["comparisons"])
-    rest = len(results["comparisons"]) - heads
+    judged = [row for row in results["comparisons"] if row["verdict"] != TOO_FEW]
+    heads = sum(row["headline"] and row["group"] is None for row in judged)
+    rest = len(judged) - heads
     if heads + rest < 2:
         return f"{kind}."
     return f"{kind}; verdicts corrected for {heads} headline and {rest} other comparisons (Holm)."

@@ -57,6 +57,13 @@ class Ranks:
         self.rank, self.world_size = int(state.process_index), int(state.num_processes)
         self.main = self.rank == 0
 
+    @classmethod
+    def alone(cls, device: torch.device) -> Ranks:
+        """This process on its own, whatever group it belongs or belonged to."""
+        ranks = cls.__new__(cls)
+        ranks.device, ranks.rank, ranks.world_size, ranks.main = device, 0, 1, True
+        return ranks
+
     def gather(self, x: Tensor) -> Tensor:
         """(B, ...) of every rank -> (world_size * B, ...), in rank order; gradients to this rank's rows."""
         if self.world_size == 1:

@@ -6,6 +6,7 @@ checkpoints/             see checkpoint.py
 metrics.jsonl            one line per train.log_every steps
 grids/, tracker/         sample grids; the files of train.tracker
 adapter/, result.json, before-after.png    the result
+eval/                    the paired evaluation that closes the run, as `t2ialign eval` writes it
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from align_cli.files import blocking
 FORMAT = 1
 CONFIG, RUN, METRICS, CHECKPOINTS = "config.toml", "run.json", "metrics.jsonl", "checkpoints"
 GRIDS, TRACKER, ADAPTER, RESULT, PICTURE = "grids", "tracker", "adapter", "result.json", "before-after.png"
-OURS = (RUN, CONFIG, METRICS, CHECKPOINTS, GRIDS, TRACKER, ADAPTER, RESULT, PICTURE)
+EVALUATION = "eval"
+OURS = (RUN, CONFIG, METRICS, CHECKPOINTS, GRIDS, TRACKER, ADAPTER, RESULT, PICTURE, EVALUATION)
 """Everything a run writes; --overwrite removes these names and nothing else."""
 
 FREE = frozenset(

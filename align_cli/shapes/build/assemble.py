@@ -21,7 +21,7 @@ from diffusers import (
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from align_cli.config import resolve
-from align_cli.evaluation import paired
+from align_cli.evaluation import benchmarks
 from align_cli.models.loading import load_model
 from align_cli.settings import ModelSettings
 from align_cli.shapes.build import components, contrastive
@@ -150,7 +150,7 @@ def measure(folder: Path, preset: str, n: int = 800) -> dict[str, dict[str, floa
     out: dict[str, dict[str, float]] = {}
     for split in ("train", "test"):
         prompts = eval_prompts(n, 3, split=split, kinds=PROMPT_KINDS)
-        values = paired.measure(model, prompts, drawing, 3).values
+        values = benchmarks.measure(model, prompts, drawing, 3)
         kinds = np.array([p.kind for p in prompts])
         out[split] = {k: round(float(np.nanmean(v)), 4) for k, v in values.items()}
         out[split] |= {f"all_{k}": round(float(values["all"][kinds == k].mean()), 4) for k in PROMPT_KINDS}

@@ -1,0 +1,210 @@
+"""What an evaluation is to do, decided from the command line before anything is loaded. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from align_cli import registry
+from align_cli.cli.drawing import Plan, make_plan
+from align_cli.errors import UserError
+from align_cli.evaluation import arms as arming
+from align_cli.evaluation import folders
+from align_cli.evaluation.arms import Arm
+from align_cli.evaluation.prompts import PromptSet
+from align_cli.evaluation.sets import SetOptions, load_set
+from align_cli.evaluation.store import ABOUT, check_folder, identity, identity_of_prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The command line, option by option. model_flags, sample_flags: fields of ModelSettings and
+    SampleSettings, None where not given.
+    """
+
+    benchmark: str
+    model: str | None
+    adapters: list[str]
+    arms: list[str]
+    vs: str | None
+    scorers: str | None
+    weights: list[str]
+    trained_on: list[str]
+    prompts: Path | None
+    data_path: Path | None
+    column: str | None
+    limit: int | None
+    n: int | None
+    split: str | None
+    per_prompt: int | None
+    seed: int
+    images: list[str]
+    allow_missing: bool
+    geneval_results: list[str]
+    interval: str | None
+    model_flags: Mapping[str, Any]
+    sample_flags: Mapping[str, Any]
+    as_json: bool
+    out: Path | None
+    resume: bool
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class ScorerChoice:
+    """A scorer to load. source: None for the published weights."""
+
+    name: str
+    preprocessing: str
+    source: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided:
+    """What follows from it. plan: how pictures are drawn, None where they are given. identity: of `store`, as
+    far as it is known. folder: to write to; resume: go on with what lies there.
+    """
+
+    prompts: PromptSet
+    per_prompt: int
+    arms: list[Arm]
+    baseline: str
+    plan: Plan | None
+    scorers: list[ScorerChoice]
+    interval: str
+    identity: dict[str, Any]
+    folder: Path
+    resume: bool
+
+
+def decide(asked: Asked) -> Decided:
+    """Check all that can be checked without weights.
+
+    Raises:
+        UserError: options that do not go together, bad prompts or adapters, an unknown scorer, a folder that
+            is not to be written to.
+    """
+    _check_options(asked)
+    arms = _arms(asked)
+    prompts = _prompts(asked)
+    per_prompt = asked.per_prompt or _own_per_prompt(prompts)
+    plan = None if asked.images else _plan(asked, arms)
+    about = _identity(asked, prompts, per_prompt, arms, plan)
+    folder = asked.out or Path("runs") / default_name(prompts.name, about)
+    # a folder that is named by what fixes the run is this run's: the same command goes on
+    resume = asked.resume or (asked.out is None and not asked.overwrite and (folder / ABOUT).exists())
+    check_folder(folder, resume=resume, overwrite=asked.overwrite)
+    return Decided(
+        prompts=prompts,
+        per_prompt=per_prompt,
+        arms=arms,
+        baseline=arming.baseline([arm.name for arm in arms], asked.vs),
+        plan=plan,
+        scorers=scorer_choices(asked, prompts, plan),
+        interval=asked.interval or ("t" if prompts.scenes is not None else "bootstrap"),
+        identity=about,
+        folder=folder,
+        resume=resume,
+    )
+
+
+def _identity(
+    asked: Asked, prompts: PromptSet, per_prompt: int, arms: list[Arm], plan: Plan | None
+) -> dict[str, Any]:
+    """Of drawn pictures, or of folders of given ones."""
+    if plan is not None:
+        return identity(prompts, per_prompt, arms, asked.seed, plan.model, plan.sample)
+    found = folders.parse_folders(asked.images)
+    named = {name: str(path.resolve()) for name, path in found.items()}
+    return {**identity_of_prompts(prompts, per_prompt), "images": named}
+
+
+def _check_options(asked: Asked) -> None:
+    if not asked.images:
+        if asked.allow_missing:
+            raise UserError("--allow-missing is for pictures that are given with --images")
+        return
+    drawing = {"--model": asked.model, "--adapter": asked.adapters, "--arm": asked.arms}
+    drawing |= {f"--{key.replace('_', '-')}": value for key, value in asked.sample_flags.items()}
+    for flag, value in drawing.items():
+        if value:
+            raise UserError(f"{flag} is for drawing, --images gives pictures that are drawn already")
+
+
+def _arms(asked: Asked) -> list[Arm]:
+    if asked.images:
+        named = folders.parse_folders(asked.images)
+        marked = tuple(dict.fromkeys(asked.trained_on))
+        base = next(iter(named))
+        chosen = asked.vs if asked.vs in named else base
+        return [Arm(name, trained_on=() if name == chosen else marked) for name in named]
+    return arming.make_arms(asked.adapters, asked.arms, asked.trained_on)
+
+
+def _prompts(asked: Asked) -> PromptSet:
+    options = SetOptions(
+        prompts=asked.prompts, data_path=asked.data_path, column=asked.column, num=asked.n, seed=asked.seed,
+        split=asked.split,
+    )  # fmt: skip
+    return load_set(asked.benchmark, options).limited(asked.limit)
+
+
+def _own_per_prompt(prompts: PromptSet) -> int:
+    if prompts.name == "geneval":
+        from align_cli.evaluation.geneval import PER_PROMPT
+
+        return PER_PROMPT
+    return 1
+
+
+def _plan(asked: Asked, arms: Sequence[Arm]) -> Plan:
+    specs = list(dict.fromkeys(spec for arm in arms for spec in arm.adapters))
+    return make_plan(asked.model, specs, asked.model_flags, asked.sample_flags)
+
+
+def scorer_choices(asked: Asked, prompts: PromptSet, plan: Plan | None) -> list[ScorerChoice]:
+    """The scorers of a run: those named, else the benchmark's own, else tiny-clip for an embedded model and
+    clip for any other.
+
+    Raises:
+        UserError: an unknown scorer, one named twice, weights for a scorer that is not used.
+    """
+    if asked.scorers is not None:
+        words = [word.strip() for word in asked.scorers.split(",") if word.strip()]
+    elif prompts.judge is not None:
+        words = []
+    elif prompts.scenes is not None:
+        words = ["shapes"]
+    else:
+        tiny = plan is not None and registry.model_source(plan.model.name).startswith("embedded:")
+        words = ["tiny-clip" if tiny else "clip"]
+    if words == ["none"]:
+        words = []
+    pairs = [word.partition(":")[::2] for word in words]
+    names = [name for name, _ in pairs]
+    for name in [*names, *asked.trained_on]:
+        registry.path_of(registry.REWARDS, name)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--scorers names {twice} twice")
+    sources = {}
+    for text in asked.weights:
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise UserError(f"--weights {text}: write --weights NAME=PATH")
+        if name not in names:
+            raise UserError(
+                f"--weights {text}: {name} is not among the scorers ({', '.join(names) or 'none'})"
+            )
+        sources[name] = path
+    return [ScorerChoice(name, way or "official", sources.get(name)) for name, way in pairs]
+
+
+def default_name(benchmark: str, identity: Mapping[str, Any]) -> str:
+    """eval-parti-1a2b3c4d: one name for every run."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", benchmark).strip("-.")[:40] or "prompts"
+    return f"eval-{slug}-{sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]}"
