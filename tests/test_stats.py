@@ -6,8 +6,19 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 
-from align_cli.evaluation.stats import GAIN, LOSS, NO_CHANGE, TOO_FEW, paired, rate, sign_test
+from align_cli.evaluation.stats import (
+    GAIN,
+    LOSS,
+    NO_CHANGE,
+    TOO_FEW,
+    holm,
+    mean_of,
+    paired,
+    rate,
+    sign_test,
+)
 
 NAN = math.nan
 
@@ -118,3 +129,91 @@ def test_wilson_by_hand():
     assert none.low == 0
     assert none.high == pytest.approx(0.27753, abs=1e-4)
     assert math.isnan(rate(np.array([NAN])).mean)
+
+
+def test_against_scipy():
+    rng = np.random.default_rng(3)
+    base = rng.normal(size=60)
+    aligned = base + rng.normal(0.2, 0.5, size=60)
+    d = aligned - base
+    result = paired(base, aligned)
+    test = scipy_stats.ttest_rel(aligned, base)
+    assert result.p == pytest.approx(test.pvalue, rel=1e-9)
+    interval = test.confidence_interval()
+    assert (result.low, result.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    up = int((d > 0).sum())
+    assert result.sign_p == pytest.approx(scipy_stats.binomtest(up, 60).pvalue, rel=1e-9)
+    assert result.win_rate == up / 60
+    alone = scipy_stats.ttest_1samp(base, 0).confidence_interval()
+    one = mean_of(base)
+    assert (one.mean, one.low, one.high) == pytest.approx((base.mean(), alone.low, alone.high), rel=1e-9)
+    # scipy's percentiles are not moved outwards, which at n = 60 is a factor of about 1.03
+    other = scipy_stats.bootstrap((d,), np.mean, method="percentile", random_state=0, n_resamples=4000)
+    boot = paired(base, aligned, interval="bootstrap")
+    width = other.confidence_interval.high - other.confidence_interval.low
+    assert (boot.high - boot.low) / width == pytest.approx(1.03, abs=0.05)
+    assert (boot.low + boot.high) / 2 == pytest.approx(d.mean(), abs=0.02)
+
+
+def normal(rng: np.random.Generator) -> np.ndarray:
+    return rng.normal(0.3, 1, 12)
+
+
+def skewed(rng: np.random.Generator) -> np.ndarray:
+    return rng.exponential(1, 60) - 0.7
+
+
+def clustered(rng: np.random.Generator) -> np.ndarray:
+    return np.repeat(rng.normal(0.3, 1, 24), 3) + rng.normal(0, 1, 72)
+
+
+@pytest.mark.parametrize(("draw", "clusters"), [(normal, 12), (skewed, 60), (clustered, 24)])
+def test_the_bootstrap_covers_the_truth_95_percent_of_the_time(draw, clusters):
+    rng = np.random.default_rng(6)
+    hits = 0
+    for seed in range(1000):
+        d = draw(rng)
+        names = [i * clusters // len(d) for i in range(len(d))]
+        result = paired(np.zeros(len(d)), d, names, interval="bootstrap", seed=seed)
+        hits += result.low <= 0.3 <= result.high
+    assert 930 <= hits <= 970
+
+
+def test_p_of_clusters_and_of_nothing():
+    zeros = np.zeros(4)
+    assert paired(zeros, zeros).p == 1
+    assert paired(zeros, np.ones(4)).p == 0
+    assert paired(np.zeros(1), np.ones(1)).p == 1
+    # the clusters of test_clusters_by_hand: t = 1 with one degree of freedom, p = 1 - 2 atan(1) / pi = 1/2
+    assert paired(zeros, np.array([1, 1, 0, 0.0]), ["a", "a", "b", "b"]).p == pytest.approx(0.5)
+
+
+def test_holm_by_hand():
+    # sorted 0.01 0.02 0.03 0.04 times 4 3 2 1, and never below a smaller one
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+
+
+def test_holm_keeps_false_gains_rare():
+    """Twenty comparisons of nothing: about one in twenty families has a p of at most 0.05 after correction."""
+    rng = np.random.default_rng(7)
+    p = scipy_stats.ttest_1samp(rng.normal(size=(400, 20, 30)), 0, axis=2).pvalue
+    assert (np.min(p, axis=1) <= 0.05).mean() > 0.5
+    corrected = np.array([min(holm(list(row))) for row in p])
+    assert 0.02 <= (corrected <= 0.05).mean() <= 0.08
+
+
+def test_a_verdict_needs_the_corrected_p():
+    gain = paired(np.zeros(20), np.r_[np.ones(10), np.zeros(10)])
+    assert gain.judged(0.05) == GAIN
+    assert gain.judged(0.051) == NO_CHANGE
+    assert paired(np.zeros(5), np.ones(5)).judged(0.0) == TOO_FEW
+
+
+def test_win_rate_counts_ties_half():
+    result = paired(np.zeros(4), np.array([1, 0, 0, -1.0]))
+    assert result.win_rate == 0.5
+    assert paired(np.zeros(4), np.array([1, 1, 0, 0.0])).win_rate == 0.75
+    assert math.isnan(paired(np.array([NAN]), np.array([NAN])).win_rate)
