@@ -1,4 +1,4 @@
-"""What tests of the evaluation share: a scorer that can be worked out by hand, small sets, pictures on disk."""
+"""What tests of the evaluation share: a scorer that can be worked out by hand, small sets, pictures."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from align_cli.rewards.base import Reward, rgb
 from align_cli.training.distributed import Ranks
 
 CPU = torch.device("cpu")
+
+
+def quiet(_what: str, _more: int) -> None:
+    """Progress that nobody looks at."""
 
 
 class MeanRed(Reward):
@@ -100,4 +104,4 @@ def measured(
     )
     store = Store(folder / "out", {})
     store.begin(job.command, "now", resume=False, overwrite=False)
-    return run(job, store, Ranks.alone(CPU), lambda what, more: None)
+    return run(job, store, Ranks.alone(CPU), quiet)

@@ -112,9 +112,10 @@ def test_train_evaluates_and_says_where_things_are(tmp_path, options):
     result = ok(*options, "--out", out, "--set", "train.grid_every=3", "--set", "train.ema_decay=0.5")
     numbers = json.loads((out / "result.json").read_text())
     assert numbers["step"] == STEPS and numbers["method"] == "softrepa" and numbers["train_seconds"] > 0
-    assert numbers["evaluation"]["headline"] == "all"
+    assert numbers["evaluation"]["scorers"][0]["headline"] == "shapes/all"
+    assert numbers["evaluation"]["arms"][1]["adapters"] == [str(out / "adapter")]
     assert "95 % CI" in result.stdout and "aligned" in result.stdout and "peak memory" in result.stdout
-    for name in ("adapter", "result.json", "before-after.png"):
+    for name in ("adapter", "result.json", "before-after.png", "eval/report.html"):
         assert str(out / name) in result.stdout and (out / name).exists()
     assert sorted(p.name for p in (out / "grids").iterdir()) == ["step-00000003.png", "step-00000006.png"]
     assert result.stderr.startswith(f"loading {options[1]} ...\n")

@@ -1,4 +1,4 @@
-"""What an evaluation says: verdicts, the guard against reward hacking, drift, results.json and the CSV file."""
+"""What an evaluation says: verdicts, the guard against reward hacking, drift, results.json and CSV."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_guard_sets_trained_scorers_apart(tmp_path):
             return -super().score(images, prompts)
 
     hacked = measured(tmp_path / "d", arms, trained_on=["hpsv2"], rewards=[MeanRed("hpsv2"), Fall("clip")])
-    assert hacked["words"][2].startswith("reward hacking: aligned gains where it was trained (hpsv2) and loses")
+    assert hacked["words"][2].startswith("reward hacking: aligned gains where it was trained (hpsv2)")
 
 
 def test_kin_are_not_held_out():

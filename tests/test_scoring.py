@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from eval_helpers import CPU, MeanRed, flat, prompt_set, write_pictures
+from eval_helpers import CPU, MeanRed, flat, prompt_set, quiet, write_pictures
 
 from align_cli.errors import UserError
 from align_cli.evaluation.scoring import BATCH, RewardScorer, Scores, SetJudge, score
@@ -28,7 +28,7 @@ def pictures(items, tmp_path):
 
 
 def scored(reward, folder, pictures, items):
-    return score(folder, RewardScorer(reward), pictures, items, Ranks.alone(CPU), lambda what, more: None)
+    return score(folder, RewardScorer(reward), pictures, items, Ranks.alone(CPU), quiet)
 
 
 def test_numbers_by_hand(tmp_path, pictures, items):
@@ -56,7 +56,8 @@ def test_what_a_killed_process_left(tmp_path, pictures, items):
     left = tmp_path / "b" / "scores" / "base"
     left.mkdir(parents=True)
     # batch 1 whole, batch 0 in part with a line that is cut off; the file of a process of a larger run
-    (left / "red.7.jsonl").write_text("\n".join([text[0], *text[1 + BATCH : 1 + 2 * BATCH], text[1], text[2][:30]]))
+    kept = [text[0], *text[1 + BATCH : 1 + 2 * BATCH], text[1], text[2][:30]]
+    (left / "red.7.jsonl").write_text("\n".join(kept))
     reward = MeanRed()
     found = scored(reward, tmp_path / "b", pictures, items)
     assert reward.seen == N - BATCH
@@ -95,7 +96,9 @@ def test_missing_pictures_have_no_number(tmp_path, pictures, items):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_none_names_the_picture(tmp_path, pictures, items, value):
     write_pictures(tmp_path / "images", items[20:21], [np.zeros((8, 8, 3), np.uint8)])
-    with pytest.raises(UserError, match=r"scorer red gave (nan|inf) for .*00020.png \(prompt 'plain prompt 20'\)"):
+    with pytest.raises(
+        UserError, match=r"scorer red gave (nan|inf) for .*00020.png \(prompt 'plain prompt 20'\)"
+    ):
         scored(MeanRed(black=value), tmp_path, pictures, items)
     kept = Scores(tmp_path, "base", RewardScorer(MeanRed())).read()
     assert sorted(kept) == list(range(BATCH))  # the batch before it
@@ -107,16 +110,16 @@ def test_a_number_that_is_none_names_the_picture(tmp_path, pictures, items, valu
 def test_pictures_of_several_sizes(tmp_path, items):
     made = [flat(0.2, side=8 if i % 2 else 6) for i in range(N)]
     found = scored(MeanRed(), tmp_path, {"base": write_pictures(tmp_path / "i", items, made)}, items)
-    np.testing.assert_allclose(found["red"]["base"], 0.2)
+    np.testing.assert_allclose(found["red"]["base"], 0.2, atol=1e-6)
 
 
 def test_the_judge_of_a_set(tmp_path, items, pictures):
     def judge(shown, rows):
-        assert [row.id for row in rows][0].startswith("p")
+        assert rows[0].id.startswith("p")
         return {"made/lit": (shown[..., 0].mean((1, 2)) > 10).astype(float)}
 
     prompts = prompt_set(N, judge=judge, headline="made/lit")
-    found = score(tmp_path, SetJudge(prompts), pictures, items, Ranks.alone(CPU), lambda what, more: None)
+    found = score(tmp_path, SetJudge(prompts), pictures, items, Ranks.alone(CPU), quiet)
     assert found["made/lit"]["base"].sum() == N - 10
     with pytest.raises(ValueError):
         SetJudge(prompt_set())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = "the defaults"
 SHEET = "sheet.png"
-OURS = (SHEET, "eval-*.json", run_folder.RUN, INFO)
+OURS = (SHEET, run_folder.RUN, INFO)
 """Any of these tells that a folder was written by t2ialign."""
 
 

@@ -34,8 +34,8 @@ def parse_folders(given: Sequence[str]) -> dict[str, Path]:
         if not equals or Path(text).expanduser().is_dir():
             name, rest = "", text
         folder = Path(rest).expanduser()
-        if not folder.is_dir():
-            what = "is a file, not a folder" if folder.exists() else "does not exist"
+        if not rest or not folder.is_dir():
+            what = "is a file, not a folder" if rest and folder.exists() else "does not exist"
             raise UserError(f"--images {text}: {rest or 'the folder'} {what}")
         if not name:
             name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:40] or "images"

@@ -1,0 +1,162 @@
+"""Drawing into a store: stopped and resumed, and shared by two processes, with the bits of one whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from softrepa_helpers import save_random_adapter
+
+from align_cli.evaluation.drawing import my_share
+from align_cli.evaluation.engine import peak_memory
+
+DRAWING = ("--steps", "3", "--guidance", "2", "--batch-size", "4", "--device", "cpu")
+NUM = 14
+"""Prompts: three batches of four, and one of two."""
+CHANGING = ("seconds", "memory", "created", "command")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_sd15_folder, tmp_path_factory) -> Path:
+    return save_random_adapter(tmp_path_factory.mktemp("a") / "adapter", tiny_sd15_folder)
+
+
+@pytest.fixture(scope="module")
+def command(adapter, tmp_path_factory) -> list[str]:
+    """The real command, without --out."""
+    prompts = tmp_path_factory.mktemp("p") / "words.txt"
+    prompts.write_text("".join(f"a red circle and a blue square, number {i}\n" for i in range(NUM)))
+    start = [sys.executable, "-m", "align_cli", "eval", str(prompts), "--adapter", str(adapter)]
+    return [*start, "--arm", f"half={adapter}@0.5", "--scorers", "tiny-clip", *DRAWING]
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "e"
+    finish(command, out)
+    return out
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All pictures and scores."""
+    files = [p for part in ("images", "scores") for p in (folder / part).rglob("*") if p.is_file()]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def results(folder: Path) -> dict:
+    raw = json.loads((folder / "results.json").read_text())
+    return {key: value for key, value in raw.items() if key not in CHANGING}
+
+
+def finish(command: list[str], out: Path, *more: str) -> str:
+    """Run to the end; what was said on stderr."""
+    done = subprocess.run([*command, "--out", str(out), *more], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    assert content(folder) == content(whole)
+    assert results(folder) == results(whole)
+    assert (folder / "results.csv").read_text() == (whole / "results.csv").read_text()
+
+
+def test_a_whole_run(whole):
+    pictures = [name for name in content(whole) if name.endswith(".png")]
+    assert len(pictures) == 3 * NUM
+    raw = results(whole)
+    assert [arm["name"] for arm in raw["arms"]] == ["base", "aligned", "half"]
+    assert raw["arms"][2]["adapters"][0].endswith("@0.5") and len(raw["arms"][2]["hashes"][0]) == 64
+    assert len(raw["items"]) == NUM and {row["arm"] for row in raw["comparisons"]} == {"aligned", "half"}
+    assert raw["drift"][0]["feature_of"] == "tiny-clip" and raw["drift"][0]["feature_distance"] > 0
+    assert [entry["name"] for entry in raw["audit"]] == ["text_encoder", "tiny-clip"]
+    assert (whole / "report.html").stat().st_size > 10000
+    assert json.loads((whole / "eval.json").read_text())["identity"]["weights"]["denoiser"]
+
+
+def test_kill_9_and_run_again(command, whole, tmp_path):
+    """Killed while drawing, then while scoring; every picture is written once, and the bits are the same."""
+    out = tmp_path / "e"
+    times: dict[str, int] = {}
+    for step, glob in enumerate(("images/base/*.png", "images/aligned/*.png", "scores/base/*.jsonl")):
+        how = ["--resume"] if step else []
+        process = subprocess.Popen(
+            [*command, "--out", str(out), *how], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and len(list(out.glob(glob))) < (6 if "png" in glob else 1):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in out.glob("images/*/*.png"):
+            assert times.setdefault(str(path), path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+    finish(command, out, "--resume")
+    assert all(Path(path).stat().st_mtime_ns == when for path, when in times.items())
+    assert_same(out, whole)
+    assert f"0 of {3 * NUM} pictures to draw" in finish(command, out, "--resume")
+    assert_same(out, whole)
+
+
+def two(command: list[str], out: Path, *more: str) -> list[subprocess.CompletedProcess]:
+    """The command as two processes of one group."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    started = []
+    for rank in range(2):
+        env = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([*command, "--out", str(out), *more], env=env, **pipes))
+    done = []
+    for process in started:
+        out_text, err_text = process.communicate(timeout=600)
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, out_text, err_text))
+    return done
+
+
+def test_two_processes_share_the_work(command, whole, tmp_path):
+    first, second = two(command, tmp_path / "e")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "tiny-clip" in first.stdout and second.stdout == ""
+    assert_same(tmp_path / "e", whole)
+
+
+def test_two_processes_go_on_with_what_one_left(command, whole, tmp_path):
+    out = tmp_path / "e"
+    subprocess.run(["cp", "-r", str(whole), str(out)], check=True)
+    for name in ("images/base/00001.png", "images/aligned/00013.png", "images/half/00006.png"):
+        (out / name).unlink()
+    kept = out / "images" / "base" / "00000.png"
+    before = kept.stat().st_mtime_ns
+    for path in (out / "scores" / "aligned").iterdir():
+        path.write_text("".join(path.read_text().splitlines(True)[:5]))
+    first, second = two(command, out, "--resume")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert f"3 of {3 * NUM} pictures to draw" in first.stderr
+    assert kept.stat().st_mtime_ns == before
+    assert_same(out, whole)
+
+
+def test_every_process_does_every_other_batch():
+    class Rank:
+        def __init__(self, rank):
+            self.rank, self.world_size = rank, 2
+
+    missing = [0, 1, 5, 9, 10, 13]  # batches 0, 1, 2, 3 of four
+    assert [my_share(missing, 4, Rank(r)) for r in range(2)] == [[0, 2], [1, 3]]
+    assert [my_share([13], 4, Rank(r)) for r in range(2)] == [[3], []]
+
+
+def test_peak_memory_is_in_bytes():
+    process, gpu = peak_memory()
+    assert 50 * 2**20 < process < 2**40
+    assert gpu >= 0
