@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from golden_checks.lines import Kind, Line, compare, same
 
 RTOL, ATOL, GRADIENTS = 1e-4, 5e-5, 1e-4
 """Tolerances of the specification: values; gradients relative to the largest."""
-AS_THEY_ARE = Preprocess("none", lambda images, size: images, (0, 0, 0), (1, 1, 1))
+AS_THEY_ARE = Preprocess("none", lambda images, _: images, (0, 0, 0), (1, 1, 1))
 """The pictures of the case are preprocessed already."""
 
 
@@ -76,6 +76,41 @@ def reward_clip(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
     yield compare("grad_images", gradient, x["grad_images"], GRADIENTS)
 
 
+def preference(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
+    """The decomposition alone, on given embeddings; with the means of other processes too."""
+    x = load_file(folder / "tensors.safetensors")
+    owner = torch.tensor(case["segment_owner"])
+    segments = F.normalize(x["text_embeds_segments"], dim=-1)
+    means = torch.stack([segments[owner == i].mean(0) for i in range(int(owner.max()) + 1)])
+    for facts in case["cases"]:
+        name, omega = facts["name"], facts["omega"]
+        texts = means if facts["segment_level"] else F.normalize(x["text_embeds_full"], dim=-1)
+        others = x["other_process_means"][: facts["other_processes"]]
+        direction = common_direction(texts, others)
+        embeds = x["image_embeds"].clone().requires_grad_()
+        images = F.normalize(embeds, dim=-1)
+        found = {
+            "text_used": texts,
+            "common_direction": direction,
+            "eta": texts @ direction,
+            "text_relevant_score": (images * reweight_text(texts, direction, 0.0)).sum(-1),
+            "scores": (images * reweight_text(texts, direction, omega)).sum(-1),
+        }
+        found["text_irrelevant_score"] = (images * texts).sum(-1) - found["text_relevant_score"]
+        found["loss"] = preference_loss(found["scores"], omega)
+        for key, value in found.items():
+            yield values(f"{name}/{key}", value, x[f"{name}/{key}"])
+        (gradient,) = torch.autograd.grad(found["loss"], embeds)
+        key = f"{name}/grad_image_embeds"
+        yield compare(key, gradient, x[key], GRADIENTS)
+
+
+def tensor_named(key: str) -> Callable[[Path, dict[str, Any]], bool]:
+    """Cases whose description names this tensor."""
+    return lambda _, case: any(key in case.get(part, ()) for part in ("tensors", "inputs"))
+
+
 KINDS = [
-    Kind("longalign", lambda folder, case: "segment_text_embeds_raw" in case.get("tensors", {}), reward_clip)
+    Kind("longalign", tensor_named("segment_text_embeds_raw"), reward_clip),
+    Kind("longalign", tensor_named("text_embeds_segments"), preference),
 ]
