@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import words
+from tiny_models import tiny_tokenizer
 
 SIZE = 16
-LAYOUT = {
+LAYOUT: dict[str, Any] = {
     "embed_dim": 12,
     "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
     "text_cfg": {"context_length": 32, "vocab_size": 616, "width": 16, "heads": 2, "layers": 1},
 }
 """A tiny model in the words of open_clip."""
-
-
-def tokenizer() -> Any:
-    """The tokenizer of the shapes world: one token per word, 32 tokens."""
-    return words()
 
 
 def tiny_clip(seed: int = 0) -> Any:
@@ -30,9 +25,7 @@ def tiny_clip(seed: int = 0) -> Any:
     from align_cli.rewards.towers import clip_config
 
     torch.manual_seed(seed)
-    model = CLIPModel(
-        clip_config(LAYOUT | {"text_cfg": LAYOUT["text_cfg"] | {"vocab_size": len(tokenizer())}})
-    )
+    model = CLIPModel(clip_config(LAYOUT))
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
@@ -49,7 +42,7 @@ def save_clip(folder: Path, model: Any, *, with_tokenizer: bool = True, safe: bo
     else:
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
     if with_tokenizer:
-        tokenizer().save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -88,9 +81,8 @@ def save_hps(folder: Path, model: Any, name: str = "HPS_v2_compressed.pt") -> Pa
     """A folder as a user of HPSv2 may have it: the published file's layout, and open_clip's configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"epoch": 1, "state_dict": to_open_clip(model.state_dict())}, folder / name)
-    layout = LAYOUT | {"text_cfg": LAYOUT["text_cfg"] | {"vocab_size": len(tokenizer())}}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": layout}))
-    tokenizer().save_pretrained(folder)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": LAYOUT}))
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
