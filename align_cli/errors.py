@@ -27,3 +27,8 @@ def unknown(kind: str, name: str, known: Iterable[str], *, where: str = "") -> U
     if near and len(names) > LONG_LIST:
         return UserError(text)
     return UserError(f"{text} (known: {', '.join(names) or 'none'})")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -26,9 +26,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from align_cli import registry
+from align_cli.devices import pick_device
 from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.process import NoiseProcess
-from align_cli.errors import UserError
+from align_cli.errors import UserError, first_line
 from align_cli.models.base import BaseModel
 from align_cli.models.sd3 import SD3Model
 from align_cli.models.sdxl import SDXLModel
@@ -39,7 +40,6 @@ from align_cli.models.sources import (
     Source,
     find,
     find_module,
-    first_line,
     read_json,
     stem_of,
     weight_file,
@@ -147,28 +147,6 @@ def _encoder_home(name: str, device: torch.device) -> torch.device:
     if name == "offload":
         return torch.device("cpu")
     return pick_device(name, "--encoder-device cpu or offload") if name else device
-
-
-def pick_device(name: str, advice: str = "--device cpu or auto") -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps -> a device that is there. UserError with `advice` if it is not."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}; one of auto, cpu, cuda, cuda:N, mps") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"unsupported device {name!r}; one of auto, cpu, cuda, cuda:N, mps")
-    if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= found:
-            built = "" if torch.version.cuda else "; this torch was built without CUDA"
-            raise UserError(
-                f"device {name} is not there: torch sees {found} CUDA devices{built}; use {advice}"
-            )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device mps is not there; use {advice}")
-    return device
 
 
 # ---------------------------------------------------------------- parts

@@ -6,24 +6,15 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-
 from align_cli import registry
-from align_cli.errors import UserError
+from align_cli.errors import UserError, first_line
+from align_cli.hub import fetch, reachable
 
 INDEX = "model_index.json"
 """What makes a folder a diffusers pipeline."""
@@ -40,9 +31,6 @@ TOKENIZER_FILES = (
     "spiece.model",
 )  # fmt: skip
 """Files of a CLIP or T5 tokenizer; not every pipeline has each."""
-
-HUB_TIMEOUT = 4.0
-"""Seconds until the hub counts as unreachable."""
 
 
 @dataclass(frozen=True)
@@ -169,11 +157,6 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
     return content
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 # ---------------------------------------------------------------- this machine
 
 
@@ -212,11 +195,14 @@ def _hub(name: str, repo: str) -> Source:
     What the local cache holds is taken from there; without network only that is seen.
     """
     label = repo if name == repo else f"{name} ({repo})"
-    reachable = hub_reachable()  # asked once: huggingface_hub would retry every file for half a minute
-    index = _fetch(label, repo, INDEX, None, reachable)
-    first = index or _fetch(label, repo, "config.json", None, reachable)
+    online = reachable()  # asked once: huggingface_hub would retry every file for half a minute
+    ask = partial(
+        fetch, label, repo, online=online, advice="pass a local folder with --model /path/to/folder"
+    )
+    index = ask(INDEX)
+    first = index or ask("config.json")
     if first is None:
-        if reachable:
+        if online:
             raise UserError(f"the hub model {label} is no diffusers pipeline: it has no {INDEX}")
         raise UserError(
             f"model {label} is not in the local cache and the hub cannot be reached; pass a local "
@@ -225,11 +211,11 @@ def _hub(name: str, repo: str) -> Source:
     folder = first.parent
     revision = folder.name  # the commit, so that all files are of one version
 
-    def fetch(file: str) -> Path | None:
-        return _fetch(label, repo, file, revision, reachable)
+    def fetch_file(file: str) -> Path | None:
+        return ask(file, revision=revision)
 
     content = read_json(index, label) if index is not None else {}
-    source = Source(label, folder, content, fetch=fetch)
+    source = Source(label, folder, content, fetch=fetch_file)
     if content:
         _bring(source, "scheduler/scheduler_config.json")
     return _listed(source)
@@ -250,40 +236,3 @@ def _with_module(source: Source, prefix: str, stem: str, half: bool) -> Source:
 def _bring(source: Source, file: str) -> bool:
     """Whether a file is there, once it has been asked for from the hub."""
     return source.fetch is not None and source.fetch(file) is not None
-
-
-def hub_reachable() -> bool:
-    """Whether the hub answers, within seconds. False under HF_HUB_OFFLINE."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        with urllib.request.urlopen(
-            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT
-        ):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except OSError:
-        return False
-
-
-def _fetch(label: str, repo: str, file: str, revision: str | None, reachable: bool) -> Path | None:
-    """One file of a hub repository in the local cache; None if the hub lacks it, or cannot be reached."""
-    try:
-        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=not reachable))
-    except GatedRepoError as error:
-        raise UserError(
-            f"the hub model {label} asks for its licence to be accepted: do so on "
-            f"huggingface.co/{repo}, then "
-            f"`hf auth login`; or pass a local folder with --model /path/to/folder"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"the hub has no model {label} (or it is private); check the id, or pass a local folder"
-        ) from error
-    except HFValidationError as error:
-        raise UserError(f"{repo!r} is no hub id: {first_line(error)}") from error
-    except (EntryNotFoundError, LocalEntryNotFoundError):
-        return None
-    except OSError as error:
-        raise UserError(f"cannot fetch {file} of {label} from the hub: {first_line(error)}") from error
