@@ -127,6 +127,7 @@ def test_coco_takes_the_first_caption_of_every_image(tiny_coco: DataSettings):
     found = load_set("coco", SetOptions(data_path=Path(tiny_coco.path)))
     assert [row.id for row in found.rows] == ["2", "5", "7", "31"]
     assert found.texts[0] == "image 2 text 4"  # the file has the captions in this order
+    assert len(found.notes) == 1 and found.notes[0].startswith("FID and LPIPS are left out")
     assert found.rows[0].extra == {"file": "000000000002.jpg"}
     path = Path(tiny_coco.path) / "annotations" / "captions_val2017.json"
     assert load_set("coco", SetOptions(prompts=path)).fingerprint == found.fingerprint

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from align_cli.errors import UserError
-from align_cli.evaluation.protocols import averages, batch_means, protocol, start_noise
+from align_cli.evaluation.protocols import averages, batch_means, protocol, run, start_noise
 from align_cli.rewards.base import Reward
 from align_cli.sampling import sample
 
@@ -76,6 +76,22 @@ def test_averages_by_hand():
     assert found["hpsv2"] == pytest.approx((2 * 3.5 + 6) / 3) and found["pickscore"] == pytest.approx(4.0)
     diagonal = replace(chosen, matrix=frozenset())
     assert batch_means(diagonal, rewards, images[:2], ["a", "abc"])["pickscore"] == pytest.approx(3.5)
+
+
+def test_a_run_that_goes_on_draws_the_same(tiny_models):
+    """Two batches in one go, and the second alone after the first."""
+    model = tiny_models["sd15"]
+    chosen = protocol("textcraftor", "parti")
+    chosen = replace(chosen, sample=replace(chosen.sample, steps=2))
+    rewards = {name: Table(name) for name in chosen.scorers}
+    pictures: dict[int, Tensor] = {}
+    whole = list(run(chosen, model, PROMPTS, rewards, save=pictures.__setitem__))
+    assert [size for size, _ in whole] == [4, 1] and sorted(pictures) == [0, 1, 2, 3, 4]
+    later: dict[int, Tensor] = {}
+    assert list(run(chosen, model, PROMPTS, rewards, done=1, save=later.__setitem__)) == whole[1:]
+    assert list(later) == [4] and torch.equal(later[4], pictures[4])
+    assert whole[1][1] == batch_means(chosen, rewards, pictures[4][None], PROMPTS[4:])
+    assert list(run(chosen, model, PROMPTS, rewards, done=2)) == []
 
 
 def test_unknown_and_misplaced_protocols():

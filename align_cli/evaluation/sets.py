@@ -22,6 +22,10 @@ HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPSV2_SIZE = 800
 """Prompts of each style."""
 COCO_FILE = "captions_val2017.json"
+NO_FID = (
+    "FID and LPIPS are left out: their libraries (clean-fid, pytorch-fid, torch-fidelity, lpips) need torchvision; "
+    "run one of them on the folder of pictures, in an environment of its own"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,7 @@ def coco(options: SetOptions) -> PromptSet:
         PromptRow(str(i), texts[0], extra={"file": file})
         for i, file, texts in zip(ids, files, captions, strict=True)
     )
-    return PromptSet("coco", str(path), tuple(rows))
+    return PromptSet("coco", str(path), tuple(rows), notes=(NO_FID,))
 
 
 def shapes(options: SetOptions) -> PromptSet:
