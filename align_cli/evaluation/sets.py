@@ -23,7 +23,7 @@ HPSV2_SIZE = 800
 """Prompts of each style."""
 COCO_FILE = "captions_val2017.json"
 NO_FID = (
-    "FID and LPIPS are left out: their libraries (clean-fid, pytorch-fid, torch-fidelity, lpips) need torchvision; "
+    "FID and LPIPS are left out: their libraries (clean-fid, torch-fidelity, lpips) need torchvision; "
     "run one of them on the folder of pictures, in an environment of its own"
 )
 
