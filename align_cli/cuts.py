@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import east_asian_width
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ def _cut(tokenizer: Any, limit: int, prompt: str) -> Cut:
         return Cut(limit, tokens, "")
     kept = tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True)
     seen = max((end for start, end in kept["offset_mapping"] if end > start), default=0)
-    while 0 < seen < len(prompt) and not prompt[seen - 1].isspace() and not prompt[seen].isspace():
+    while 0 < seen < len(prompt) and _in_word(prompt[seen - 1]) and _in_word(prompt[seen]):
         seen -= 1  # half a word is a lost word
     return Cut(limit, tokens, prompt[seen:].strip())
+
+
+def _in_word(character: str) -> bool:
+    """Is it a letter or digit of a script that puts blanks between words?"""
+    return character.isalnum() and east_asian_width(character) not in ("W", "F")

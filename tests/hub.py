@@ -31,7 +31,7 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, *, body: bool) -> None:
-        parts = self.path.strip("/").split("/")
+        parts = self.path.strip("/").removeprefix("datasets/").split("/")
         repo, file = "/".join(parts[:2]), self.root / "/".join(parts[:2] + parts[4:])
         if self.path != "/" and not file.is_file():
             self.send_response(403 if repo == "org/gated" else 404)

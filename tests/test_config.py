@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Literal
 
 import pytest
@@ -279,12 +280,13 @@ def test_model_source(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "table",
-    [registry.METHODS, registry.METHOD_CONFIGS, registry.DATASETS, registry.BENCHMARKS],
+    [registry.METHODS, registry.METHOD_CONFIGS, registry.DATASETS, registry.BENCHMARKS, registry.REWARDS],
     ids=lambda t: t.kind,
 )
 def test_every_registered_name_can_be_imported(table):
+    wanted = FunctionType if table in (registry.BENCHMARKS, registry.REWARDS) else type
     for name in table:
-        assert isinstance(registry.load(table, name), type)
+        assert isinstance(registry.load(table, name), wanted)
 
 
 def test_every_method_has_a_config_and_knows_it():

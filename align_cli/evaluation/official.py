@@ -48,8 +48,8 @@ def official_results(
 def hpsv2_table(scores: np.ndarray, styles: Sequence[str]) -> list[Official]:
     """Each style's score times 100, and the average of all pictures.
 
-    A style's pictures are cut in order into groups of 80, the last one perhaps shorter; its value is the mean,
-    its std the population standard deviation, of the groups' means.
+    A style's pictures are cut in order into groups of 80, the last one perhaps shorter; its value is the
+    mean, its std the population standard deviation, of the groups' means.
 
     Args:
         scores: (N,) cosines, in the order of the prompts. styles: N.
@@ -68,8 +68,8 @@ def hpsv2_table(scores: np.ndarray, styles: Sequence[str]) -> list[Official]:
 
 
 def geneval_table(correct: np.ndarray, tasks: Sequence[str], prompts: Sequence[int]) -> list[Official]:
-    """Share of correct pictures of each task, the unweighted mean of the tasks, the share of all pictures, and
-    the share of prompts with at least one correct picture.
+    """Share of correct pictures of each task, the unweighted mean of the tasks, the share of all pictures,
+    and the share of prompts with at least one correct picture.
 
     Args:
         correct: (N,) 0 or 1. tasks, prompts: N, of each picture.

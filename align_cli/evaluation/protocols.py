@@ -5,14 +5,16 @@ Letters: B pictures of a batch, C h w latent, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from align_cli.errors import UserError, unknown
+from align_cli.models.base import BaseModel
 from align_cli.rewards.base import Reward
+from align_cli.sampling import sample
 from align_cli.settings import SampleSettings
 
 
@@ -66,6 +68,34 @@ def protocol(name: str, benchmark: str) -> Protocol:
     if found.benchmark != benchmark:
         raise UserError(f"protocol {name} is of the benchmark {found.benchmark}, not of {benchmark}")
     return found
+
+
+def run(
+    chosen: Protocol,
+    model: BaseModel,
+    prompts: Sequence[str],
+    rewards: Mapping[str, Reward],
+    *,
+    done: int = 0,
+    save: Callable[[int, Tensor], None] | None = None,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Draw and score with the model as it is now: (pictures, `batch_means`) of every batch, for `averages`.
+
+    Args:
+        rewards: the protocol's scorers with its preprocessing, by name.
+        done: batches of an earlier run that are not drawn again; the others come out as they would have.
+        save: called as (number of the picture, (3, H, W) float32 in [0, 1]).
+    """
+    size = chosen.sample.batch_size
+    side = (chosen.sample.image_size or model.image_size) // model.vae_factor
+    noises = start_noise(chosen, len(prompts), (model.latent_channels, side, side), model.device, done)
+    for start, noise in zip(range(done * size, len(prompts), size), noises, strict=True):
+        texts = list(prompts[start : start + size])
+        images = sample(model, texts, chosen.sample, [chosen.seed] * len(texts), start_noise=noise)
+        if save is not None:
+            for k, image in enumerate(images):
+                save(start + k, image)
+        yield len(texts), batch_means(chosen, rewards, images, texts)
 
 
 def start_noise(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from align_cli import registry
-from align_cli.errors import UserError, unknown
+from align_cli.errors import UserError, first_line, unknown
 from align_cli.evaluation.prompts import FORMATS, PromptRow, PromptSet, read_prompts
 from align_cli.settings import EvalSettings
 
@@ -22,6 +22,10 @@ HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPSV2_SIZE = 800
 """Prompts of each style."""
 COCO_FILE = "captions_val2017.json"
+NO_FID = (
+    "FID and LPIPS are left out: their libraries (clean-fid, torch-fidelity, lpips) need torchvision; "
+    "run one of them on the folder of pictures, in an environment of its own"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,7 @@ def coco(options: SetOptions) -> PromptSet:
         PromptRow(str(i), texts[0], extra={"file": file})
         for i, file, texts in zip(ids, files, captions, strict=True)
     )
-    return PromptSet("coco", str(path), tuple(rows))
+    return PromptSet("coco", str(path), tuple(rows), notes=(NO_FID,))
 
 
 def shapes(options: SetOptions) -> PromptSet:
@@ -177,11 +181,10 @@ def _hub_file(benchmark: str, repo: str, file: str, advice: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from align_cli.models.sources import first_line, hub_reachable
+    from align_cli import hub
 
-    online = hub_reachable()
     try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset", local_files_only=not online))
+        return Path(hf_hub_download(repo, file, repo_type="dataset", local_files_only=not hub.reachable()))
     except LocalEntryNotFoundError:
         reason = "it is not in the local cache, and the hub cannot be reached"
     except (HfHubHTTPError, OSError) as error:

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from align_cli import registry
+from align_cli.cuts import Cut, cuts
 from align_cli.errors import UserError
 from align_cli.rewards import preprocess
-from align_cli.rewards.base import Cut, Request, Reward, choose_preprocessing, rgb
+from align_cli.rewards.base import Request, Reward, choose_preprocessing, rgb
 from align_cli.rewards.places import Place, place
 from align_cli.rewards.preprocess import Preprocess
 from align_cli.rewards.towers import WEIGHT_FILES, build, projected, published, read_clip
@@ -172,18 +173,10 @@ class ClipReward(Reward):
         return self.text_vectors(prompts) @ self.image_vectors(images).T * self.factor
 
     def audit(self, prompts: Sequence[str]) -> list[Cut]:
-        return [self._cut(text) for text in prompts]
+        return cuts(self.tokenizer, self.limit, [self._clean(text) for text in prompts])
 
     def _clean(self, text: str) -> str:
         return unescape(unescape(text)) if self.unescape else text
-
-    def _cut(self, text: str) -> Cut:
-        clean = self._clean(text)
-        found = self.tokenizer(clean, truncation=False, return_offsets_mapping=True, verbose=False)
-        offsets = found["offset_mapping"][1:-1]
-        kept = self.limit - 2
-        lost = clean[offsets[kept][0] :].strip() if len(offsets) > kept else ""
-        return Cut(self.limit, len(offsets) + 2, lost)
 
 
 def build_clip(request: Request) -> ClipReward:
