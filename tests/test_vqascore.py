@@ -1,0 +1,128 @@
+"""VQAScore with tiny random vision-language models of transformers, saved as ordinary folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from align_cli.errors import UserError
+from align_cli.pictures import to_uint8
+from align_cli.rewards.loading import load_reward
+from align_cli.rewards.vqascore import QUESTION
+
+WORDS = ["<pad>", "<unk>", "<image>", "Yes", "No", "a", "red", "dog", "Does", "this", "figure", "show", "USER", '"']
+TEMPLATE = (
+    "{% for m in messages %}USER {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
+PROMPTS = ["a red dog", "a dog"]
+
+
+def save_llava(folder: Path, *, words: list[str] = WORDS, **processor: object) -> Path:
+    """A LLaVA of 24-pixel pictures whose vocabulary is `words`."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=24, patch_size=8),
+        text_config=LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=len(words), max_position_embeddings=128),
+        image_token_index=words.index("<image>"),
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model.save_pretrained(folder)
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", additional_special_tokens=["<image>"]
+    )
+    size = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}} | processor
+    LlavaProcessor(
+        CLIPImageProcessorPil(**size), tokenizer, patch_size=8, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def reward(folder):
+    return load_reward("vqascore", source=str(folder))
+
+
+def test_probability_of_yes(folder, reward):
+    """The same as transformers' own classes give it, asked by hand."""
+    images = torch.rand(2, 3, 30, 40, generator=torch.Generator().manual_seed(0))
+    got = reward.score(images, PROMPTS)
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    processor = LlavaProcessor.from_pretrained(folder)
+    for i, prompt in enumerate(PROMPTS):
+        text = "USER <image> " + QUESTION.format(prompt=prompt)
+        picture = Image.fromarray(to_uint8(images[i : i + 1])[0])
+        logits = model(**processor(images=picture, text=text, return_tensors="pt")).logits[0, -1]
+        assert float(got[i]) == pytest.approx(float(logits.softmax(-1)[WORDS.index("Yes")]), rel=1e-5)
+    assert len(set(got.tolist())) == 2 and bool(((got > 0) & (got < 1)).all())
+    assert "CLIPImageProcessor" in reward.facts()["preprocessing"]
+
+
+def test_gradient(reward):
+    """Pictures of the model's own size and of whole levels: processor and twin agree, so the slope is exact."""
+    assert reward.differentiable
+    image = (torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1)) * 255).round().div(255)
+    image.requires_grad_()
+    score = reward.score(image, PROMPTS[:1])
+    with torch.no_grad():
+        torch.testing.assert_close(score, reward.score(image, PROMPTS[:1]))
+    score.sum().backward()
+    step = torch.where(image.grad.abs() > image.grad.abs().quantile(0.9), image.grad.sign(), 0.0) / 255
+    step = torch.where((image + step > 1) | (image + step < 0), 0.0, step).detach()
+    rise = float(reward.score(image.detach() + step, PROMPTS[:1]) - score.detach())
+    assert rise == pytest.approx(float((image.grad * step).sum()), rel=0.1) and rise > 0
+
+
+def test_processor_that_does_more(tmp_path, monkeypatch):
+    """Pictures upside down: the twin does not do that, so there are scores but no gradients."""
+    folder = save_llava(tmp_path)
+    plain = CLIPImageProcessorPil.__call__
+
+    def flipped(self, images, **options):
+        out = plain(self, images, **options)
+        out["pixel_values"] = out["pixel_values"].flip(-1)
+        return out
+
+    monkeypatch.setattr(CLIPImageProcessorPil, "__call__", flipped)
+    reward = load_reward("vqascore", source=str(folder))
+    image = torch.rand(1, 3, 24, 24)
+    assert not reward.differentiable and reward.score(image, PROMPTS[:1]).shape == (1,)
+    with pytest.raises(UserError, match="gives no gradients"):
+        reward.score(image.requires_grad_(), PROMPTS[:1])
+
+
+def test_mistakes(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--weights vqascore=ID"):
+        load_reward("vqascore")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"cannot be loaded as a vision-language model.*--weights vqascore=PATH"):
+        load_reward("vqascore", source=str(tmp_path / "empty"))
+    split = [w for w in WORDS if w != "Yes"]
+    raw = save_llava(tmp_path / "split", words=split)
+    with pytest.raises(UserError, match="'Yes'"):
+        load_reward("vqascore", source=str(raw))
