@@ -32,7 +32,21 @@ DATASETS = Table(
 BENCHMARKS = Table("benchmark", {"shapes": "align_cli.evaluation.benchmarks:ShapesBenchmark"})
 """Classes of the benchmarks of `t2ialign eval`."""
 
-REWARDS = Table("reward", {})
+REWARDS = Table(
+    "reward",
+    {
+        "aesthetic": "align_cli.rewards.aesthetic:build_aesthetic",
+        "clip": "align_cli.rewards.clip:build_clip",
+        "clip-b32": "align_cli.rewards.clip:build_clip",
+        "clip-g14": "align_cli.rewards.clip:build_clip",
+        "denscore": "align_cli.rewards.denscore:build_denscore",
+        "hpsv2": "align_cli.rewards.clip:build_clip",
+        "hpsv2.1": "align_cli.rewards.clip:build_clip",
+        "pickscore": "align_cli.rewards.clip:build_clip",
+        "shapes": "align_cli.rewards.shapes:build_shapes",
+        "tiny-clip": "align_cli.rewards.clip:build_clip",
+    },
+)
 """Functions `build(request: rewards.base.Request) -> rewards.base.Reward`, called by
 `rewards.loading.load_reward`.
 """

@@ -6,11 +6,16 @@ Letters: B pictures (and prompts), H W pixels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from align_cli.errors import unknown
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Request:
     """What `load_reward` asks the builder of a reward for. REWARDS maps a name to such a builder.
 
     source: hub id, folder or file that the user named; "" for the builder's own. preprocessing: "official" or
-    another one that the reward has; the builder raises UserError (`no_preprocessing`) for any other.
+    another one that the reward has; the builder raises UserError (`choose_preprocessing`) for any other.
     """
 
     name: str
@@ -114,3 +119,10 @@ def rgb(images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
     if prompts is not None and len(prompts) != len(images):
         raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts")
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+
+
+def choose_preprocessing(request: Request, ways: Mapping[str, T]) -> T:
+    """The way that the request names. UserError listing those that the reward has."""
+    if request.preprocessing not in ways:
+        raise unknown("preprocessing", request.preprocessing, ways, where=request.name)
+    return ways[request.preprocessing]
