@@ -26,7 +26,8 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = BlipConfig(
-        text_config=sizes | {"vocab_size": len(VOCABULARY), "encoder_hidden_size": 24, "max_position_embeddings": 16},
+        text_config=sizes
+        | {"vocab_size": len(VOCABULARY), "encoder_hidden_size": 24, "max_position_embeddings": 16},
         vision_config=sizes | {"image_size": 32, "patch_size": 8},
     )
     model = BlipForConditionalGeneration(config)
@@ -73,7 +74,9 @@ def test_batch_score_weighs_by_tokens(reward):
 
 def test_tied_and_untied_files_are_one_model(folder, reward):
     decoder = reward.model.text_decoder
-    torch.testing.assert_close(decoder.cls.predictions.decoder.weight, decoder.bert.embeddings.word_embeddings.weight)
+    torch.testing.assert_close(
+        decoder.cls.predictions.decoder.weight, decoder.bert.embeddings.word_embeddings.weight
+    )
     saved = BlipForConditionalGeneration.from_pretrained(folder)
     for key, x in saved.state_dict().items():
         torch.testing.assert_close(reward.model.state_dict()[key], x)
@@ -83,9 +86,7 @@ def test_long_prompt_is_cut(reward):
     (cut,) = reward.audit(["dog " * 11 + "cat fork"])
     assert (cut.limit, cut.tokens, cut.lost) == (16, 18, "cat fork")
     image = torch.full((1, 3, 32, 32), 0.5)
-    torch.testing.assert_close(
-        reward.score(image, ["dog " * 10_000]), reward.score(image, ["dog " * 11])
-    )
+    torch.testing.assert_close(reward.score(image, ["dog " * 10_000]), reward.score(image, ["dog " * 11]))
 
 
 def test_another_model(tmp_path):

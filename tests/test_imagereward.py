@@ -22,9 +22,11 @@ PROMPTS = FACTS["prompts"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The golden network as published: a pickle of tensors, and the vocabulary of BERT. Do not write into it."""
+    """The golden network as published: a pickle of tensors, and BERT's vocabulary. Do not write into it."""
     home = tmp_path_factory.mktemp("imagereward")
-    state = {k: x.float() if x.is_floating_point() else x for k, x in load_file(CASE / "state.safetensors").items()}
+    state = {
+        k: x.float() if x.is_floating_point() else x for k, x in load_file(CASE / "state.safetensors").items()
+    }
     torch.save(state, home / "ImageReward.pt")
     (home / "vocab.txt").write_text("\n".join(FACTS["vocab"]) + "\n")
     return home
@@ -56,7 +58,9 @@ def test_pictures_are_scored_alone(reward):
     seen = torch.cat([images, torch.rand(3, 1, 20, 30)], 1)
     torch.testing.assert_close(reward.score(seen, PROMPTS[:3]), together)
     grey = images[:, :1]
-    torch.testing.assert_close(reward.score(grey, PROMPTS[:3]), reward.score(grey.repeat(1, 3, 1, 1), PROMPTS[:3]))
+    torch.testing.assert_close(
+        reward.score(grey, PROMPTS[:3]), reward.score(grey.repeat(1, 3, 1, 1), PROMPTS[:3])
+    )
 
 
 def test_gradient_follows_the_score(reward):
@@ -85,7 +89,10 @@ def test_audit(reward):
         (lambda s: s.pop("blip.visual_encoder.norm.bias"), "missing"),
         (lambda s: s.update({"blip.other.weight": torch.zeros(1)}), "blip.other.weight"),
         (lambda s: s.pop("blip.visual_encoder.pos_embed"), "position_embedding"),
-        (lambda s: s.update({"mlp.layers.0.weight": torch.zeros(1024, 65)}), "mlp.layers.0.weight|head.layers.0"),
+        (
+            lambda s: s.update({"mlp.layers.0.weight": torch.zeros(1024, 65)}),
+            "mlp.layers.0.weight|head.layers.0",
+        ),
     ],
 )
 def test_other_weights(folder, tmp_path, change, words):

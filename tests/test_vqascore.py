@@ -23,10 +23,10 @@ from align_cli.pictures import to_uint8
 from align_cli.rewards.loading import load_reward
 from align_cli.rewards.vqascore import QUESTION
 
-WORDS = ["<pad>", "<unk>", "<image>", "Yes", "No", "a", "red", "dog", "Does", "this", "figure", "show", "USER", '"']
+WORDS = ["<pad>", "<unk>", "<image>", *'Yes No a red dog Does this figure show USER "'.split()]
 TEMPLATE = (
-    "{% for m in messages %}USER {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }}"
-    "{% endif %}{% endfor %}{% endfor %}"
+    "{% for m in messages %}USER {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}"
+    "{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
 )
 PROMPTS = ["a red dog", "a dog"]
 
@@ -37,7 +37,9 @@ def save_llava(folder: Path, *, words: list[str] = WORDS, **processor: object) -
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**sizes, image_size=24, patch_size=8),
-        text_config=LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=len(words), max_position_embeddings=128),
+        text_config=LlamaConfig(
+            **sizes, num_key_value_heads=2, vocab_size=len(words), max_position_embeddings=128
+        ),
         image_token_index=words.index("<image>"),
         vision_feature_layer=-1,
     )
@@ -84,7 +86,7 @@ def test_probability_of_yes(folder, reward):
 
 
 def test_gradient(reward):
-    """Pictures of the model's own size and of whole levels: processor and twin agree, so the slope is exact."""
+    """Pictures of the model's own size and of whole levels: processor and twin agree, the slope is exact."""
     assert reward.differentiable
     image = (torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1)) * 255).round().div(255)
     image.requires_grad_()
@@ -120,7 +122,9 @@ def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--weights vqascore=ID"):
         load_reward("vqascore")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"cannot be loaded as a vision-language model.*--weights vqascore=PATH"):
+    with pytest.raises(
+        UserError, match=r"cannot be loaded as a vision-language model.*--weights vqascore=PATH"
+    ):
         load_reward("vqascore", source=str(tmp_path / "empty"))
     split = [w for w in WORDS if w != "Yes"]
     raw = save_llava(tmp_path / "split", words=split)

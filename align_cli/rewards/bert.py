@@ -29,8 +29,9 @@ def bert_tokenizer(own: Place) -> BertTokenizer:
             if (path := at.find(name)) is not None:
                 return tokenizer_from(_vocabulary(path, own.reward))
     raise UserError(
-        f"{own.reward}: no vocab.txt (or tokenizer.json) beside the weights in {own.label}, and {BERT} is not "
-        f"in the local cache; put its vocab.txt beside the weights and pass the folder with {option(own.reward)}"
+        f"{own.reward}: no vocab.txt (or tokenizer.json) beside the weights in {own.label}, and {BERT} is "
+        "not in the local cache; put its vocab.txt beside the weights and pass the folder with "
+        f"{option(own.reward)}"
     )
 
 
@@ -53,7 +54,9 @@ def _vocabulary(path: Path, reward: str) -> dict[str, int]:
 
 
 def bert_cuts(tokenizer: BertTokenizer, prompts: Sequence[str], limit: int, before: str = "") -> list[Cut]:
-    """What is lost of each prompt when `before` + prompt is cut to `limit` tokens, [CLS] and [SEP] included."""
+    """What is lost of each prompt when `before` + prompt is cut to `limit` tokens, [CLS] and [SEP] among
+    them.
+    """
     cuts = []
     for prompt in prompts:
         spans = tokenizer(before + prompt, return_offsets_mapping=True)["offset_mapping"]

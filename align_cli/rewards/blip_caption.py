@@ -44,7 +44,9 @@ class BlipCaption(Reward):
     them at random); prompts are cut where the model has no more positions.
     """
 
-    def __init__(self, model: BlipForConditionalGeneration, tokenizer: BertTokenizer, request: Request) -> None:
+    def __init__(
+        self, model: BlipForConditionalGeneration, tokenizer: BertTokenizer, request: Request
+    ) -> None:
         super().__init__(
             name=request.name,
             version=f"BLIP captioning, {model.config.vision_config.num_hidden_layers}-layer image tower",
@@ -138,7 +140,9 @@ def build_blip_caption(request: Request) -> BlipCaption:
         raise UserError(f"{request.name}: no configuration: {where.lacking('config.json')}")
     config = read_json(config_file, request.name)
     if config.get("model_type") != "blip":
-        raise UserError(f"{request.name}: {config_file} is of a {config.get('model_type')} model, not of BLIP")
+        raise UserError(
+            f"{request.name}: {config_file} is of a {config.get('model_type')} model, not of BLIP"
+        )
     path = where.weights(FILES)
     state = read_tensors(path, request.name, where)
     tokenizer = bert_tokenizer(where)
@@ -146,7 +150,9 @@ def build_blip_caption(request: Request) -> BlipCaption:
         with torch.device("meta"):
             model = BlipForConditionalGeneration(BlipConfig.from_dict(config))
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{request.name}: {config_file} is no configuration of BLIP: {first_line(error)}") from error
+        raise UserError(
+            f"{request.name}: {config_file} is no configuration of BLIP: {first_line(error)}"
+        ) from error
     fill_blip(model, state, f"{request.name}: {path}", request)
     return BlipCaption(model, tokenizer, request)
 

@@ -41,15 +41,17 @@ MERGES_HASH = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 """sha256 of these lines, joined by newlines."""
 SHIPPED_IN = ("open_clip", "clip")
 """Packages that hold the vocabulary: open_clip_torch (PyPI) and OpenAI's."""
-INSTALL = "pip install 't2ialign[hpsv2]' into an environment of its own (it pins pytest 7.2.0 and protobuf < 4)"
+INSTALL = (
+    "pip install 't2ialign[hpsv2]' into an environment of its own (it pins pytest 7.2.0 and protobuf < 4)"
+)
 
 
 class HPSv2Reference(Reward):
     """Cosine of image and text by the official model, `preprocess_val` and tokenizer; no gradients.
 
     In float32 on a CPU, under float16 autocast on CUDA, as the official `score` runs.
-    Source: hpsv2 1.2.0, img_score.py. Deviations: RGBA loses its alpha (the original fails), several prompts at
-    a time, one model object per `load_reference`, tensors only from the checkpoint.
+    Source: hpsv2 1.2.0, img_score.py. Deviations: RGBA loses its alpha (the original fails), several prompts
+    at a time, one model object per `load_reference`, tensors only from the checkpoint.
     """
 
     differentiable = False
@@ -80,12 +82,12 @@ def load_reference(
     """The official scorer.
 
     Args:
-        name: hpsv2 or hpsv2.1. source: hub id, folder or file of the weights, as for our reward of that name; a
-        folder may also hold CLIP's merges.txt or tokenizer.json. layout: name of one of the package's model
+        name: hpsv2 or hpsv2.1. source: hub id, folder or file of the weights, as for our reward of that name;
+        a folder may also hold CLIP's merges.txt or tokenizer.json. layout: name of one of the package's model
         configurations, or a JSON file like them.
     Raises:
-        UserError: the package or its vocabulary is not there (says what to install); it does not work with the
-        installed versions; no weights, or misfitting ones.
+        UserError: the package or its vocabulary is not there (says what to install); it does not work with
+        the installed versions; no weights, or misfitting ones.
     """
     kind = KINDS[name]
     home = place(name, source or "", kind.source)
@@ -134,7 +136,7 @@ def import_official(folders: Sequence[Path] = ()) -> ModuleType:
             for module in [m for m in sys.modules if m.partition(".")[0] == "hpsv2"]:
                 del sys.modules[module]
             raise UserError(
-                f"the official package hpsv2 does not work with what is installed: {first_line(error)}; {INSTALL}"
+                f"the package hpsv2 does not work with what is installed: {first_line(error)}; {INSTALL}"
             ) from error
 
 
@@ -162,7 +164,7 @@ def _repaired(vocabulary: bytes | None) -> Iterator[None]:
 
 
 def _vocabulary(folders: Sequence[Path]) -> bytes:
-    """Content of the missing file, from an installed package or a CLIP tokenizer. UserError if none has it."""
+    """Content of the missing file, from an installed package or a CLIP tokenizer. UserError if none is."""
     for name in SHIPPED_IN:
         spec = find_spec(name)
         file = None if spec is None or spec.origin is None else Path(spec.origin).parent / VOCABULARY
@@ -177,14 +179,16 @@ def _vocabulary(folders: Sequence[Path]) -> bytes:
             merges = json.loads(file.read_text(encoding="utf-8"))["model"]["merges"]
             return _checked([m if isinstance(m, str) else " ".join(m) for m in merges], file)
     raise UserError(
-        f"the official package hpsv2 lacks its vocabulary {VOCABULARY}: `pip install --no-deps open_clip_torch`, "
-        f"which ships it, or put merges.txt of openai/clip-vit-large-patch14 beside the weights and pass the "
-        f"folder with {option('hpsv2')}"
+        f"the official package hpsv2 lacks its vocabulary {VOCABULARY}: install open_clip_torch, which ships "
+        "it (`pip install --no-deps open_clip_torch`), or put merges.txt of openai/clip-vit-large-patch14 "
+        f"beside the weights and pass the folder with {option('hpsv2')}"
     )
 
 
 def _checked(merges: list[str], file: Path) -> bytes:
     """The file's content for these merges. UserError if they are not CLIP's."""
     if sha256("\n".join(merges).encode()).hexdigest() != MERGES_HASH:
-        raise UserError(f"{file} holds another vocabulary than CLIP's; the official package hpsv2 needs CLIP's")
+        raise UserError(
+            f"{file} holds another vocabulary than CLIP's; the official package hpsv2 needs CLIP's"
+        )
     return "\n".join(["#version: 0.2", *merges, ""]).encode()

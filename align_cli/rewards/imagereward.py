@@ -67,5 +67,7 @@ def build_imagereward(request: Request) -> ImageReward:
     tokenizer = bert_tokenizer(where)
     state = read_tensors(path, request.name)
     return ImageReward(
-        build(state, f"{request.name}: {path}", device=request.device, dtype=request.dtype), tokenizer, request
+        build(state, f"{request.name}: {path}", device=request.device, dtype=request.dtype),
+        tokenizer,
+        request,
     )

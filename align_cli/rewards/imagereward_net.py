@@ -1,4 +1,4 @@
-"""ImageReward's network in transformers' BLIP classes, built from the keys and shapes of the published file."""
+"""ImageReward's network in transformers' BLIP classes, built from names and shapes of the published file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ RENAMES = (
     (r"^blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
     (r"^blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
     (r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
-    (r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
+    (
+        r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.",
+        r"vision.encoder.layers.\1.self_attn.projection.",
+    ),
     (r"^blip\.visual_encoder\.blocks\.(\d+)\.mlp\.fc([12])\.", r"vision.encoder.layers.\1.mlp.fc\2."),
     (r"^blip\.text_encoder\.", "text."),
     (r"^mlp\.", "head."),
@@ -135,4 +138,3 @@ def _numbers(keys: Iterable[str], prefix: str) -> set[str]:
 
 def _layers(keys: Iterable[str], prefix: str) -> int:
     return len(_numbers(keys, prefix))
-

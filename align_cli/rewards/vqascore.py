@@ -1,5 +1,5 @@
-"""VQAScore: the probability that a vision-language model answers "Yes" when asked whether the picture shows the
-prompt.
+"""VQAScore: the probability that a vision-language model answers "Yes" when asked whether the picture shows
+the prompt.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ class VQAScore(Reward):
         )
         self.model, self.processor = model, processor
         ids = processor.tokenizer.encode(ANSWER, add_special_tokens=False)
-        if len(ids) != 1:
+        if len(ids) != 1 or ids[0] == processor.tokenizer.unk_token_id:
             raise UserError(
-                f"{self.name}: the tokenizer of {self.source} splits {ANSWER!r} into {len(ids)} tokens; name a "
-                "model whose tokenizer does not"
+                f"{self.name}: {ANSWER!r} is not one token of {self.source}'s tokenizer; name another model"
             )
         self.answer = ids[0]
         self.twin = TensorTwin.of(processor.image_processor)
@@ -73,14 +72,18 @@ class VQAScore(Reward):
         wanted = torch.is_grad_enabled() and images.requires_grad
         if wanted and self.twin is None:
             raise UserError(
-                f"{self.name}: {self.source} gives no gradients to train with, because its processor does more "
-                "than resize, crop and normalise a picture; name another model or another reward"
+                f"{self.name}: {self.source} gives no gradients to train with, because its processor does "
+                "more than resize, crop and normalise a picture; name another model or another reward"
             )
-        return torch.stack([self._one(image, prompt, wanted) for image, prompt in zip(images, prompts, strict=True)])
+        return torch.stack(
+            [self._one(image, prompt, wanted) for image, prompt in zip(images, prompts, strict=True)]
+        )
 
     def _one(self, image: Tensor, prompt: str, wanted: bool) -> Tensor:
         picture = Image.fromarray(to_uint8(image[None])[0])
-        inputs = self.processor(images=picture, text=self.question(prompt), return_tensors="pt").to(self.device)
+        inputs = self.processor(images=picture, text=self.question(prompt), return_tensors="pt").to(
+            self.device
+        )
         pixels = inputs["pixel_values"].float()
         if wanted and self.twin is not None:
             soft = self.twin(image.to(self.device).float()).reshape(pixels.shape)
@@ -153,8 +156,8 @@ def build_vqascore(request: Request) -> VQAScore:
     """The model that `request.source` names, a hub id or a folder of transformers.
 
     Raises:
-        UserError: no model named; not there; not of the image-text-to-text kind; its processor needs a package
-        that is not installed.
+        UserError: no model named; not there; not of the image-text-to-text kind; its processor needs a
+        package that is not installed.
     """
     choose_preprocessing(request, {"official": None})
     if not request.source:

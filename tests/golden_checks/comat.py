@@ -31,7 +31,7 @@ def caption_model(case: dict[str, Any], tensors: dict[str, Tensor]) -> BlipCapti
 
 
 def caption_loss(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
-    """Tokens, labels, preprocessing, logits, the batch's reward and its gradient with respect to the picture."""
+    """Tokens, labels, preprocessing, logits, the batch's reward and its gradient in the picture."""
     tensors = load_file(folder / "tensors.safetensors")
     reward = caption_model(case, tensors)
     yield same("label_smoothing", LABEL_SMOOTHING, case["label_smoothing"])

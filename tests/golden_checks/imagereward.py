@@ -21,9 +21,7 @@ REQUEST = Request("imagereward", "", "official", torch.device("cpu"), torch.floa
 
 def tiny_imagereward(folder: Path, case: dict[str, Any]) -> ImageReward:
     """The case's network and tokenizer as our reward."""
-    net = build(
-        load_file(folder / "state.safetensors"), "golden", device=REQUEST.device, dtype=REQUEST.dtype
-    )
+    net = build(load_file(folder / "state.safetensors"), "golden", device=REQUEST.device, dtype=REQUEST.dtype)
     return ImageReward(net, tokenizer_from({w: i for i, w in enumerate(case["vocab"])}), REQUEST)
 
 
