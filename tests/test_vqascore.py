@@ -23,7 +23,9 @@ from align_cli.pictures import to_uint8
 from align_cli.rewards.loading import load_reward
 from align_cli.rewards.vqascore import QUESTION
 
-WORDS = ["<pad>", "<unk>", "<image>", *'Yes No a red dog Does this figure show USER "'.split()]
+WORDS = [
+    "<pad>", "<unk>", "<image>", "Yes", "No", "a", "red", "dog", "Does", "this", "figure", "show", "USER", '"',
+]  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}USER {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}"
     "{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
