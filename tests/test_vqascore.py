@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -16,6 +19,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from align_cli.errors import UserError
@@ -24,13 +28,21 @@ from align_cli.rewards.loading import load_reward
 from align_cli.rewards.vqascore import QUESTION
 
 WORDS = [
-    "<pad>", "<unk>", "<image>", "Yes", "No", "a", "red", "dog", "Does", "this", "figure", "show", "USER", '"',
+    "<pad>", "<unk>", "<image>", "Yes", "No", "a", "red", "dog", "Does", "this", "figure", "show", "USER",
 ]  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}USER {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}"
     "{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
 )
 PROMPTS = ["a red dog", "a dog"]
+
+
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", additional_special_tokens=["<image>"]
+    )
 
 
 def save_llava(folder: Path, *, words: list[str] = WORDS, **processor: object) -> Path:
@@ -49,11 +61,7 @@ def save_llava(folder: Path, *, words: list[str] = WORDS, **processor: object) -
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     model.save_pretrained(folder)
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", additional_special_tokens=["<image>"]
-    )
+    tokenizer = word_tokenizer(words)
     size = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}} | processor
     LlavaProcessor(
         CLIPImageProcessorPil(**size), tokenizer, patch_size=8, vision_feature_select_strategy="default",
@@ -85,6 +93,35 @@ def test_probability_of_yes(folder, reward):
         assert float(got[i]) == pytest.approx(float(logits.softmax(-1)[WORDS.index("Yes")]), rel=1e-5)
     assert len(set(got.tolist())) == 2 and bool(((got > 0) & (got < 1)).all())
     assert "CLIPImageProcessor" in reward.facts()["preprocessing"]
+
+
+def test_encoder_decoder(tmp_path):
+    """BLIP-2 with T5: the first word that the decoder says after its start token, the padding."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Blip2ForConditionalGeneration(
+        Blip2Config(
+            vision_config=sizes | {"image_size": 24, "patch_size": 8},
+            qformer_config=sizes | {"encoder_hidden_size": 16},
+            text_config={"model_type": "t5", "vocab_size": len(WORDS), "d_model": 16, "d_kv": 8, "d_ff": 16,
+                         "num_layers": 1, "num_heads": 2, "pad_token_id": 0, "decoder_start_token_id": 0},
+            num_query_tokens=4,
+            image_token_index=2,
+        )
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    size = {"height": 24, "width": 24}
+    processor = Blip2Processor(BlipImageProcessorPil(size=size), word_tokenizer(WORDS), num_query_tokens=4)
+    processor.save_pretrained(tmp_path)
+    reward = load_reward("vqascore", source=str(tmp_path))
+    image = (torch.rand(1, 3, 24, 24) * 255).round().div(255).requires_grad_()
+    got = reward.score(image, PROMPTS[:1])
+    got.sum().backward()
+    picture = Image.fromarray(to_uint8(image.detach())[0])
+    inputs = processor(images=picture, text=QUESTION.format(prompt=PROMPTS[0]), return_tensors="pt")
+    logits = model.eval()(**inputs, decoder_input_ids=torch.tensor([[0]])).logits
+    assert logits.shape[1] == 1 and image.grad.abs().max() > 0
+    assert float(got) == pytest.approx(float(logits[0, 0].softmax(-1)[WORDS.index("Yes")]), rel=1e-5)
 
 
 def test_gradient(reward):

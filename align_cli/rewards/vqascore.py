@@ -5,6 +5,7 @@ the prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from align_cli.errors import UserError, first_line
+from align_cli.hub import reachable
 from align_cli.pictures import to_uint8
 from align_cli.rewards.base import Request, Reward, choose_preprocessing, rgb
 from align_cli.rewards.places import option
@@ -36,7 +38,8 @@ MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 class VQAScore(Reward):
     """P("Yes") as the first word of the answer to `QUESTION`, in [0, 1], over the whole vocabulary.
 
-    The model and its own processor do the work, one picture at a time. Gradients exist where the processor
+    The model and its own processor do the work, one picture at a time; in an encoder-decoder the answer's first
+    word is the decoder's. Gradients exist where the processor
     does no more than resize, crop and normalise: then the values are the processor's, the gradients those of
     `TensorTwin`. `differentiable` says so; it is found out by comparing both on one picture.
     Source: linzhiqiu/t2v_metrics (2024). Deviations: whichever model the user names, at temperature 1.
@@ -58,7 +61,7 @@ class VQAScore(Reward):
             raise UserError(
                 f"{self.name}: {ANSWER!r} is not one token of {self.source}'s tokenizer; name another model"
             )
-        self.answer = ids[0]
+        self.answer, self.start = ids[0], _decoder_start(model.config.get_text_config())
         self.twin = TensorTwin.of(processor.image_processor)
         self.differentiable = self.twin is not None
 
@@ -89,9 +92,8 @@ class VQAScore(Reward):
             soft = self.twin(image.to(self.device).float()).reshape(pixels.shape)
             pixels = pixels + (soft - soft.detach())
         inputs["pixel_values"] = pixels.to(self.dtype)
-        start = getattr(self.model.config.get_text_config(), "decoder_start_token_id", None)
-        if self.model.config.is_encoder_decoder or start is not None:
-            inputs["decoder_input_ids"] = torch.tensor([[start]], device=self.device)
+        if self.start is not None:
+            inputs["decoder_input_ids"] = torch.tensor([[self.start]], device=self.device)
         return self.model(**inputs).logits[0, -1].float().softmax(-1)[self.answer]
 
     def question(self, prompt: str) -> str:
@@ -101,6 +103,14 @@ class VQAScore(Reward):
             said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
             return self.processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
         return text
+
+
+def _decoder_start(config: Any) -> int | None:
+    """Token that the answer begins after in an encoder-decoder (T5's is its padding); None for other models."""
+    if not config.is_encoder_decoder:
+        return None
+    start = getattr(config, "decoder_start_token_id", None)
+    return config.pad_token_id if start is None else start
 
 
 class TensorTwin:
@@ -165,9 +175,12 @@ def build_vqascore(request: Request) -> VQAScore:
             f"{request.name} needs a vision-language model of transformers: name it with "
             f"--weights {request.name}=ID, for example --weights {request.name}=llava-hf/llava-1.5-7b-hf"
         )
+    folder = Path(request.source).expanduser()
+    source = str(folder) if folder.is_dir() else request.source
+    options = {"local_files_only": folder.is_dir() or not reachable()}
     try:
-        processor = AutoProcessor.from_pretrained(request.source)
-        model = AutoModelForImageTextToText.from_pretrained(request.source, dtype=request.dtype)
+        processor = AutoProcessor.from_pretrained(source, **options)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=request.dtype, **options)
     except LOAD_ERRORS as error:
         raise UserError(
             f"{request.name}: {request.source} cannot be loaded as a vision-language model of transformers: "
