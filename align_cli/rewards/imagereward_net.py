@@ -79,6 +79,9 @@ class ImageRewardNet(nn.Module):
             num_attention_heads=text_width // HEAD_WIDTH,
             max_position_embeddings=shapes["text.embeddings.position_embeddings.weight"][0],
             layer_norm_eps=TEXT_EPS,
+            bos_token_id=None,  # never generates
+            eos_token_id=None,
+            sep_token_id=None,
         )
         self.text = BlipTextModel(config, add_pooling_layer=False)
         self.head = AestheticHead(text_width)

@@ -38,10 +38,10 @@ MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 class VQAScore(Reward):
     """P("Yes") as the first word of the answer to `QUESTION`, in [0, 1], over the whole vocabulary.
 
-    The model and its own processor do the work, one picture at a time; in an encoder-decoder the answer's first
-    word is the decoder's. Gradients exist where the processor
-    does no more than resize, crop and normalise: then the values are the processor's, the gradients those of
-    `TensorTwin`. `differentiable` says so; it is found out by comparing both on one picture.
+    The model and its own processor do the work, one picture at a time; in an encoder-decoder the first word
+    is the decoder's. Gradients exist where the processor does no more than resize, crop and normalise: then
+    the values are the processor's, the gradients those of `TensorTwin`. `differentiable` says so; it is found
+    out by comparing both on one picture.
     Source: linzhiqiu/t2v_metrics (2024). Deviations: whichever model the user names, at temperature 1.
     """
 
@@ -106,7 +106,7 @@ class VQAScore(Reward):
 
 
 def _decoder_start(config: Any) -> int | None:
-    """Token that the answer begins after in an encoder-decoder (T5's is its padding); None for other models."""
+    """Token that an encoder-decoder's answer begins after (T5's is its padding); None for other models."""
     if not config.is_encoder_decoder:
         return None
     start = getattr(config, "decoder_start_token_id", None)
