@@ -90,3 +90,47 @@ def softrepa_loss(
     """
     terms = softrepa_terms(err_IT, own, temperature=temperature, logit_scale=logit_scale)
     return terms.ce_I.mean() + dweight * terms.own_I.mean()
+
+
+# ---------------------------------------------------------------- LongAlign
+
+
+def common_direction(texts: Tensor, others: Tensor | None = None) -> Tensor:
+    """V = m / |m|, m the mean text vector: what all texts have in common.
+
+    Args:
+        texts: (B, D) text vectors as the reward uses them. others: (P, D) the means of P other processes;
+        each counts as much as this one's.
+    Returns:
+        (D,) float32 unit vector.
+    Source: LongAlign loss.py, dense_score. Deviations: none.
+    """
+    mean = texts.float().mean(0)
+    if others is not None and len(others):
+        mean = torch.cat([mean[None], others.float()]).mean(0)
+    return F.normalize(mean, dim=0)
+
+
+def reweight_text(texts: Tensor, direction: Tensor, omega: float) -> Tensor:
+    """t' = t - (1 - omega) (t . V) V: the part along V, which rates pictures whatever the text, damped.
+
+    Args:
+        texts: (B, D). direction: (D,) unit vector V. omega: 1 leaves the texts, 0 keeps what is orthogonal to
+        V.
+    Returns:
+        (B, D) float32, not renormalised.
+    Source: LongAlign loss.py, dense_score. Deviations: none.
+    """
+    eta = texts.float() @ direction
+    return texts.float() - (1 - omega) * eta[:, None] * direction
+
+
+def preference_loss(scores: Tensor, omega: float) -> Tensor:
+    """0.5 (1 - mean score) - 0.09 (1 - omega). The last term is constant: it keeps values of different omega
+    comparable.
+
+    Args:
+        scores: (B,) cosines of pictures with their reweighted texts.
+    Source: LongAlign unet_reward.py. Deviations: none.
+    """
+    return 0.5 * (1 - scores.float().mean()) - 0.09 * (1 - omega)

@@ -78,7 +78,7 @@ def test_gradient_follows_the_score(reward):
 def test_audit(reward):
     assert reward.audit(["a red dog", ""]) == [Cut(35, 5, ""), Cut(35, 2, "")]
     (cut,) = reward.audit(["two " * 33 + "pink dogs , and cats"])
-    assert cut == Cut(35, 41, "pink dogs , and cats")
+    assert cut == Cut(35, 42, "pink dogs , and cats")
     (cut,) = reward.audit(["two " * 32 + "greenish cat"])  # "green" is read, "##ish" is not
     assert cut.lost == "greenish cat"
 

@@ -29,7 +29,7 @@ def build_tiny_sd15(
     from transformers import CLIPTextModel
 
     torch.manual_seed(seed)
-    words = _words()
+    words = tiny_tokenizer()
     text = CLIPTextModel(_tiny_clip_text(words, width, "quick_gelu"))
     vae = _tiny_vae()
     unet = UNet2DConditionModel(
@@ -244,12 +244,12 @@ def _tiny_vae(**options: Any) -> Any:
 
 def _tiny_tokenizers() -> tuple[Any, Any]:
     """The two CLIP tokenizers of SDXL and SD3: the second pads with "!"."""
-    second = _words()
+    second = tiny_tokenizer()
     second.pad_token = "!"
-    return _words(), second
+    return tiny_tokenizer(), second
 
 
-def _words() -> Any:
+def tiny_tokenizer() -> Any:
     """The tokenizer of the embedded models. Trained once: its trainer breaks ties at random, so that two
     trainings may exchange the ids of two tokens.
     """

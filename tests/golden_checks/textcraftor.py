@@ -1,0 +1,184 @@
+"""TextCraftor: preprocessing of pictures, the four rewards and their gradients, with tiny towers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPConfig, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from align_cli.rewards import preprocess
+from align_cli.rewards.aesthetic import Aesthetic, AestheticHead
+from align_cli.rewards.clip import ClipReward
+from align_cli.rewards.preprocess import TEXTCRAFTOR, Preprocess
+from align_cli.rewards.towers import build, clip_config, from_open_clip
+from align_cli.rewards.weights import fill
+from golden_checks.lines import Kind, Line, compare
+
+PREPROCESSING, REWARDS, GRADIENTS = 1e-6, 1e-4, 1e-3
+"""Tolerances of the case file: absolute, relative, relative L2."""
+CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+HEAD = "sac_logos_ava1_l14_linearMSE"
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def textcraftor(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
+    for name, facts in case["cases"].items():
+        check = CASES.get(name)
+        if check is None:
+            yield Line(f"{name} (not written yet)", math.inf, 0.0)
+            continue
+        for line in check(folder, case, load_file(folder / facts["file"])):
+            yield Line(f"{name}/{line.quantity}", line.error, line.tol)
+
+
+def absolute(quantity: str, got: Tensor, expected: Tensor) -> Line:
+    """Largest difference against the absolute tolerance of preprocessing."""
+    line = compare(quantity, got, expected, 1.0)
+    return Line(line.quantity, line.error, PREPROCESSING if math.isfinite(line.error) else 0.0)
+
+
+def exact(quantity: str, got: Tensor, expected: Tensor) -> Line:
+    return compare(quantity, got, expected, 0.0)
+
+
+def distance(quantity: str, got: Tensor, expected: Tensor) -> Line:
+    """Relative L2 error, as the case file wants gradients compared."""
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    return Line(quantity, float(error), GRADIENTS)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def check_preprocess(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> Iterator[Line]:
+    image = (x["image_uint8"].float() / 255).requires_grad_()
+    output = TEXTCRAFTOR(image, x["output"].shape[-1])
+    yield absolute("output", output, x["output"])
+    weights = torch.linspace(-1, 1, output.numel()).reshape_as(output)
+    (output * weights).sum().backward()
+    rows, columns = x["grad_rows0_32"].shape[-2:]
+    assert image.grad is not None
+    yield distance("grad_rows0_32", image.grad[:, :, :rows, :columns], x["grad_rows0_32"])
+
+
+def check_eval_preprocess(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> Iterator[Line]:
+    size = case["cases"]["eval_preprocess"]["target_size"]
+    prompt = case["params"]["prompts"][0]
+    for key in sorted(k for k in x if k.endswith("_uint8_hwc")):
+        n = key.removeprefix("image").removesuffix("_uint8_hwc")
+        image = x[key].permute(2, 0, 1)[None].float() / 255
+        yield exact(f"clip_pil_{n}", preprocess.SHORTEST(image, size)[0], x[f"clip_pil_{n}"])
+        for short, way in (("aa", preprocess.LONGEST), ("noaa", preprocess.LONGEST_PLAIN)):
+            yield exact(f"hps_{short}_{n}", way(image, size)[0], x[f"hps_{short}_{n}"])
+            hps = open_clip_reward(folder, case, "hps", way)
+            score = hps.score(image, [prompt])
+            yield compare(f"hps_score_{short}_{n}", score, x[f"hps_score_{short}_{n}"], REWARDS)
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def check_rewards(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> Iterator[Line]:
+    prompts, times = case["params"]["prompts"], case["reward_multipliers"]
+    clip = open_clip_reward(folder, case, "clipg", TEXTCRAFTOR)
+    hps = open_clip_reward(folder, case, "hps", TEXTCRAFTOR)
+    pick, aesthetic = pick_reward(folder, case), aesthetic_reward(folder, case)
+    yield same_ids(clip, case, x["input_ids"])
+
+    def scores(image: Tensor) -> dict[str, tuple[str, Tensor, float]]:
+        """short name -> (tensor of the case, its value, factor of its mean in the loss)."""
+        return {
+            "clip": ("clip_per_sample", clip.score(image, prompts), -100 * times["clip"]),
+            "pick": ("pick_matrix", pick.matrix(image, prompts), -times["pickscore"]),
+            "hps": ("hps_per_sample", hps.score(image, prompts), -100 * times["hpsv2"]),
+            "aes": ("aes_per_sample", aesthetic.score(image, prompts)[:, None], -3 * times["aesthetic"]),
+        }
+
+    pixels = TEXTCRAFTOR(x["image"], aesthetic.size)
+    with torch.no_grad():
+        features = aesthetic.tower(pixel_values=pixels).image_embeds
+    yield compare("aes_features", features, x["aes_features"], REWARDS)
+    for short in ("clip", "pick", "hps", "aes", "total"):
+        image = x["image"].clone().requires_grad_()
+        found = scores(image)
+        if short != "total":
+            key, value, _ = found[short]
+            yield compare(key, value, x[key], REWARDS)
+        parts = found.values() if short == "total" else [found[short]]
+        loss = torch.stack([value.mean() * factor for _, value, factor in parts]).sum()
+        yield compare(f"{short}_loss", loss, x[f"{short}_loss"], REWARDS)
+        (gradient,) = torch.autograd.grad(loss, image)
+        yield distance(f"grad_{short}", gradient, x[f"grad_{short}"])
+    yield compare("pick diagonal", pick.score(x["image"], prompts), x["pick_matrix"].diagonal(), REWARDS)
+
+
+def same_ids(reward: ClipReward, case: dict[str, Any], expected: Tensor) -> Line:
+    """Our tokenizer gives the case's ids."""
+    options = {"padding": "max_length", "max_length": reward.limit, "return_tensors": "pt"}
+    ids = reward.tokenizer(case["params"]["prompts"], **options)["input_ids"]
+    return exact("input_ids", ids, expected)
+
+
+def toy_tokenizer() -> CLIPTokenizer:
+    """The case's tokenizer: CLIP's bytes without merges, start 512, end 513."""
+    base = list(bytes_to_unicode().values())
+    tokens = base + [c + "</w>" for c in base] + [START, END]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=77,
+    )
+
+
+def config_of(case: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(value for key, value in case["configs"].items() if key.split(" (")[0] == name)
+
+
+def facts(name: str) -> dict[str, str]:
+    return {"name": name, "version": "tiny", "source": "golden", "scale": ""}
+
+
+def open_clip_reward(folder: Path, case: dict[str, Any], name: str, way: Preprocess) -> ClipReward:
+    """A reward whose weights are in open_clip's layout."""
+    state = from_open_clip(load_file(folder / f"{name}_weights.safetensors"))
+    model = build(clip_config(config_of(case, name)), state, name, **CPU)
+    return ClipReward(model=model, tokenizer=toy_tokenizer(), way=way, **facts(name))
+
+
+def pick_reward(folder: Path, case: dict[str, Any]) -> ClipReward:
+    config = CLIPConfig(**config_of(case, "pick"))
+    model = build(config, load_file(folder / "pick_weights.safetensors"), "pick", **CPU)
+    return ClipReward(
+        model=model, tokenizer=toy_tokenizer(), way=TEXTCRAFTOR, scaled=True, **facts("pickscore")
+    )
+
+
+def aesthetic_reward(folder: Path, case: dict[str, Any]) -> Aesthetic:
+    vision = config_of(case, "aesthetic tower")
+    config = CLIPConfig(vision_config=vision, projection_dim=vision["projection_dim"])
+    state = load_file(folder / "aes_tower_hf_weights.safetensors")
+    tower = build(config, state, "tower", vision_only=True, **CPU)
+    with torch.device("meta"):
+        head = AestheticHead(vision["projection_dim"])
+    fill(head, load_file(folder / f"{HEAD}.safetensors"), "head", **CPU)
+    return Aesthetic(tower=tower, head=head, way=TEXTCRAFTOR, **facts("aesthetic"))
+
+
+Check = Callable[[Path, dict[str, Any], dict[str, Tensor]], Iterator[Line]]
+CASES: dict[str, Check] = {
+    "preprocess": check_preprocess,
+    "eval_preprocess": check_eval_preprocess,
+    "rewards": check_rewards,
+}
+KINDS = [Kind("textcraftor", lambda _, case: "reward_multipliers" in case, textcraftor)]
