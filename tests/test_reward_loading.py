@@ -1,6 +1,4 @@
-"""From names to scorers: published layouts as ordinary files, the hub, the cache of loaded ones, and what goes
-wrong.
-"""
+"""From names to scorers: published layouts as ordinary files, the hub, the cache of loaded ones, mistakes."""
 
 from __future__ import annotations
 
