@@ -32,6 +32,15 @@ def test_shortest_side_is_pillow_to_the_bit(size):
     assert torch.equal(preprocess.shortest_side(x, 16), wanted)
 
 
+@pytest.mark.parametrize("way", [SHORTEST, LONGEST, TEXTCRAFTOR, preprocess.LONGALIGN])
+def test_a_broken_picture_stays_broken_and_alone(way):
+    x = pictures(2)
+    wanted = way(x, 16)
+    x[0, 1, 2, 3] = float("nan")
+    assert way(x, 16)[0].isnan().any()
+    assert torch.equal(way(x, 16)[1], wanted[1])
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_gradient_path_is_close_to_pillow(size):
     """Two roundings of Pillow, one per pass, and no more."""

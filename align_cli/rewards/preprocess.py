@@ -71,12 +71,16 @@ def _shortest_side(images: Tensor, size: int, offset: Callable[[int], int]) -> T
 
 
 def _pillow(images: Tensor, new: tuple[int, int]) -> Tensor:
-    """Bicubic by Pillow on 8-bit pictures; new: (height, width)."""
+    """Bicubic by Pillow on 8-bit pictures; new: (height, width). A picture with a NaN is NaN everywhere, so
+    that its score is.
+    """
     resized = [
         np.asarray(Image.fromarray(picture).resize((new[1], new[0]), Image.Resampling.BICUBIC))
-        for picture in map(np.ascontiguousarray, to_uint8(images))
+        for picture in map(np.ascontiguousarray, to_uint8(images.nan_to_num()))
     ]
-    return torch.from_numpy(np.stack(resized)).to(images.device).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(np.stack(resized)).to(images.device).permute(0, 3, 1, 2).float() / 255
+    broken = images.isnan().flatten(1).any(1).view(-1, 1, 1, 1)
+    return pixels.masked_fill(broken, float("nan"))
 
 
 def longest_side(images: Tensor, size: int, *, antialias: bool = True) -> Tensor:
