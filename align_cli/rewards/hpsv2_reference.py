@@ -153,7 +153,7 @@ def _repaired(vocabulary: bytes | None) -> Iterator[None]:
     empty = ModuleType("turtle")
     empty.forward = None  # type: ignore[attr-defined]
     sys.modules["turtle"] = empty
-    gzip.open = find
+    gzip.open = find  # type: ignore[assignment]
     try:
         yield
     finally:

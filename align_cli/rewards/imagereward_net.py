@@ -122,7 +122,7 @@ def build(
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{where} has not ImageReward's shapes: {first_line(error)}") from error
     fill(net, state, where, device=device, dtype=dtype)
-    net.head.float()
+    net.head.float().load_state_dict({k.removeprefix("head."): x for k, x in state.items() if "head." in k})
     return net
 
 
