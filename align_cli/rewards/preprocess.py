@@ -44,8 +44,8 @@ def shortest_side(images: Tensor, size: int) -> Tensor:
 
     Without gradients the pictures are rounded to 8 bit and resized by Pillow, as if they came from a file:
     bit for bit the official result. With gradients (grad mode, and images that require them) it is the same
-    filter in floating point, clamped to [0, 1]: at most about one level of 255 away (Pillow rounds to 8 bit
-    after each of its two passes), and exactly equal where nothing is to be resized.
+    filter in floating point, clamped to [0, 1] after each of its two passes as in Pillow, but not rounded: at
+    most about one level of 255 away for 8-bit pictures, and equal where nothing is to be resized.
     Source: OpenAI CLIP's transform; so does open_clip.
     """
     return _shortest_side(images, size, lambda free: round(free / 2))
@@ -63,7 +63,10 @@ def _shortest_side(images: Tensor, size: int, offset: Callable[[int], int]) -> T
     short = min(height, width)
     new = (int(size * height / short), int(size * width / short))
     if torch.is_grad_enabled() and images.requires_grad:
-        pixels = images if new == (height, width) else _interpolate(images, new, "bicubic").clamp(0, 1)
+        pixels = images
+        for between in ((height, new[1]), new):  # Pillow's order: rows become shorter first
+            if pixels.shape[-2:] != between:
+                pixels = _interpolate(pixels, between, "bicubic").clamp(0, 1)
     else:
         pixels = _pillow(images, new)
     top, left = offset(new[0] - size), offset(new[1] - size)
