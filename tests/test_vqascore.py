@@ -94,6 +94,8 @@ def test_probability_of_yes(folder, reward):
             float(logits.softmax(-1)[WORDS.index("Yes")].detach()), rel=1e-5
         )
     assert len(set(got.tolist())) == 2 and bool(((got > 0) & (got < 1)).all())
+    images[1, 0, 3, 4] = float("nan")
+    assert reward.score(images, PROMPTS).isnan().tolist() == [False, True]
     assert "CLIPImageProcessor" in reward.facts()["preprocessing"]
 
 

@@ -64,12 +64,16 @@ class HPSv2Reference(Reward):
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Reward.score`. The pictures are rounded to 8 bit, as if they came from files."""
-        pictures = [Image.fromarray(np.ascontiguousarray(x)) for x in to_uint8(rgb(images, prompts))]
+        """See `Reward.score`. The pictures are rounded to 8 bit, as if they came from files; one with a NaN
+        scores NaN.
+        """
+        images = rgb(images, prompts)
+        pictures = [Image.fromarray(np.ascontiguousarray(x)) for x in to_uint8(images.nan_to_num())]
         pixels = torch.stack([self.preprocess(picture) for picture in pictures]).to(self.device)
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.device.type == "cuda"):
             out = self.model(pixels, self.tokenize(list(prompts)).to(self.device))
-            return (out["image_features"] * out["text_features"]).sum(-1).float()
+            score = (out["image_features"] * out["text_features"]).sum(-1).float()
+        return score.masked_fill(images.isnan().flatten(1).any(1).to(self.device), float("nan"))
 
 
 def load_reference(

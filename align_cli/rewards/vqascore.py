@@ -66,7 +66,7 @@ class VQAScore(Reward):
         self.differentiable = self.twin is not None
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Reward.score`.
+        """See `Reward.score`. A picture with a NaN scores NaN.
 
         Raises:
             UserError: gradients are wanted of a model that gives none.
@@ -78,12 +78,11 @@ class VQAScore(Reward):
                 f"{self.name}: {self.source} gives no gradients to train with, because its processor does "
                 "more than resize, crop and normalise a picture; name another model or another reward"
             )
-        return torch.stack(
-            [self._one(image, prompt, wanted) for image, prompt in zip(images, prompts, strict=True)]
-        )
+        scores = [self._one(image, prompt, wanted) for image, prompt in zip(images, prompts, strict=True)]
+        return torch.stack(scores).masked_fill(images.isnan().flatten(1).any(1).to(self.device), float("nan"))
 
     def _one(self, image: Tensor, prompt: str, wanted: bool) -> Tensor:
-        picture = Image.fromarray(to_uint8(image[None])[0])
+        picture = Image.fromarray(to_uint8(image[None].nan_to_num())[0])
         inputs = self.processor(images=picture, text=self.question(prompt), return_tensors="pt").to(
             self.device
         )
