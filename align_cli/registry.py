@@ -46,15 +46,18 @@ REWARDS = Table(
     "reward",
     {
         "aesthetic": "align_cli.rewards.aesthetic:build_aesthetic",
+        "blip-caption": "align_cli.rewards.blip_caption:build_blip_caption",
         "clip": "align_cli.rewards.clip:build_clip",
         "clip-b32": "align_cli.rewards.clip:build_clip",
         "clip-g14": "align_cli.rewards.clip:build_clip",
         "denscore": "align_cli.rewards.denscore:build_denscore",
         "hpsv2": "align_cli.rewards.clip:build_clip",
         "hpsv2.1": "align_cli.rewards.clip:build_clip",
+        "imagereward": "align_cli.rewards.imagereward:build_imagereward",
         "pickscore": "align_cli.rewards.clip:build_clip",
         "shapes": "align_cli.rewards.shapes:build_shapes",
         "tiny-clip": "align_cli.rewards.clip:build_clip",
+        "vqascore": "align_cli.rewards.vqascore:build_vqascore",
     },
 )
 """Functions `build(request: rewards.base.Request) -> rewards.base.Reward`, called by

@@ -21,6 +21,12 @@ QUANTITIES = {
     "sd3": TRAINED | DRAWN | {"output_plain_base_model", "aggregated_loss", "loss_chunk1", "unused_noises"},
 }
 """Some of what each folder must compare."""
+REWARD_QUANTITIES = {
+    "longalign/reward_clip/grad_images",
+    "longalign/preference/dense_w0.3_multi/grad_image_embeds",
+    "textcraftor/eval_preprocess/clip_pil_0",
+    "textcraftor/eval_preprocess/hps_score_aa_1",
+}
 
 
 def run(capsys, *args: object) -> tuple[int, list[str]]:
@@ -55,6 +61,8 @@ def test_all():
         cases = json.loads((GOLDEN / "softrepa" / family / "case.json").read_text())["cases"]
         assert {name.split("/")[2] for name in names} == set(cases)
         assert wanted <= {name.split("/")[3] for name in names}
+    quantities = {line.split("  ")[0] for line in lines}
+    assert quantities >= REWARD_QUANTITIES
 
 
 def test_line_format(capsys, one_case):

@@ -1,6 +1,4 @@
-"""From names to scorers: published layouts as ordinary files, the hub, the cache of loaded ones, and what goes
-wrong.
-"""
+"""From names to scorers: published layouts as ordinary files, the hub, the cache of loaded ones, mistakes."""
 
 from __future__ import annotations
 
@@ -162,7 +160,8 @@ def test_the_official_head_is_known_by_its_numbers(tmp_path, monkeypatch):
 def test_dtype_and_preprocessing(folder):
     plain = load_reward("clip", source=str(folder))
     half = load_reward("clip", source=str(folder), dtype=torch.bfloat16)
-    assert half.facts()["dtype"] == "bfloat16" and half.model.logit_scale.dtype == torch.bfloat16
+    assert half.facts()["dtype"] == "bfloat16" and half.model.visual_projection.weight.dtype == torch.bfloat16
+    assert half.model.logit_scale.dtype == torch.float32
     score = half.score(X, PROMPTS)
     assert score.dtype == torch.float32
     torch.testing.assert_close(score, plain.score(X, PROMPTS), atol=0.05, rtol=0)
@@ -253,6 +252,7 @@ def test_missing_weights_name_file_place_and_option(name):
 def test_bad_places(folder, tmp_path):
     refused("'nothing' is neither a file, a folder nor a hub id", "clip", "nothing")
     refused("'./no/where' is neither", "clip", "./no/where")
+    refused("'weights/HPS_v2.pt' is neither", "clip", "weights/HPS_v2.pt")
     refused(rf"{re.escape(str(tmp_path))} holds no model.safetensors or", "clip", tmp_path)
     refused("holds no HPS_v2_compressed.pt", "hpsv2", folder)
 

@@ -32,6 +32,15 @@ def test_shortest_side_is_pillow_to_the_bit(size):
     assert torch.equal(preprocess.shortest_side(x, 16), wanted)
 
 
+@pytest.mark.parametrize("way", [SHORTEST, LONGEST, TEXTCRAFTOR, preprocess.LONGALIGN])
+def test_a_broken_picture_stays_broken_and_alone(way):
+    x = pictures(2)
+    wanted = way(x, 16)
+    x[0, 1, 2, 3] = float("nan")
+    assert way(x, 16)[0].isnan().any()
+    assert torch.equal(way(x, 16)[1], wanted[1])
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_gradient_path_is_close_to_pillow(size):
     """Two roundings of Pillow, one per pass, and no more."""
@@ -39,7 +48,7 @@ def test_gradient_path_is_close_to_pillow(size):
     official = preprocess.shortest_side(x, 16)
     smooth = preprocess.shortest_side(x.requires_grad_(), 16)
     assert smooth.requires_grad
-    assert float((smooth - official).abs().max()) <= 1.6 / 255
+    assert float((smooth.detach() - official).abs().max()) <= 1.25 / 255
     if size == (16, 16):
         assert torch.equal(smooth, official)
     with torch.no_grad():
@@ -95,7 +104,7 @@ def test_pooling_by_hand():
 def test_longalign_crops_only_large_pictures():
     x = torch.zeros(1, 3, 512, 508)
     x[..., 4:508, 2:506] = 1
-    assert torch.equal(preprocess.longalign(x, 4), torch.ones(1, 3, 4, 4))
+    torch.testing.assert_close(preprocess.longalign(x, 4), torch.ones(1, 3, 4, 4))
     small = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 3, 4, 4)
     torch.testing.assert_close(preprocess.longalign(small, 4), small)
 
@@ -106,7 +115,7 @@ def test_gradients(way):
     generator = torch.Generator().manual_seed(0)
     x = 0.4 + 0.2 * torch.rand(1, 3, 20, 28, generator=generator)
     d, w = (torch.randn(shape, generator=generator) for shape in ((1, 3, 20, 28), (1, 3, 16, 16)))
-    value = lambda step: float((way((x + step * d).requires_grad_(), 16) * w).sum())  # noqa: E731
+    value = lambda s: float((way((x + s * d).requires_grad_(), 16) * w).sum().detach())  # noqa: E731
     y = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((way(y, 16) * w).sum(), y)
     assert float((gradient * d).sum()) == pytest.approx((value(0.02) - value(-0.02)) / 0.04, rel=2e-3)

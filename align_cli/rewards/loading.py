@@ -33,6 +33,8 @@ def load_reward(
     """
     build = registry.load(registry.REWARDS, name)
     where = pick_device(str(device))
+    if str(where) == "cuda":
+        where = torch.device("cuda", torch.cuda.current_device())
     found = Path(source).expanduser() if source else None
     place = "" if found is None else str(found.resolve() if found.exists() else source)
     key = (name, place, preprocessing, str(where), dtype)

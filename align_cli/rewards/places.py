@@ -9,6 +9,8 @@ from pathlib import Path
 from align_cli.errors import UserError
 from align_cli.hub import fetch, reachable
 
+WEIGHT_ENDINGS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
+
 
 @dataclass
 class Place:
@@ -54,7 +56,8 @@ class Place:
             return self.file
         found = next((path for name in names if (path := self.find(name)) is not None), None)
         if found is None:
-            raise UserError(f"{self.reward}: no {what}: {self.lacking(' or '.join(names))}")
+            files = " or ".join(name for name in names if not name.endswith(".json"))
+            raise UserError(f"{self.reward}: no {what}: {self.lacking(files)}")
         return found
 
     def lacking(self, files: str) -> str:
@@ -86,7 +89,8 @@ def place(reward: str, source: str, default: str) -> Place:
         return Place(reward, label, folder=path)
     if path.is_file():
         return Place(reward, label, folder=path.parent, file=path)
-    if label.count("/") == 1 and all(label.split("/")) and not label.startswith((".", "~")):
+    like_a_file = label.startswith((".", "~")) or path.suffix in WEIGHT_ENDINGS
+    if label.count("/") == 1 and all(label.split("/")) and not like_a_file:
         return Place(reward, label, repo=label)
     raise UserError(
         f"{reward}: {label!r} is neither a file, a folder nor a hub id (org/name); check {option(reward)}"

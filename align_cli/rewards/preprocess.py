@@ -44,8 +44,8 @@ def shortest_side(images: Tensor, size: int) -> Tensor:
 
     Without gradients the pictures are rounded to 8 bit and resized by Pillow, as if they came from a file:
     bit for bit the official result. With gradients (grad mode, and images that require them) it is the same
-    filter in floating point, clamped to [0, 1]: at most about one level of 255 away (Pillow rounds to 8 bit
-    after each of its two passes), and exactly equal where nothing is to be resized.
+    filter in floating point, clamped to [0, 1] after each of its two passes as in Pillow, but not rounded: at
+    most about one level of 255 away for 8-bit pictures, and equal where nothing is to be resized.
     Source: OpenAI CLIP's transform; so does open_clip.
     """
     return _shortest_side(images, size, lambda free: round(free / 2))
@@ -63,7 +63,10 @@ def _shortest_side(images: Tensor, size: int, offset: Callable[[int], int]) -> T
     short = min(height, width)
     new = (int(size * height / short), int(size * width / short))
     if torch.is_grad_enabled() and images.requires_grad:
-        pixels = images if new == (height, width) else _interpolate(images, new, "bicubic").clamp(0, 1)
+        pixels = images
+        for between in ((height, new[1]), new):  # Pillow's order: rows become shorter first
+            if pixels.shape[-2:] != between:
+                pixels = _interpolate(pixels, between, "bicubic").clamp(0, 1)
     else:
         pixels = _pillow(images, new)
     top, left = offset(new[0] - size), offset(new[1] - size)
@@ -71,12 +74,16 @@ def _shortest_side(images: Tensor, size: int, offset: Callable[[int], int]) -> T
 
 
 def _pillow(images: Tensor, new: tuple[int, int]) -> Tensor:
-    """Bicubic by Pillow on 8-bit pictures; new: (height, width)."""
+    """Bicubic by Pillow on 8-bit pictures; new: (height, width). A picture with a NaN is NaN everywhere, so
+    that its score is.
+    """
     resized = [
         np.asarray(Image.fromarray(picture).resize((new[1], new[0]), Image.Resampling.BICUBIC))
-        for picture in map(np.ascontiguousarray, to_uint8(images))
+        for picture in map(np.ascontiguousarray, to_uint8(images.nan_to_num()))
     ]
-    return torch.from_numpy(np.stack(resized)).to(images.device).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(np.stack(resized)).to(images.device).permute(0, 3, 1, 2).float() / 255
+    broken = images.isnan().flatten(1).any(1).view(-1, 1, 1, 1)
+    return pixels.masked_fill(broken, float("nan"))
 
 
 def longest_side(images: Tensor, size: int, *, antialias: bool = True) -> Tensor:

@@ -197,6 +197,8 @@ def build(
         else:
             model = CLIPModel(config)
     fill(model, dict(state), where, device=device, dtype=dtype)
+    if not vision_only:  # its exponential would be off by a percent in bfloat16
+        model.logit_scale.data = state["logit_scale"].to(device, torch.float32)
     return model
 
 
