@@ -116,10 +116,7 @@ def test_tables_have_headers_and_names(example, tmp_path):
 
 def test_everything_is_escaped(example, tmp_path):
     folder, results = example
-    text = json.dumps(results)
-    for word in ("p0000", "aligned", "pickscore", "Basic", "Challenge", "tiny-sd15", "shapes world", "gain"):
-        assert word in text
-    hostile = json.loads(text)
+    hostile = copy.deepcopy(results)
     hostile["arms"][1]["name"] = HOSTILE
     for row in [*hostile["means"], *hostile["comparisons"], *hostile["drift"]]:
         row["arm"] = HOSTILE if row["arm"] == "aligned" else row["arm"]
@@ -358,7 +355,6 @@ def test_numbers():
 def test_scale_holds_zero_and_has_round_ticks():
     scale = charts.Scale([0.02, 0.09])
     assert scale.at(0) == 0 and scale.at(0.09) < 100
-    np.testing.assert_allclose(scale.ticks, [0, 0.05]) if len(scale.ticks) == 2 else None
     steps = np.diff(scale.ticks)
     assert len(scale.ticks) >= 2 and np.allclose(steps, steps[0])
     both = charts.Scale([-3.0, 1.0])

@@ -121,8 +121,8 @@ def test_headline_and_table_are_drawn(browser, example):
         assert (ink < 250).mean() > 0.02  # letters
         assert page.run("document.querySelectorAll('#summary tbody tr').length") >= 5
         bars = page.run(
-            "[...document.querySelectorAll('.chart:not([hidden]) rect')].filter((r) => r.getBoundingClientRect()"
-            ".width > 1).length"
+            "[...document.querySelectorAll('.chart:not([hidden]) rect')]"
+            ".filter((r) => r.getBoundingClientRect().width > 1).length"
         )
         assert bars >= 3
 
@@ -275,7 +275,7 @@ def test_many_arms(browser, many):
                 item["scores"]["shapes/all"][arm["name"]] - item["scores"]["shapes/all"]["base"]
                 for item in results["items"]
             ]
-            wanted = sorted(range(len(gain)), key=lambda i: -gain[i])  # noqa: B023
+            wanted = sorted(range(len(gain)), key=lambda i: -gain[i])
             assert ids(page) == [f"p{i:04d}" for i in wanted]
         assert page.run("document.querySelectorAll('#grid .card:first-child img').length") >= 4
         assert page.complaints() == []
@@ -308,8 +308,9 @@ def test_thousands_of_items_stay_fast(browser, example, tmp_path):
         assert "6,400 pictures of 3,200 items" in page.run("document.getElementById('pictures').textContent")
         assert page.run("document.images.length") == 2 * PER_PAGE
         seconds = page.run(
-            "(() => { const box = document.getElementById('order'), start = performance.now(); box.value = 'loss';"
-            " box.dispatchEvent(new Event('change')); return (performance.now() - start) / 1000; })()"
+            "(() => { const box = document.getElementById('order'), start = performance.now();"
+            " box.value = 'loss'; box.dispatchEvent(new Event('change'));"
+            " return (performance.now() - start) / 1000; })()"
         )
         print(f"sorting 3,200 items took {seconds:.3f} s")
         assert seconds < 5
