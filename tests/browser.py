@@ -150,7 +150,8 @@ class Page:
     def screenshot(self, *, whole: bool = False) -> np.ndarray:
         """(H, W, 3) uint8 of the view, or of the whole page."""
         self.settle()
-        got = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
+        clip = self._clip(whole)
+        got = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **clip)
         return np.asarray(Image.open(BytesIO(b64decode(got["data"]))).convert("RGB"))
 
     def _clip(self, whole: bool) -> dict[str, object]:

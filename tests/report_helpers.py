@@ -19,7 +19,11 @@ from align_cli.shapes.oracle import judge
 from align_cli.shapes.world import render, sample_scenes
 
 CHALLENGES = ("Basic", "Quantity", "Fine-grained detail", "Writing & Symbols")
-METRICS = {"shapes": ["shapes/all", "shapes/object", "shapes/count"], "pickscore": ["pickscore"], "clip": ["clip"]}
+METRICS = {
+    "shapes": ["shapes/all", "shapes/object", "shapes/count"],
+    "pickscore": ["pickscore"],
+    "clip": ["clip"],
+}
 TRAINED_ON = {"aligned": ("clip",)}
 
 
@@ -35,7 +39,8 @@ def drawn(
     right, wrong = render(scenes), render(scenes[1:] + scenes[:1])
     luck = rng.random(n)
     pictures = {
-        arm: np.where((luck < 0.4 + 0.12 * a)[:, None, None, None], right, wrong) for a, arm in enumerate(arms)
+        arm: np.where((luck < 0.4 + 0.12 * a)[:, None, None, None], right, wrong)
+        for a, arm in enumerate(arms)
     }
     return results_of(folder, prompts, pictures, side=side, seed=seed)
 
@@ -48,10 +53,11 @@ def results_of(
     side: int = 32,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write the pictures ((N, 32, 32, 3) uint8 per arm) below `folder` and return format 1 of results.json."""
+    """Write the pictures ((N, 32, 32, 3) uint8 per arm) below `folder` and return results.json, format 1."""
     rng = np.random.default_rng(seed + 1)
     arms, n = list(pictures), len(prompts)
     groups = [{"Category": p.kind, "Challenge": CHALLENGES[i % 4]} for i, p in enumerate(prompts)]
+    every = _groups(groups)
     luck = rng.normal(0, 0.01, n)
     scores: dict[str, dict[str, np.ndarray]] = {m: {} for ms in METRICS.values() for m in ms}
     for arm in arms:
@@ -87,10 +93,18 @@ def results_of(
             _audit("text encoder", "text_encoder", 0, n, prompts),
             _audit("scorer", "clip", 3, n, prompts),
         ],
-        "means": [_mean(arm, m, group, v[rows]) for m, by in scores.items() for arm, v in by.items()
-                  for group, rows in _groups(groups)],
-        "comparisons": [_comparison(arm, m, group, by[arms[0]][rows], by[arm][rows]) for m, by in scores.items()
-                        for arm in arms[1:] for group, rows in _groups(groups)],
+        "means": [
+            _mean(arm, m, group, values[rows])
+            for m, by in scores.items()
+            for arm, values in by.items()
+            for group, rows in every
+        ],
+        "comparisons": [
+            _comparison(arm, m, group, by[arms[0]][rows], by[arm][rows])
+            for m, by in scores.items()
+            for arm in arms[1:]
+            for group, rows in every
+        ],
         "drift": [_drift(arm, pictures[arms[0]], pictures[arm]) for arm in arms[1:]],
         "words": ["clip: rose, but aligned was trained on it", "shapes/all: see the interval"],
         "items": [
@@ -101,11 +115,14 @@ def results_of(
                 "k": 0,
                 "seed": 1000 + i,
                 "images": {arm: f"images/{arm}/{i:05d}.png" for arm in arms},
-                "scores": {m: {arm: _plain(float(v[i])) for arm, v in by.items()} for m, by in scores.items()},
+                "scores": {
+                    m: {arm: _plain(float(values[i])) for arm, values in by.items()}
+                    for m, by in scores.items()
+                },
             }
             for i, p in enumerate(prompts)
         ],
-    }  # fmt: skip
+    }
 
 
 def _plain(value: float) -> float | None:
@@ -129,7 +146,8 @@ def _mean(arm: str, metric: str, group: list[str] | None, values: np.ndarray) ->
         half = 1.96 * asked.std() / math.sqrt(max(1, len(asked)))
         low, high = asked.mean() - half, asked.mean() + half
     mean = float(asked.mean()) if len(asked) else None
-    return {"arm": arm, "metric": metric, "group": group, "mean": mean, "low": low, "high": high, "n": len(asked)}
+    numbers = {"mean": mean, "low": low, "high": high, "n": len(asked)}
+    return {"arm": arm, "metric": metric, "group": group, **numbers}
 
 
 def _comparison(
@@ -137,7 +155,8 @@ def _comparison(
 ) -> dict[str, Any]:
     p = paired(base, aligned, interval="bootstrap")
     moved = p.up + p.down
-    numbers = {key: _plain(getattr(p, key)) for key in ("base", "aligned", "difference", "low", "high", "sign_p")}
+    floats = ("base", "aligned", "difference", "low", "high", "sign_p")
+    numbers = {key: _plain(getattr(p, key)) for key in floats}
     counts = {key: getattr(p, key) for key in ("n", "clusters", "up", "down", "verdict")}
     return {
         "arm": arm,

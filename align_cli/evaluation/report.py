@@ -43,7 +43,7 @@ def write_report(
     embedded = embed(results["items"], arms, folder, order, max_picture_bytes)
     with file_errors(f"cannot write {path}", "make room, or choose another folder with --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, page(results, embedded))
+        write_text(path, page(results, embedded).encode("utf-8", "replace").decode("utf-8"))
 
 
 def page(results: Mapping[str, Any], embedded: Embedded) -> str:
@@ -141,7 +141,7 @@ def _pictures(results: Mapping[str, Any], embedded: Embedded) -> Html:
     controls = tag(
         "form",
         tag("label", "Scorer ", tag("select", id="metric"), class_="field"),
-        tag("label", "Arm ", tag("select", id="arm"), class_="field") if len(arms) > 1 else None,
+        tag("label", "Arm ", tag("select", id="arm"), class_="field") if len(arms) > 2 else None,
         tag("label", "Order ", tag("select", id="order"), class_="field"),
         tag("label", "Group ", tag("select", id="group"), class_="field"),
         tag("label", "Search ", tag("input", type="search", id="search", autocomplete="off"), class_="field"),

@@ -91,7 +91,7 @@ def share(value: object) -> Html:
     if x is None:
         return Html("")
     full = tag("rect", x=0, y=5, width="100%", height=8, class_="back")
-    return _svg(GLYPH, [full, tag("rect", x=0, y=5, width=_pc(100 * min(1.0, x)), height=8)], "glyph")
+    return _svg(GLYPH, [full, tag("rect", x=0, y=5, width=_pc(100 * min(1.0, x)), height=8)], "share")
 
 
 def _whisker(scale: Scale, low: object, high: object, middle: float) -> list[Html]:
@@ -110,9 +110,7 @@ def _line(at: float, top: float, bottom: float, kind: str) -> Html:
 
 def _svg(height: int, parts: Iterable[Html], kind: str = "bar") -> Html:
     """Hidden from screen readers: the numbers stand in the same row."""
-    return tag(
-        "svg", parts, width="100%", height=height, class_=kind, aria_hidden="true", focusable="false"
-    )
+    return tag("svg", parts, width="100%", height=height, class_=kind, aria_hidden="true", focusable="false")
 
 
 def _pc(value: float) -> str:

@@ -66,8 +66,9 @@ def nums(*texts: str) -> list[Html]:
     return [tag("td", text, class_="num" + (" none" if text == NONE else "")) for text in texts]
 
 
-def row_head(*children: Any, kind: str = "") -> Html:
-    return tag("th", children, scope="row", class_=kind or None)
+def row_head(text: object) -> Html:
+    """Heading of a row."""
+    return tag("th", text, scope="row", class_="name")
 
 
 # Summary
@@ -79,68 +80,87 @@ def summary(results: Mapping[str, Any], decimals: Mapping[str, int]) -> Html:
 
 
 def _compared(results: Mapping[str, Any], decimals: Mapping[str, int]) -> Html:
+    deciding = headline_metrics(results)
+    others = [m for s in results["scorers"] for m in s["metrics"] if m not in deciding]
+    words = tag(
+        "p",
+        f"Difference: arm minus {results['baseline']}, mean over the same prompts, seeds and initial noise. "
+        "Better / worse: prompts that rose and fell; p: their sign test, then adjusted for the number of "
+        "comparisons in this run. Each interval around 0 has its own scale.",
+        class_="small",
+    )
+    more = _comparison_table(results, overall(results, others), decimals, "Other metrics") if others else None
+    folded = tag("details", tag("summary", "Other metrics of these scorers"), more) if more else None
+    main = _comparison_table(results, overall(results, deciding), decimals, "Summary")
+    return section("summary", "Summary", main, words, folded)
+
+
+def _comparison_table(
+    results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], decimals: Mapping[str, int], caption: str
+) -> Html:
+    """Differences over all prompts, by held-out and trained-on scorers, then by metric."""
     arms = compared_arms(results)
     several = len(arms) > 1
-    rows = overall(results, [m for s in results["scorers"] for m in _metrics(s)])
     head = [
         tag("th", "Scorer", scope="col"),
         tag("th", "Arm", scope="col") if several else None,
         tag("th", "Verdict", scope="col"),
         *num_head("Difference", "95 % interval"),
         tag("th", "around 0", scope="col", class_="plot"),
-        *num_head(results["baseline"], "arm" if several else arms[0], "Win rate", "Better / worse"),
-        *num_head("p (sign)", "p (adjusted)", "n"),
+        *num_head(results["baseline"], "arm" if several else arms[0], "Better / worse (win rate)"),
+        *num_head("p", "p adjusted", "n"),
     ]
     span = len(head) - (not several)
     bodies = []
     for held, title in (
         (True, "Held-out scorers"),
-        (False, "Scorers that an adapter was trained on: a gain here is what training asked for, no evidence"),
+        (False, "Scorers that an adapter was trained on: a gain here was asked for and proves nothing"),
     ):
         part = [row for row in rows if bool(row["held_out"]) == held]
         if part:
-            heading = tag("tr", tag("th", title, scope="rowgroup", colspan=span), class_="rowgroup")
-            lines = [_summary_row(results, row, decimals, several) for row in part]
-            bodies.append(tag("tbody", heading, lines, class_=None if held else "trained"))
-    small = tag(
-        "p",
-        f"Difference: arm minus {results['baseline']}, mean over the same prompts, seeds and initial noise. "
-        "Verdicts and intervals are as results.json has them; p is adjusted for the number of comparisons in "
-        "this run. Each interval around 0 has its own scale. Sub-metrics stand below their scorer.",
-        class_="small",
-    )
+            text = tag("th", tag("span", title), scope="rowgroup", colspan=span)
+            lines = [_summary_rows(part, metric, decimals, several) for metric in _distinct(part, "metric")]
+            bodies.append(
+                tag("tbody", tag("tr", text, class_="rowgroup"), lines, class_=None if held else "trained")
+            )
     shown = [c for c in head if c is not None]
-    return section("summary", "Summary", table(shown, bodies, caption="Summary", kind="wide"), small)
+    return table(shown, bodies, caption=caption, kind="wide")
 
 
-def _summary_row(
-    results: Mapping[str, Any], row: Mapping[str, Any], decimals: Mapping[str, int], several: bool
-) -> Html:
-    metric, kind = row["metric"], verdict_kind(row["verdict"])
-    d = decimals.get(metric, 3)
-    main = metric in headline_metrics(results)
-    mark = None if row["held_out"] else tag("span", "trained on", class_="mark")
-    name = row_head(metric, mark, kind="" if main else "sub")
-    cells = [
-        name,
-        tag("td", row["arm"]) if several else None,
-        tag("td", verdict_text(row["verdict"]), class_=f"verdict {kind}"),
-        nums(signed(row["difference"], d), interval(row["low"], row["high"], d)),
-        tag("td", charts.glyph(row["difference"], row["low"], row["high"], kind), class_="plot"),
-        nums(number(row["base"], d), number(row["aligned"], d), percent(row["win_rate"])),
-        nums(f"{count(row['up'])} / {count(row['down'])}"),
-        nums(p_value(row["sign_p"]), p_value(row["p_adjusted"]), count(row["n"])),
-    ]
-    return tag("tr", cells, class_=None if main else "sub")
+def _summary_rows(
+    rows: Sequence[Mapping[str, Any]], metric: str, decimals: Mapping[str, int], several: bool
+) -> list[Html]:
+    """One metric, arm by arm."""
+    rows, d = [row for row in rows if row["metric"] == metric], decimals.get(metric, 3)
+    lines = []
+    for i, row in enumerate(rows):
+        kind = verdict_kind(row["verdict"])
+        mark = None if row["held_out"] else tag("span", "trained on", class_="mark")
+        cells = [
+            tag("th", metric, mark, scope="row", rowspan=len(rows), class_="name") if i == 0 else None,
+            tag("td", row["arm"], class_="arm") if several else None,
+            tag("td", verdict_text(row["verdict"]), class_=f"verdict {kind}"),
+            nums(signed(row["difference"], d), interval(row["low"], row["high"], d)),
+            tag("td", charts.glyph(row["difference"], row["low"], row["high"], kind), class_="plot"),
+            nums(number(row["base"], d), number(row["aligned"], d)),
+            nums(f"{count(row['up'])} / {count(row['down'])} ({percent(row['win_rate'])})"),
+            nums(p_value(row["sign_p"]), p_value(row["p_adjusted"]), count(row["n"])),
+        ]
+        lines.append(tag("tr", cells))
+    return lines
+
+
+def _distinct(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
+    """The values of a key, each once, in order."""
+    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def _alone(results: Mapping[str, Any], decimals: Mapping[str, int]) -> Html:
     """Means of arms that are compared with nothing."""
-    main = headline_metrics(results)
     body = [
         tag(
             "tr",
-            row_head(row["metric"], kind="" if row["metric"] in main else "sub"),
+            row_head(row["metric"]),
             tag("td", row["arm"]),
             nums(number(row["mean"], d), interval(row["low"], row["high"], d, sign=False), count(row["n"])),
         )
@@ -204,7 +224,7 @@ def _figure(
     for group in dict.fromkeys(row["group"][1] for row in rows):
         part = [row for arm in arms for row in rows if row["arm"] == arm and row["group"][1] == group]
         for i, row in enumerate(part):
-            first = tag("th", group, scope="rowgroup", rowspan=len(part)) if i == 0 else None
+            first = tag("th", group, scope="row", rowspan=len(part)) if i == 0 else None
             lines.append(_bar_row(row, first, scale, value, d, several, compared))
     top = [
         tag("th", name, scope="col"),
@@ -272,8 +292,8 @@ def drift(results: Mapping[str, Any]) -> Html | None:
     towers = ", ".join(dict.fromkeys(str(r["feature_of"]) for r in results["drift"] if r["feature_of"]))
     words = tag(
         "p",
-        "A scorer can be pleased by pictures that got worse. Feature distance: between an arm's picture and the "
-        f"{base} picture of the same prompt and noise{f', by the image features of {towers}' if towers else ''}. "
+        "A scorer can be pleased by pictures that got worse. Feature distance: between the pictures of an "
+        f"arm and of {base}, same prompt and noise{f' (image features of {towers})' if towers else ''}. "
         "Diversity: between pictures of one prompt with different seeds; it needs two or more per prompt "
         f"(--per-prompt 2). Columns headed {base} hold its own value, for comparison.",
         class_="small",
@@ -314,7 +334,7 @@ def audit(results: Mapping[str, Any]) -> Html | None:
     )
     lists = [_lost(row) for row in cut if row["examples"]]
     shown = table(head, tag("tbody", body), caption="Prompts that were cut")
-    return section("tokens", "Prompts that were cut", shown, tag("p", words, class_="small"), lists)
+    return section("tokens", "Token audit", shown, tag("p", words, class_="small"), lists)
 
 
 def _lost(row: Mapping[str, Any]) -> Html:
@@ -322,7 +342,7 @@ def _lost(row: Mapping[str, Any]) -> Html:
     examples = row["examples"][:EXAMPLES]
     more = row["cut"] - len(examples)
     body = [
-        tag("tr", row_head(str(e["id"])), tag("td", _shorten(str(e["lost"])), class_="lost")) for e in examples
+        tag("tr", row_head(e["id"]), tag("td", _shorten(str(e["lost"])), class_="lost")) for e in examples
     ]
     note = tag("p", f"and {plural(more, 'more prompt')}", class_="small") if more > 0 else None
     title = f"Words that {row['name']} did not read ({plural(row['cut'], 'prompt')})"
@@ -343,10 +363,9 @@ def provenance(results: Mapping[str, Any]) -> Html:
     command = shlex.join(str(word) for word in results["command"])
     copy = tag("button", "Copy", type="button", class_="js", id="copy", data_copies="command")
     facts = [
-        tag("tr", row_head(name), tag("td", value, class_="fact"))
+        tag("tr", row_head(key.replace("_", " ")), tag("td", _value(held), class_="fact"))
         for key, held in results.items()
         if key not in SHOWN
-        for name, value in _facts(key, held)
     ]
     arms = [
         tag(
@@ -382,17 +401,12 @@ def _lines(texts: Iterable[object]) -> list[Html]:
     return [tag("div", str(text)) for text in texts]
 
 
-def _facts(name: str, held: object) -> list[tuple[str, str]]:
-    """(name, value) of a value in results.json, dictionaries taken apart."""
+def _value(held: object) -> str:
+    """A value of results.json on one line; the names of a dictionary stand before its values."""
     if isinstance(held, Mapping):
-        return [fact for key, inner in held.items() for fact in _facts(f"{name}.{key}", inner)]
+        return "; ".join(f"{key} {_value(inner)}" for key, inner in held.items()) or NONE
     if isinstance(held, list | tuple):
-        return [(name, ", ".join(_plain(x) for x in held) or NONE)]
-    return [(name, _plain(held))]
-
-
-def _plain(value: object) -> str:
-    x = finite(value)
-    if isinstance(value, float):
-        return NONE if x is None else f"{x:.6g}"
-    return NONE if value is None else str(value)
+        return ", ".join(map(_value, held)) or NONE
+    if isinstance(held, float):
+        return NONE if finite(held) is None else f"{held:.6g}"
+    return NONE if held is None else str(held)

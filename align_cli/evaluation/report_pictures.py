@@ -50,13 +50,16 @@ def embed(
         items: those of results.json. arms: names. folder: what the paths of the pictures start from.
         order: indices of items, the most important first. limit: bytes of base64.
     """
+
+    def read(i: int) -> list[str]:
+        return [_text(folder, items[i]["images"].get(arm)) for arm in arms]
+
     done: dict[int, list[str]] = {}
     size = missing = 0
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(order), CHUNK):
             chunk = order[start : start + CHUNK]
-            paths = [[items[i]["images"].get(arm) for arm in arms] for i in chunk]
-            for i, texts in zip(chunk, pool.map(lambda row: [_text(folder, p) for p in row], paths), strict=True):
+            for i, texts in zip(chunk, pool.map(read, chunk), strict=True):
                 size += sum(map(len, texts))
                 if size > limit:
                     return Embedded(done, missing)

@@ -115,7 +115,7 @@
 
   function card(i, place) {
     const item = data.items[i];
-    const open = make("button", { type: "button", class: "open", tabIndex: -1, "data-item": String(i), title: item.prompt.length > 400 ? "" : item.prompt }, item.prompt || "(empty prompt)");
+    const open = make("button", { type: "button", class: "open", tabIndex: -1, "data-item": String(i), title: item.prompt.length > 400 ? "" : item.prompt }, make("span", { class: "clamp" }, item.prompt || "(empty prompt)"));
     open.addEventListener("click", () => look(place));
     return make("article", { class: "card" }, make("h3", {}, open), shots(i), make("p", { class: "meta" }, meta(item)));
   }
@@ -226,6 +226,7 @@
   $("previous").addEventListener("click", () => show(state.page - 1));
   $("next").addEventListener("click", () => show(state.page + 1));
   $("grid").style.setProperty("--columns", String(Math.min(data.arms.length, 4)));
+  $("grid").style.setProperty("--narrow", String(Math.min(data.arms.length, 2)));
   $("viewer").style.setProperty("--columns", String(data.arms.length));
   $("grid").style.setProperty("--card", `${Math.max(17, 9.5 * Math.min(data.arms.length, 4))}rem`);
   update();
