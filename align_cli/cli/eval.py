@@ -91,6 +91,13 @@ def evaluate(
             "--geneval-results", metavar="[ARM=]FILE", help="What GenEval's own evaluator wrote; repeatable."
         ),
     ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", metavar="NAME", help="parti: textcraftor, as its authors ran it."),
+    ] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Let the official hpsv2 package score, too (extra hpsv2).")
+    ] = False,
     interval: Annotated[
         str | None, typer.Option("--interval", metavar="NAME", help="bootstrap or t.")
     ] = None,
@@ -134,7 +141,7 @@ def evaluate(
             weights=weights or [], trained_on=trained_on or [], prompts=prompts, data_path=data_path,
             column=column, limit=limit, n=n, split=split, per_prompt=per_prompt, seed=seed,
             images=images or [], allow_missing=allow_missing, geneval_results=geneval_results or [],
-            interval=interval,
+            protocol=protocol, reference=reference, interval=interval,
             model_flags={"device": device, "encoder_device": encoder_device, "dtype": dtype},
             sample_flags={
                 "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align_cli import registry
 from align_cli.cli.drawing import Plan, make_plan
@@ -19,6 +19,12 @@ from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.prompts import PromptSet
 from align_cli.evaluation.sets import SetOptions, load_set
 from align_cli.evaluation.store import ABOUT, check_folder, identity, identity_of_prompts
+
+if TYPE_CHECKING:
+    from align_cli.evaluation.protocols import Protocol
+
+REFERENCED = ("hpsv2", "hpsv2.1")
+"""Scorers that have an official package beside ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,8 @@ class Asked:
     images: list[str]
     allow_missing: bool
     geneval_results: list[str]
+    protocol: str | None
+    reference: bool
     interval: str | None
     model_flags: Mapping[str, Any]
     sample_flags: Mapping[str, Any]
@@ -75,6 +83,7 @@ class Decided:
     arms: list[Arm]
     baseline: str
     plan: Plan | None
+    protocol: Protocol | None
     scorers: list[ScorerChoice]
     interval: str
     identity: dict[str, Any]
@@ -93,7 +102,8 @@ def decide(asked: Asked) -> Decided:
     arms = _arms(asked)
     prompts = _prompts(asked)
     per_prompt = asked.per_prompt or _own_per_prompt(prompts)
-    plan = None if asked.images else _plan(asked, arms)
+    chosen = _protocol(asked, prompts)
+    plan = None if asked.images else _plan(asked, arms, chosen)
     about = _identity(asked, prompts, per_prompt, arms, plan)
     folder = asked.out or Path("runs") / default_name(prompts.name, about)
     # a folder that is named by what fixes the run is this run's: the same command goes on
@@ -105,7 +115,8 @@ def decide(asked: Asked) -> Decided:
         arms=arms,
         baseline=arming.baseline([arm.name for arm in arms], asked.vs),
         plan=plan,
-        scorers=scorer_choices(asked, prompts, plan),
+        protocol=chosen,
+        scorers=scorer_choices(asked, prompts, plan, chosen),
         interval=asked.interval or ("t" if prompts.scenes is not None else "bootstrap"),
         identity=about,
         folder=folder,
@@ -118,7 +129,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Of drawn pictures, or of folders of given ones."""
     if plan is not None:
-        return identity(prompts, per_prompt, arms, asked.seed, plan.model, plan.sample)
+        return identity(prompts, per_prompt, arms, asked.seed, plan.model, plan.sample, asked.protocol)
     found = folders.parse_folders(asked.images)
     named = {name: str(path.resolve()) for name, path in found.items()}
     return {**identity_of_prompts(prompts, per_prompt), "images": named}
@@ -162,19 +173,42 @@ def _own_per_prompt(prompts: PromptSet) -> int:
     return 1
 
 
-def _plan(asked: Asked, arms: Sequence[Arm]) -> Plan:
+def _protocol(asked: Asked, prompts: PromptSet) -> Protocol | None:
+    """The protocol of --protocol; UserError where another option contradicts it."""
+    if asked.protocol is None:
+        return None
+    from align_cli.evaluation.protocols import protocol
+
+    found = protocol(asked.protocol, prompts.name)
+    fixed = {"--scorers": asked.scorers, "--per-prompt": asked.per_prompt, "--images": asked.images}
+    fixed |= {f"--{key.replace('_', '-')}": value for key, value in asked.sample_flags.items()}
+    fixed |= {"--dtype": asked.model_flags["dtype"]}
+    for flag, value in fixed.items():
+        if value:
+            raise UserError(f"{flag} does not go with --protocol {found.name}, which fixes it")
+    return found
+
+
+def _plan(asked: Asked, arms: Sequence[Arm], chosen: Protocol | None) -> Plan:
     specs = list(dict.fromkeys(spec for arm in arms for spec in arm.adapters))
-    return make_plan(asked.model, specs, asked.model_flags, asked.sample_flags)
+    held, drawing = dict(asked.model_flags), dict(asked.sample_flags)
+    if chosen is not None:
+        held["dtype"], drawing = chosen.dtype, asdict(chosen.sample)
+    return make_plan(asked.model, specs, held, drawing)
 
 
-def scorer_choices(asked: Asked, prompts: PromptSet, plan: Plan | None) -> list[ScorerChoice]:
-    """The scorers of a run: those named, else the benchmark's own, else tiny-clip for an embedded model and
-    clip for any other.
+def scorer_choices(
+    asked: Asked, prompts: PromptSet, plan: Plan | None, chosen: Protocol | None = None
+) -> list[ScorerChoice]:
+    """The scorers of a run: the protocol's, else those named, else the benchmark's own, else tiny-clip for an
+    embedded model and clip for any other.
 
     Raises:
         UserError: an unknown scorer, one named twice, weights for a scorer that is not used.
     """
-    if asked.scorers is not None:
+    if chosen is not None:
+        words = [f"{name}:{chosen.preprocessing}" for name in chosen.scorers]
+    elif asked.scorers is not None:
         words = [word.strip() for word in asked.scorers.split(",") if word.strip()]
     elif prompts.judge is not None:
         words = []
@@ -191,6 +225,8 @@ def scorer_choices(asked: Asked, prompts: PromptSet, plan: Plan | None) -> list[
         registry.path_of(registry.REWARDS, name)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--scorers names {twice} twice")
+    if asked.reference and not any(name in REFERENCED for name in names):
+        raise UserError(f"--reference needs a scorer that it is of: --scorers {' or '.join(REFERENCED)}")
     sources = {}
     for text in asked.weights:
         name, equals, path = text.partition("=")

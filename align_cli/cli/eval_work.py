@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from align_cli.cli.eval_plan import Asked, Decided, ScorerChoice
+from align_cli.cli.eval_plan import REFERENCED, Asked, Decided, ScorerChoice
 from align_cli.cli.measuring import measure
 from align_cli.cli.text import say_loading
 from align_cli.errors import UserError
@@ -37,7 +37,9 @@ def evaluate(asked: Asked, decided: Decided) -> None:
 
     device = rank_device(str(asked.model_flags["device"] or "auto"))
     ranks = Ranks(pick_device(device))
-    rewards = _rewards(decided.scorers, device)  # first: missing weights are told before minutes of drawing
+    rewards = _rewards(
+        decided.scorers, device, reference=asked.reference
+    )  # first: missing weights are told before minutes of drawing
     items = engine.items_of(prompts, decided.per_prompt, asked.seed)
     given, notes = _given(asked, items)
     model: BaseModel | None = None
@@ -46,7 +48,9 @@ def evaluate(asked: Asked, decided: Decided) -> None:
         stacks = [list(arm.adapters) for arm in arms]
         model, plan = replace(plan, model=on_rank(plan.model)).load(stacks, quiet=True)
         engine.check_size(prompts, model, plan.sample)
-        about = identity(prompts, decided.per_prompt, arms, asked.seed, plan.model, plan.sample, model)
+        about = identity(
+            prompts, decided.per_prompt, arms, asked.seed, plan.model, plan.sample, asked.protocol, model
+        )
     job = engine.Evaluation(
         prompts=prompts,
         arms=arms,
@@ -58,6 +62,7 @@ def evaluate(asked: Asked, decided: Decided) -> None:
         interval=decided.interval,
         given=given,
         extra=_geneval(asked, decided),
+        protocol=decided.protocol,
         command=["t2ialign", *sys.argv[1:]],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=notes,
@@ -102,12 +107,17 @@ def _again(folder: Path) -> str:
     return shlex.join(["t2ialign", *words, *place, "--resume"])
 
 
-def _rewards(choices: Sequence[ScorerChoice], device: str) -> list[Reward]:
+def _rewards(choices: Sequence[ScorerChoice], device: str, *, reference: bool) -> list[Reward]:
     from align_cli.rewards.loading import load_reward
 
-    return [
-        load_reward(c.name, source=c.source, preprocessing=c.preprocessing, device=device) for c in choices
-    ]
+    found: list[Reward] = []
+    for c in choices:
+        found.append(load_reward(c.name, source=c.source, preprocessing=c.preprocessing, device=device))
+        if reference and c.name in REFERENCED:
+            from align_cli.rewards.hpsv2_reference import load_reference
+
+            found.append(load_reference(c.name, source=c.source, device=found[-1].device))
+    return found
 
 
 def _given(asked: Asked, items: Sequence[Item]) -> tuple[dict[str, list[Path | None]], list[str]]:

@@ -405,7 +405,9 @@ def _evaluate(
         command=["t2ialign", *sys.argv[1:]],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    store = Store(place, identity(prompts, 1, arms, chosen.seed, resolved.model, resolved.sample, model))
+    store = Store(
+        place, identity(prompts, 1, arms, chosen.seed, resolved.model, resolved.sample, None, model)
+    )
     store.begin(job.command, job.created, resume=False, overwrite=True)
     found = measure(job, store, Ranks.alone(model.device), model, resolved.sample)
     write(place, found)

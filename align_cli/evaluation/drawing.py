@@ -52,13 +52,12 @@ def draw(
     store: Store,
     ranks: Ranks,
     missing: Mapping[str, Sequence[int]],
-    facts: Mapping[str, object],
     progress: Progress,
 ) -> None:
     """Draw what is missing.
 
     Args:
-        missing: of `find_missing`. facts: what every picture's metadata says besides what the store says.
+        missing: of `find_missing`.
         progress: called with "drawing ARM" and the number of new pictures, of all processes as far as one
             can tell.
     Raises:
@@ -67,7 +66,7 @@ def draw(
     size = settings.batch_size
     for arm in arms:
         wanted = set(missing[arm.name])
-        own = {**facts, "adapter": _adapters(arm)}
+        own = picture_facts(model, arm, settings)
         with arm.at_work(model):
             for b in my_share(missing[arm.name], size, ranks):
                 batch = items[b * size : (b + 1) * size]
@@ -83,7 +82,13 @@ def draw(
     ranks.objects(None)  # nobody goes on before all are done
 
 
-def _adapters(arm: Arm) -> str:
-    """Specs with hashes, or "none"."""
+def picture_facts(model: BaseModel, arm: Arm, settings: SampleSettings) -> dict[str, object]:
+    """What the metadata of an arm's pictures say besides what the store says."""
+    idle = ("spacing", "eta") if settings.sampler == "euler" else ()
     pairs = zip(arm.adapters, arm.hashes, strict=True)
-    return ", ".join(f"{spec} sha256:{sha}" for spec, sha in pairs) or "none"
+    return {
+        "model": model.model_id,
+        "sampling": ", ".join(f"{key} {value}" for key, value in vars(settings).items() if key not in idle),
+        "software": "t2ialign",
+        "adapter": ", ".join(f"{spec} sha256:{sha}" for spec, sha in pairs) or "none",
+    }

@@ -22,10 +22,12 @@ from align_cli.evaluation import audit as auditing
 from align_cli.evaluation import drift as drifting
 from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.benchmarks import ShapesBenchmark, compositions
+from align_cli.evaluation.by_protocol import draw_by_protocol
 from align_cli.evaluation.compare import Design
 from align_cli.evaluation.drawing import Progress, draw, find_missing
 from align_cli.evaluation.outcome import Facts, outcome
 from align_cli.evaluation.prompts import PromptSet
+from align_cli.evaluation.protocols import Protocol
 from align_cli.evaluation.scoring import RewardScorer, Scorer, SetJudge, score
 from align_cli.evaluation.store import Item, Store, make_items, read_picture
 from align_cli.models.base import BaseModel
@@ -38,7 +40,7 @@ from align_cli.training.distributed import Ranks
 class Evaluation:
     """What is measured. baseline: the arm that the others are compared with. given: arm -> the picture of
     every item, for pictures that are not drawn here. extra: scorers besides the rewards and the benchmark's
-    own judge. interval: "t" or "bootstrap".
+    own judge. protocol: a published way to draw and to average. interval: "t" or "bootstrap".
     """
 
     prompts: PromptSet
@@ -51,6 +53,7 @@ class Evaluation:
     interval: str = "bootstrap"
     given: Mapping[str, Sequence[Path | None]] = field(default_factory=dict)
     extra: Sequence[Scorer] = ()
+    protocol: Protocol | None = None
     command: Sequence[str] = ()
     created: str = ""
     notes: Sequence[str] = ()
@@ -87,11 +90,17 @@ def run(
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
     pictures = dict(job.given)
+    official: dict[str, dict[str, float]] = {}
     if model is not None and sample is not None:
         if missing is None:
             missing = find_missing(store, job.arms, job.items, ranks)
-        facts = {"model": model.model_id, "sampling": _sampling(sample), "software": "t2ialign"}
-        draw(model, job.arms, job.items, sample, store, ranks, missing, facts, progress)
+        if job.protocol is None:
+            draw(model, job.arms, job.items, sample, store, ranks, missing, progress)
+        else:
+            rewards = {reward.name: reward for reward in job.rewards}
+            official = draw_by_protocol(
+                job.protocol, model, job.arms, job.items, rewards, store, ranks, missing, progress
+            )
         pictures = {arm.name: [store.path(arm.name, item) for item in job.items] for arm in job.arms}
     seconds["drawing"] = time.perf_counter() - begun
     scored: list[tuple[Scorer, dict[str, dict[str, np.ndarray]]]] = []
@@ -118,6 +127,7 @@ def run(
         seed=job.seed,
         per_prompt=job.per_prompt,
         seconds=seconds,
+        protocol=_protocol(job, official),
         memory={"process": memory, "gpu": gpu},
         notes=list(job.notes),
     )
@@ -141,6 +151,13 @@ def peak_memory() -> tuple[int, int]:
     return peak * (1 if sys.platform == "darwin" else 1024), gpu
 
 
+def _protocol(job: Evaluation, official: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
+    """What a published protocol reports."""
+    if job.protocol is None:
+        return None
+    return {"name": job.protocol.name, "source": job.protocol.source, "averages": official}
+
+
 def _model_facts(model: BaseModel | None) -> dict[str, str]:
     if model is None:
         return {"id": "pictures that were given", "family": "", "dtype": "uint8", "device": "cpu"}
@@ -150,11 +167,6 @@ def _model_facts(model: BaseModel | None) -> dict[str, str]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
     }
-
-
-def _sampling(sample: SampleSettings) -> str:
-    idle = ("spacing", "eta") if sample.sampler == "euler" else ()
-    return ", ".join(f"{key} {value}" for key, value in vars(sample).items() if key not in idle)
 
 
 def _drift(

@@ -9,7 +9,7 @@ from align_cli.evaluation.compare import Comparison
 from align_cli.evaluation.stats import GAIN, LOSS, TOO_FEW, Paired
 
 KIN = (
-    frozenset({"hpsv2", "hpsv2.1"}),
+    frozenset({"hpsv2", "hpsv2.1", "hpsv2-reference", "hpsv2.1-reference"}),
     frozenset({"clip", "clip-b32", "clip-g14"}),
     frozenset({"shapes", "geneval-shapes"}),
 )

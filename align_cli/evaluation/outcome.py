@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import align_cli
 from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.audit import audit_words
@@ -25,6 +27,8 @@ from align_cli.evaluation.store import RESULTS, TABLE, Item
 from align_cli.files import file_errors, write_text
 
 FORMAT = 1
+REFERENCE = "-reference"
+"""End of the name of an official package that scores beside our scorer."""
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 
 
@@ -40,6 +44,7 @@ class Facts:
     per_prompt: int
     seconds: dict[str, float]
     memory: dict[str, int]
+    protocol: dict[str, Any] | None
     notes: list[str]
 
 
@@ -114,10 +119,26 @@ def outcome(
         "drift": list(drift),
         "floor": dict(floor),
         "official": _official(prompts, items, arms, values),
-        "words": [*in_words(compared, baseline, trained, drift), *audit_words(audit)],
+        "protocol": facts.protocol,
+        "words": [*in_words(compared, baseline, trained, drift), *audit_words(audit), *agreement(values)],
         "notes": notes,
         "items": [_item(i, item, folder, pictures, values) for i, item in enumerate(items)],
     })  # fmt: skip
+
+
+def agreement(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How far our scorers are from the official packages that scored beside them."""
+    lines = []
+    for name in values:
+        twin = f"{name}{REFERENCE}"
+        if twin in values:
+            both = [abs(values[name][arm] - values[twin][arm]) for arm in values[name]]
+            apart = np.concatenate([x[~np.isnan(x)] for x in both])
+            lines.append(
+                f"{name} differs from the official package by {apart.max():.2g} at most and "
+                f"{apart.mean():.2g} on average, over {len(apart)} pictures"
+            )
+    return lines
 
 
 def _official(

@@ -4,6 +4,7 @@
     images/ARM/00000.png           pictures, 00000-0.png and so on where there are several per prompt
     scores/ARM/SCORER.jsonl        see scoring.py
     results.json, results.csv, report.html
+    protocol/ARM.jsonl             see by_protocol.py
     geneval/ARM/00000/             pictures as GenEval's own evaluator wants them
 
 A picture is there completely or not at all, and says in its metadata which run, arm and prompt it is of. No
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 ABOUT, IMAGES, SCORES = "eval.json", "images", "scores"
 RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
-GENEVAL = "geneval"
-OURS = (ABOUT, IMAGES, SCORES, RESULTS, TABLE, REPORT, GENEVAL)
+GENEVAL, PROTOCOL = "geneval", "protocol"
+OURS = (ABOUT, IMAGES, SCORES, RESULTS, TABLE, REPORT, GENEVAL, PROTOCOL)
 """Everything an evaluation writes; --overwrite removes these names and nothing else."""
 PICTURE_ERRORS = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What a damaged picture raises."""
@@ -77,6 +78,7 @@ def identity(
     seed: int,
     settings: ModelSettings,
     sample: SampleSettings,
+    protocol: str | None = None,
     model: BaseModel | None = None,
 ) -> dict[str, Any]:
     """What fixes the pictures of a run, as plain JSON. Which device of a kind is this machine's own matter.
@@ -88,6 +90,7 @@ def identity(
         "model": asdict(replace(settings, device="auto", encoder_device="")),
         "seed": seed,
         "sample": asdict(sample),
+        "protocol": protocol,
         "arms": {arm.name: {"adapters": list(arm.adapters), "sha256": list(arm.hashes)} for arm in arms},
     }
     if model is None:

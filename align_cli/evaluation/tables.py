@@ -125,6 +125,11 @@ def _few(results: Mapping[str, Any], name: str) -> bool:
 
 def _official(results: Mapping[str, Any]) -> list[Text]:
     """The benchmark's own table, a line per arm and metric."""
+    found: list[str] = []
+    if results["protocol"]:
+        for arm, numbers in results["protocol"]["averages"].items():
+            means = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+            found.append(f"{arm}, protocol {results['protocol']['name']}: {means}")
     lines: dict[tuple[str, str], list[str]] = {}
     for row in results["official"]:
         spread = "" if row["std"] is None else f" +- {row['std']:.4f}"
