@@ -18,7 +18,7 @@ from align_cli.cli.measuring import measure
 from align_cli.cli.text import say_loading
 from align_cli.errors import UserError
 from align_cli.evaluation import folders
-from align_cli.evaluation.store import GENEVAL, REPORT, RESULTS, Item, Store, identity
+from align_cli.evaluation.store import GENEVAL, REPORT, RESULTS, Item, Store, identity, make_items
 
 if TYPE_CHECKING:
     from align_cli.evaluation.engine import Evaluation
@@ -40,7 +40,7 @@ def evaluate(asked: Asked, decided: Decided) -> None:
     rewards = _rewards(
         decided.scorers, device, reference=asked.reference
     )  # first: missing weights are told before minutes of drawing
-    items = engine.items_of(prompts, decided.per_prompt, asked.seed)
+    items = make_items(prompts, decided.per_prompt, asked.seed)
     given, notes = _given(asked, items)
     model: BaseModel | None = None
     about = decided.identity

@@ -380,7 +380,7 @@ def _evaluate(
     from align_cli.evaluation.report import write_report
     from align_cli.evaluation.sets import SetOptions, load_set
     from align_cli.evaluation.sheet import save_sheet
-    from align_cli.evaluation.store import REPORT, Store, identity
+    from align_cli.evaluation.store import REPORT, Store, identity, make_items
     from align_cli.evaluation.tables import print_results
     from align_cli.rewards.loading import load_reward
     from align_cli.training.distributed import Ranks
@@ -399,7 +399,7 @@ def _evaluate(
         arms=arms,
         baseline=arms[0].name,
         rewards=[load_reward("shapes")],
-        items=engine.items_of(prompts, 1, chosen.seed),
+        items=make_items(prompts, 1, chosen.seed),
         seed=chosen.seed,
         interval="t",
         command=["t2ialign", *sys.argv[1:]],

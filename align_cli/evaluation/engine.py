@@ -29,7 +29,7 @@ from align_cli.evaluation.outcome import Facts, outcome
 from align_cli.evaluation.prompts import PromptSet
 from align_cli.evaluation.protocols import Protocol
 from align_cli.evaluation.scoring import RewardScorer, Scorer, SetJudge, score
-from align_cli.evaluation.store import Item, Store, make_items, read_picture
+from align_cli.evaluation.store import Item, Store, read_picture
 from align_cli.models.base import BaseModel
 from align_cli.rewards.base import Reward
 from align_cli.settings import SampleSettings
@@ -62,11 +62,6 @@ class Evaluation:
         """The benchmark's own judge first."""
         own: list[Scorer] = [SetJudge(self.prompts)] if self.prompts.judge is not None else []
         return [*own, *self.extra, *(RewardScorer(reward) for reward in self.rewards)]
-
-
-def items_of(prompts: PromptSet, per_prompt: int, seed: int) -> list[Item]:
-    """The pictures of an evaluation, in order."""
-    return make_items(prompts, per_prompt, seed)
 
 
 def run(

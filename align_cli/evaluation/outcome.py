@@ -122,7 +122,7 @@ def outcome(
         "protocol": facts.protocol,
         "words": [*in_words(compared, baseline, trained, drift), *audit_words(audit), *agreement(values)],
         "notes": notes,
-        "items": [_item(i, item, folder, pictures, values) for i, item in enumerate(items)],
+        "items": [_item(i, item, folder, pictures, values, drawn=bool(facts.sample)) for i, item in enumerate(items)],
     })  # fmt: skip
 
 
@@ -186,13 +186,16 @@ def _item(
     folder: Path,
     pictures: Mapping[str, Sequence[Path | None]],
     values: Mapping[str, Mapping[str, Any]],
+    *,
+    drawn: bool,
 ) -> dict[str, Any]:
+    """One picture of every arm. drawn: by this run, so that its seed is known."""
     return {
         "id": item.row.id,
         "prompt": item.row.text,
         "groups": dict(item.row.groups),
         "k": item.k,
-        "seed": item.seed,
+        "seed": item.seed if drawn else None,
         "images": {arm: _relative(paths[i], folder) for arm, paths in pictures.items()},
         "scores": {key: {arm: float(x[i]) for arm, x in row.items()} for key, row in values.items()},
     }
