@@ -87,7 +87,7 @@ def _model(request: Request, side: int) -> BaseModel:
     from align_cli.sampling import check_side
     from align_cli.training.distributed import on_rank
 
-    model = load_model(on_rank(request.model))
+    model = load_model(on_rank(request.model), encoders_only=True)
     check_side(model, side, "--image-size")
     return model
 
