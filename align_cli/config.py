@@ -306,7 +306,6 @@ class _State:
         origin = {key: self.origin.get(key, "default") for key in self.hints}
         method_config = parts.pop(self.method)
         assert isinstance(method_config, MethodConfig)
-        method_config.check_train(parts["train"])
         return Resolved(method=self.method, method_config=method_config, origin=origin, **parts)
 
     def _build(self, section: str, cls: type) -> object:

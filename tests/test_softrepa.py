@@ -13,7 +13,6 @@ import pytest
 import torch
 from softrepa_helpers import PROMPTS, a_batch, exact, field, make, run
 
-from align_cli import config
 from align_cli.errors import UserError
 from align_cli.losses import denoising_error, softrepa_loss
 from align_cli.methods.base import Batch
@@ -28,7 +27,7 @@ from align_cli.methods.softrepa.tokens import (
 )
 from align_cli.models.base import TextCond
 from align_cli.models.loading import load_model
-from align_cli.settings import ModelSettings
+from align_cli.settings import ModelSettings, TrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -440,8 +439,8 @@ def test_what_cannot_be_trained(model):
     with pytest.raises(UserError, match="captions only"):
         run(make(model), Batch(PROMPTS[:2]))
     with pytest.raises(UserError, match="train.batch_size must be >= 2"):
-        config.resolve("softrepa", flags={"train.batch_size": 1})
-    config.resolve("softrepa", flags={"train.batch_size": 1, "softrepa.hard_negatives": 1})
+        SoftREPAConfig().check_train(TrainSettings(batch_size=1))
+    SoftREPAConfig(hard_negatives=1).check_train(TrainSettings(batch_size=1))
     stranger = copy.copy(model)
     stranger.family = "sd9"
     with pytest.raises(UserError, match="softrepa works on sd15, sd21, sd3, sdxl; .* is sd9"):
