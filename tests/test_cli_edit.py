@@ -274,7 +274,7 @@ def test_where_settings_come_from(adapter, tmp_path):
         9,
         1024,
     )
-    assert found("sd15")[0] == EditSettings()
+    assert found("sd15") == (EditSettings(), "the defaults")  # its preset says nothing about editing
     recorded, origin = found(adapters=[str(adapter)], tgt_guidance=2.0)
     assert (recorded.steps, recorded.n_start, recorded.tgt_guidance) == (5, 3, 2.0)
     assert origin == f"adapter {adapter}, with --tgt-guidance"

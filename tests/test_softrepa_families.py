@@ -293,7 +293,8 @@ def test_import(tmp_path, alias, shape, table, expected):
     else:
         preset = config.resolve("softrepa", preset=wanted)
         assert (drawn.sample, drawn.model) == (preset.sample, preset.model)
-        assert edit_settings(drawn, {}) == (preset.edit, f"preset softrepa/{wanted}")
+        where = f"preset softrepa/{wanted}" if wanted == "sd3" else "the defaults"
+        assert edit_settings(drawn, {}) == (preset.edit, where)
 
 
 @pytest.mark.parametrize(

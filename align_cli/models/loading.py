@@ -86,7 +86,7 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
     """The frozen base model that `settings` names, in its dtype and on its devices.
 
     encoders_only: the denoiser is an outline without weights, which are neither read nor fetched; `predict`
-    does not work then.
+    does not work then. (One that settings.unet names is read all the same.)
     Every part goes straight to its own device. A setting that does nothing for this model, and a pipeline
     without T5, are warnings.
     Raises:
