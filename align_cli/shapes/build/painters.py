@@ -150,8 +150,8 @@ class SDXL(_Epsilon):
 class SD3(Painter):
     """An MMDiT with the straight path. Its first text tower starts as tiny-sd15's, its second as tiny-clip's;
     there is no T5, whose rows are zeros. The transformer starts from nothing and would learn to bind colours
-    to shapes far slower than the UNets (benchmarks/embedded-models), so it learns from tiny-sdxl: the target
-    is what that model expects of the noisy latents.
+    to shapes slowly (benchmarks/embedded-models), so it learns from tiny-sdxl: the target is what that model
+    expects of the noisy latents.
     """
 
     name = "tiny-sd3"
