@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from align_cli import registry
 from align_cli.errors import UserError, unknown
@@ -21,6 +22,7 @@ from align_cli.settings import (
     DataSettings,
     EditSettings,
     EvalSettings,
+    MethodConfig,
     ModelSettings,
     SampleSettings,
     TrainSettings,
@@ -109,7 +111,7 @@ class Resolved:
     sample: SampleSettings
     edit: EditSettings
     eval: EvalSettings
-    method_config: object
+    method_config: MethodConfig
     """The method's own frozen dataclass; its section has the method's name."""
     origin: dict[str, str] = field(compare=False)
     """Dotted key -> "default", "preset softrepa/sd15", "file x.toml", "--set", "--lr", ..."""
@@ -300,10 +302,11 @@ class _State:
                     self.add(f"{section}.{name}", value, where, origin)
 
     def build(self) -> Resolved:
-        parts = {section: self._build(section, cls) for section, cls in self.classes.items()}
+        parts: dict[str, Any] = {section: self._build(section, cls) for section, cls in self.classes.items()}
         origin = {key: self.origin.get(key, "default") for key in self.hints}
         method_config = parts.pop(self.method)
-        return Resolved(method=self.method, method_config=method_config, origin=origin, **parts)  # type: ignore[arg-type]
+        assert isinstance(method_config, MethodConfig)
+        return Resolved(method=self.method, method_config=method_config, origin=origin, **parts)
 
     def _build(self, section: str, cls: type) -> object:
         values = {

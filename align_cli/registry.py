@@ -74,6 +74,7 @@ MODELS = Table(
         "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
         "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
         "tiny-sd15": "embedded:tiny-sd15",
+        "tiny-sd3": "embedded:tiny-sd3",
         "tiny-sdxl": "embedded:tiny-sdxl",
     },
 )

@@ -305,3 +305,11 @@ class EvalSettings:
     def __post_init__(self) -> None:
         one_of("eval.split", self.split, ("val", "test"))
         require(self.num_prompts >= 0, f"eval.num_prompts must be >= 0, got {self.num_prompts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What the settings of every method have in common."""
+
+    def check_train(self, train: TrainSettings) -> None:
+        """UserError for settings of the training loop that the method cannot work with."""

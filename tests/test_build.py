@@ -21,6 +21,7 @@ def stages(tmp_path_factory):
     clip.save_pretrained(folder / "tiny-clip")
     clip.text_model.save_pretrained(folder / "denoiser-refine" / "text_encoder")
     components.unet().save_pretrained(folder / "denoiser-refine" / "unet")
+    SDXL(folder).save(folder / "denoiser-sdxl")
     return folder
 
 
@@ -60,6 +61,35 @@ def test_painters_learn_in_all_their_parts(stage, stages):
     if isinstance(model, SDXL):
         cond = model.encode(ids, empty)
         assert cond.tokens[1].abs().max() == cond.pooled[1].abs().max() == 0 < cond.pooled[0].abs().max()
+
+
+def test_what_the_flow_model_is_taught(stages, monkeypatch):
+    """The teacher sees the same picture at the same noise level in its own scale; where it knows the noise
+    exactly, the target is the plain one; above its last level the target is the plain one anyway.
+    """
+    model = PAINTERS["denoiser-sd3"](stages)
+    (teacher,) = model.teacher
+    assert not any("teacher" in name for name, _ in model.named_parameters())
+    drawn = torch.tensor([3.0, 300.0, 700.0, 935.0, 990.0])
+    t = model.times(drawn)
+    assert torch.equal(t[[0, 4]], drawn[[0, 4]]) and (t - drawn).abs().max() < 1
+    x0, eps = torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8)
+    ids, empty = torch.zeros(5, 4, dtype=torch.int64), torch.zeros(5, dtype=torch.bool)
+    seen = []
+
+    def knows_the_noise(z, step, *_texts):
+        seen.append((z, step))
+        return eps
+
+    monkeypatch.setattr(teacher, "forward", knows_the_noise)
+    torch.testing.assert_close(model.goal(x0, eps, t, ids, empty), eps - x0, atol=1e-4, rtol=1e-4)
+    z, step = seen[0]
+    expected = teacher.process.add_noise(x0, eps, step)
+    torch.testing.assert_close(z[1:4], expected[1:4], atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(teacher, "forward", lambda z, *_: torch.zeros_like(z))
+    found = model.goal(x0, eps, t, ids, empty)
+    assert torch.equal(found[[0, 4]], (eps - x0)[[0, 4]])
+    assert not torch.allclose(found[1], (eps - x0)[1], atol=0.1)
 
 
 def test_stage_stopped_twice_ends_as_one_that_ran_through(tmp_path):

@@ -40,12 +40,14 @@ SPEC = {
     "sd3": (131_072, 4_825_088 - 315_392 + 4_096),
 }
 """SD3 without the zero half of its CLIP rows."""
+VAE = "another autoencoder"
+"""In place of SDXL's own, which works in float32."""
 
 
 @pytest.mark.parametrize("name", SPEC)
 def test_bytes_per_item_on_real_shapes(tmp_path, name):
     """Random numbers of the true shapes through the writer: arithmetic, file and specification agree."""
-    shapes = known_shapes(name, 512, "float16", 512)
+    shapes = known_shapes(name, 512, "float16", 512, VAE)
     latent, text = SPEC[name]
     rng = torch.Generator().manual_seed(0)
     kinds = {
@@ -75,7 +77,7 @@ def test_bytes_per_item_on_real_shapes(tmp_path, name):
 )
 def test_bytes_of_coco(name, posterior, gigabytes):
     """Every caption different: the most it can be. The official way takes 9,130 GB and more for SD3."""
-    shapes = known_shapes(name, 512, "float16", 512)
+    shapes = known_shapes(name, 512, "float16", 512, VAE)
     files = plan(
         shapes, layout="exact", posterior=posterior, items=COCO_IMAGES, captions=COCO_IMAGES, shard_items=256
     )
@@ -89,6 +91,14 @@ def test_bytes_of_the_small_layout():
         shapes, layout="captions", posterior="sample", items=COCO_IMAGES, captions=0, shard_items=256
     )
     assert sum(f.bytes for f in files) / 1e9 == pytest.approx(15.5, abs=0.05)
+
+
+def test_the_autoencoder_of_sdxl_works_in_float32():
+    """As the loader loads it; what else is stored is in float16."""
+    own, other = (known_shapes("sdxl", 512, "float16", 512, vae) for vae in ("", VAE))
+    assert (own.latent_dtype, own.text_dtype) == ("float32", "float16") != (other.latent_dtype, "float16")
+    assert known_shapes("sdxl", 512, "bfloat16", 512).latent_dtype == "bfloat16"
+    assert known_shapes("sd3", 512, "float16", 512).latent_dtype == "float16"
 
 
 def test_sd3_without_t5_stores_no_zeros():

@@ -274,11 +274,11 @@ def test_where_settings_come_from(adapter, tmp_path):
         9,
         1024,
     )
-    assert found("sd15")[0] == EditSettings()
+    assert found("sd15") == (EditSettings(), "the defaults")  # its preset says nothing about editing
     recorded, origin = found(adapters=[str(adapter)], tgt_guidance=2.0)
     assert (recorded.steps, recorded.n_start, recorded.tgt_guidance) == (5, 3, 2.0)
     assert origin == f"adapter {adapter}, with --tgt-guidance"
-    silent = shutil.copytree(adapter, tmp_path / "silent")  # as imported tokens: nobody chose
+    silent = shutil.copytree(adapter, tmp_path / "silent")  # nobody chose
     info = json.loads((silent / "adapter.json").read_text())
     info["origin"] = dict.fromkeys(info["origin"], "default")
     (silent / "adapter.json").write_text(json.dumps(info | {"model_id": "tiny-sd15"}))

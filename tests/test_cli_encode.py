@@ -112,9 +112,32 @@ def test_encode_says_how_many_bytes_and_where(tmp_path, options):
     assert contents(out) == before
 
 
+def test_what_is_promised_of_the_loss(tmp_path, options):
+    def notes(*more: object) -> str:
+        return ok(*options, *more, "--dry-run", "--out", tmp_path / "c").stdout
+
+    promise = "the loss has the bits of encoding on the fly at the same batch size"
+    assert f"{promise}\n" in notes()
+    assert f"{promise} in the first epoch, and later" in notes("--captions", "random")
+    assert f"{promise}, were the first caption" in notes("--captions", "first")
+    assert promise not in notes("--posterior", "sample")  # a draw that training does not make
+
+
+def test_one_row_per_call(tmp_path, options):
+    """For processes that have a row each. SoftREPA trains on no such batch alone, so none is recommended."""
+    out = tmp_path / "c"
+    line = ok(*options, "--batch-size", 1, "--out", out).stdout.splitlines()[-1]
+    assert "train softrepa" in line and "--batch-size" not in line
+    assert Cache.read(out).about["batch_size"] == 1
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
-def test_the_other_families(tmp_path, options, tiny_sdxl_folder, tiny_sd3_folder, name):
-    model = {"sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}[name]
+def test_the_other_families_without_the_weights_of_their_denoisers(
+    tmp_path, options, tiny_sdxl_folder, tiny_sd3_folder, name
+):
+    model = tmp_path / "model"
+    shutil.copytree({"sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}[name], model)
+    (model / ("unet" if name == "sdxl" else "transformer") / "diffusion_pytorch_model.safetensors").unlink()
     ok(*options, "--model", model, "--dtype", "bfloat16", "--captions", "first", "--out", tmp_path / "c")
     result = ok("--verify", "--out", tmp_path / "c", "--device", "cpu")
     assert "2 of 2 shards are whole" in result.stdout and "8 rows, all with the same bits" in result.stdout
@@ -364,7 +387,7 @@ def test_verify_of_what_is_whole(whole):
 
 
 def test_foreign_encodings_are_refused_with_the_reason(
-    options, copied, make_tiny_sd15, tmp_path, tiny_sd3_folder, tiny_sd15_folder
+    options, copied, make_tiny_sd15, tmp_path, tiny_sd3_folder, tiny_sd15_folder, monkeypatch
 ):
     def why(*more: object) -> str:
         return refused(*options, "--out", copied, *more)
@@ -392,6 +415,12 @@ def test_foreign_encodings_are_refused_with_the_reason(
     assert contents(copied) == before
     same = shutil.copytree(tiny_sd15_folder, tmp_path / "the-same-weights")
     assert "nothing to do" in ok(*options, "--out", copied, "--model", same).stdout
+    with monkeypatch.context() as patch:
+        patch.setattr(filling, "free_bytes", lambda _: 0)
+        assert "kB free without the encodings that are to be replaced" in why(
+            "--image-size", 64, "--overwrite"
+        )
+    assert contents(copied) == before and Cache.read(copied).complete
     ok(*options, "--out", copied, "--captions", "first", "--overwrite")
     assert [n for n in names(copied) if n.startswith("captions")] == ["captions-00000.safetensors"]
 

@@ -15,10 +15,11 @@ import pytest
 
 from align_cli import config, registry
 from align_cli.errors import UserError
+from align_cli.settings import MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyConfig:
+class ToyConfig(MethodConfig):
     """A method's config with every supported type."""
 
     weights: tuple[float, ...] = (1.0,)
@@ -181,7 +182,7 @@ def test_an_impossible_value_is_blamed_on_its_own_layer(toy, tmp_path):
 
 def test_required_setting(monkeypatch):
     @dataclass(frozen=True, kw_only=True)
-    class Needy:
+    class Needy(MethodConfig):
         path: str
 
     monkeypatch.setattr(sys.modules[__name__], "Needy", Needy, raising=False)

@@ -439,8 +439,8 @@ def test_what_cannot_be_trained(model):
     with pytest.raises(UserError, match="captions only"):
         run(make(model), Batch(PROMPTS[:2]))
     with pytest.raises(UserError, match="train.batch_size must be >= 2"):
-        make(model).check(TrainSettings(batch_size=1))
-    make(model, hard_negatives=1).check(TrainSettings(batch_size=1))
+        SoftREPAConfig().check_train(TrainSettings(batch_size=1))
+    SoftREPAConfig(hard_negatives=1).check_train(TrainSettings(batch_size=1))
     stranger = copy.copy(model)
     stranger.family = "sd9"
     with pytest.raises(UserError, match="softrepa works on sd15, sd21, sd3, sdxl; .* is sd9"):

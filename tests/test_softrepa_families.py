@@ -18,6 +18,8 @@ from torch import nn
 
 from align_cli import config
 from align_cli.adapters import attach, import_official, load_adapter, save_adapter
+from align_cli.cli.drawing import make_plan
+from align_cli.cli.edit import edit_settings
 from align_cli.diffusion.rollout import rollout
 from align_cli.errors import UserError
 from align_cli.methods.base import Batch, StepContext
@@ -25,7 +27,7 @@ from align_cli.methods.softrepa.method import SoftREPA
 from align_cli.methods.softrepa.tokens import SoftTokens, inserted
 from align_cli.models.base import TextCond
 from align_cli.models.loading import load_model
-from align_cli.settings import ModelSettings, TrainSettings
+from align_cli.settings import EditSettings, ModelSettings, TrainSettings
 
 FAMILIES = ("xl_model", "sd3_model")
 
@@ -283,6 +285,16 @@ def test_import(tmp_path, alias, shape, table, expected):
     assert (adapter.info.family, adapter.info.model_id) == ("sdxl" if alias == "sdxl" else "sd3", alias)
     assert adapter.info.origin["softrepa.num_tokens"] == "imported file"
     assert adapter.info.origin["softrepa.init"].startswith("official command")
+    spec, wanted = str(tmp_path / "out"), alias if f"softrepa/{alias}" in config.list_presets() else None
+    drawn = make_plan(None, [spec], {}, {})  # pictures are drawn and edited as the model's preset says
+    if wanted is None:
+        assert drawn.open_keys == {"sampler", "spacing"}  # the model's own
+        assert edit_settings(drawn, {}) == (EditSettings(), "the defaults")
+    else:
+        preset = config.resolve("softrepa", preset=wanted)
+        assert (drawn.sample, drawn.model) == (preset.sample, preset.model)
+        where = f"preset softrepa/{wanted}" if wanted == "sd3" else "the defaults"
+        assert edit_settings(drawn, {}) == (preset.edit, where)
 
 
 @pytest.mark.parametrize(

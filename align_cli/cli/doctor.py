@@ -24,7 +24,7 @@ EXTRAS = {
     "hpsv2": ("hpsv2",),
     "spacy": ("spacy",),
     "tracking": ("tensorboard", "trackio", "wandb"),
-    "test": ("pytest",),
+    "test": ("pytest", "pytest-xdist"),
     "dev": ("mypy", "ruff"),
 }
 """Optional extras and their packages, as in pyproject.toml."""

@@ -147,10 +147,13 @@ def _recorded(
 
 
 def preset_of(model: str) -> str | None:
-    """The first preset `<method>/<alias>` made for this model."""
+    """The preset `<method>/<alias>` made for this model, of the method that is registered first: what a
+    model draws with does not change when another method gets a preset.
+    """
     source = registry.model_source(model)
     aliases = [alias for alias, target in registry.MODELS.items() if target == source]
-    return next((p for p in config.list_presets() if p.partition("/")[2] in aliases), None)
+    there = config.list_presets()
+    return next((p for m in registry.METHODS for a in aliases if (p := f"{m}/{a}") in there), None)
 
 
 def _check_files(model: str, sample: SampleSettings) -> None:

@@ -17,7 +17,6 @@ from align_cli.errors import UserError
 from align_cli.settings import EditSettings
 
 if TYPE_CHECKING:
-    from align_cli.adapters import AdapterInfo
     from align_cli.cli.drawing import Plan
     from align_cli.data.edits import EditRequest
 
@@ -165,13 +164,14 @@ def edit_settings(plan: Plan, flags: Mapping[str, Any]) -> tuple[EditSettings, s
 
     info = plan.infos[0] if plan.infos else None
     preset = preset_of(plan.model.name)
-    if info is not None and _chose_editing(info):
+    if info is not None and "edit" in info.config and _chose_editing(info.origin):
         where = f"adapter {plan.adapters[0]}: config"
         saved = config.Resolved.from_dict({**info.config, "method": info.method}, info.origin, where=where)
         settings, origin = saved.edit, f"adapter {plan.adapters[0]}"
     elif preset is not None:
-        settings = config.resolve(preset.partition("/")[0], preset=preset).edit
-        origin = f"preset {preset}"
+        resolved = config.resolve(preset.partition("/")[0], preset=preset)
+        settings = resolved.edit
+        origin = f"preset {preset}" if _chose_editing(resolved.origin) else DEFAULTS
     else:
         settings, origin = EditSettings(), DEFAULTS
     given = {key: value for key, value in flags.items() if value is not None}
@@ -189,13 +189,11 @@ def edit_settings(plan: Plan, flags: Mapping[str, Any]) -> tuple[EditSettings, s
     return changed, origin
 
 
-def _chose_editing(info: AdapterInfo) -> bool:
-    """Whether a preset, a file or a flag of the training run says how pictures are edited. Where nobody did,
-    as in imported tokens, the adapter holds class defaults, which were made for SD3.
+def _chose_editing(origin: Mapping[str, str]) -> bool:
+    """Whether a preset, a file or a flag says how pictures are edited, by the layer of every setting. Where
+    none does, settings are class defaults, which were made for SD3.
     """
-    if "edit" not in info.config:
-        return False
-    return any(key.startswith("edit.") and layer != "default" for key, layer in info.origin.items())
+    return any(key.startswith("edit.") and layer != "default" for key, layer in origin.items())
 
 
 def _resumed_folder(out: Path | None) -> Path:

@@ -45,8 +45,13 @@ def plan_text(request: Request, shapes: Shapes, index: Index, items: int) -> str
         total = sum(shard.bytes for shard in shards if shard.kind == kind)
         table.append((kind, tensors, f"{each:,}", f"{rows[kind]:,}", str(count), size_text(total)))
     total = sum(shard.bytes for shard in shards) + len(index.to_text().encode())
+    again = {"all": "", "random": " in the first epoch, and later ones see the same captions again",
+             "first": ", were the first caption of each the only one"}  # fmt: skip
+    same = f"the loss has the bits of encoding on the fly at the same batch size{again[request.captions]}"
+    if request.posterior == "sample":
+        same = "all that the text encoders say is stored"
     notes = {
-        "exact": "layout exact: the loss has the bits of encoding on the fly at the same batch size",
+        "exact": f"layout exact: {same}",
         "captions": "layout captions: pictures only; training encodes the text in its loop",
     }
     drawn = {
@@ -87,7 +92,7 @@ def _model(request: Request, side: int) -> BaseModel:
     from align_cli.sampling import check_side
     from align_cli.training.distributed import on_rank
 
-    model = load_model(on_rank(request.model))
+    model = load_model(on_rank(request.model), encoders_only=True)
     check_side(model, side, "--image-size")
     return model
 
@@ -100,7 +105,7 @@ def dry_run(request: Request, folder: Path) -> None:
     dataset = _dataset(request)
     index = make_index(dataset, request)
     held, pixels = request.model, _first_picture(dataset, request)
-    shapes = known_shapes(held.name, pixels.shape[-1], held.dtype, held.t5_length)
+    shapes = known_shapes(held.name, pixels.shape[-1], held.dtype, held.t5_length, held.vae)
     if shapes is None:
         shapes = measure(_model(request, pixels.shape[-1]), pixels).shapes
     typer.echo(plan_text(request, shapes, index, len(dataset)))
@@ -179,6 +184,10 @@ def train_command(request: Request, folder: Path) -> str:
     wanted |= {f"data.{key}": getattr(request.data, key) for key in sized}
     wanted |= {"train.batch_size": request.batch_size, "train.seed": request.seed}
     own = {key: value for key, value, _ in found.values()}
+    try:
+        found.method_config.check_train(replace(found.train, batch_size=request.batch_size))
+    except UserError:  # rows of one process of several: of these, training counts all
+        del wanted["train.batch_size"]
     for key, value in wanted.items():
         if value != own[key]:
             flag = config.flag_name(key) if key.startswith("train.") else ""

@@ -96,6 +96,7 @@ def train(
     }  # fmt: skip
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
+    resolved.method_config.check_train(resolved.train)
     if dry_run:
         typer.echo(describe(resolved))
         typer.echo(f"\noutput folder: {folder}")

@@ -147,8 +147,10 @@ _KNOWN = {
 """Alias -> latent channels, width of the CLIP rows, pooled width."""
 
 
-def known_shapes(model: str, image_size: int, dtype: str, t5_length: int) -> Shapes | None:
+def known_shapes(model: str, image_size: int, dtype: str, t5_length: int, vae: str = "") -> Shapes | None:
     """The shapes of a published model without its weights; None for another.
+
+    vae: of an autoencoder in place of its own; SDXL's own works in float32 where float16 is asked for.
 
     Raises:
         UserError: a size (pixels) that the model has no latents for.
@@ -160,9 +162,10 @@ def known_shapes(model: str, image_size: int, dtype: str, t5_length: int) -> Sha
     factor = 8 if channels == 4 else 16  # an MMDiT reads patches of 2 x 2 latents
     require_multiple("--image-size", image_size, factor, model)
     latent = (channels, image_size // 8, image_size // 8)
+    wide = "float32" if model == "sdxl" and dtype == "float16" and not vae else dtype
     if channels == 4:
         return Shapes(
-            latent, dtype, (_CLIP_ROWS, width), dtype, (Part("tokens", 0, _CLIP_ROWS, width),), pooled
+            latent, wide, (_CLIP_ROWS, width), dtype, (Part("tokens", 0, _CLIP_ROWS, width),), pooled
         )
     parts = [Part("clip", 0, _CLIP_ROWS, width)]
     rows = _CLIP_ROWS + (t5_length or _CLIP_ROWS)  # without T5, as many zeros as CLIP has rows

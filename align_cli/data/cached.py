@@ -97,8 +97,8 @@ class CachedDataset:
     def _refuse(self, now: Mapping[str, Any]) -> None:
         if found := differences(self.cache.about, now):
             raise UserError(
-                f"the encodings in {self.cache.folder} do not fit this run: they were made with {found[0]}; "
-                f"encode again, or give the settings that they were made with"
+                f"the encodings in {self.cache.folder} do not fit this run: they were made with "
+                f"{'; '.join(found)}; encode again, or give the settings that they were made with"
             )
 
     def _latents(self, index: int) -> Posterior:

@@ -58,13 +58,14 @@ LESS = (
 )
 
 
-def check_room(folder: Path, needed: int, advice: str = LESS) -> None:
-    """UserError if the disk has no room for `needed` more bytes."""
-    free = free_bytes(folder)
+def check_room(folder: Path, needed: int, advice: str = LESS, replaced: int = 0) -> None:
+    """UserError if the disk has no room for `needed` more bytes once `replaced` bytes are gone."""
+    free = free_bytes(folder) + replaced
     if needed > free:
+        when = " without the encodings that are to be replaced" if replaced else ""
         raise UserError(
-            f"{size_text(needed)} are to be written to {folder}, but its disk has {size_text(free)} free; "
-            f"{advice}"
+            f"{size_text(needed)} are to be written to {folder}, but its disk has {size_text(free)} free"
+            f"{when}; {advice}"
         )
 
 
@@ -151,10 +152,11 @@ class Filling:
                 raise UserError(
                     f"another process is writing to {self.folder}; wait for it, or choose another --out"
                 )
+            old = [file for file in self.folder.iterdir() if _OURS.fullmatch(file.name)]
+            self._check_new(sum(file.stat().st_size for file in old))  # a refusal leaves them
             path.unlink()  # first: without it, nothing else counts
-            for old in self.folder.iterdir():
-                if _OURS.fullmatch(old.name):
-                    old.unlink()
+            for file in old:
+                file.unlink()
         if not path.exists():
             self._check_new()
             self._write_texts()
@@ -193,9 +195,10 @@ class Filling:
         check_room(self.folder, self.missing_bytes(), self._advice())
         self._write_texts()
 
-    def _check_new(self) -> None:
+    def _check_new(self, replaced: int = 0) -> None:
         texts = self.index.to_text(), self.cache.to_text()
-        check_room(self.folder, self.missing_bytes() + sum(len(text.encode()) for text in texts))
+        needed = self.missing_bytes() + sum(len(text.encode()) for text in texts)
+        check_room(self.folder, needed, replaced=replaced)
 
     def _write_texts(self) -> None:
         """items.json and the manifest."""

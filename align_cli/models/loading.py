@@ -43,6 +43,7 @@ from align_cli.models.sources import (
     read_json,
     stem_of,
     weight_file,
+    with_config,
     with_parts,
 )
 from align_cli.models.unet import UNetModel
@@ -81,9 +82,11 @@ class _Parts:
         return self.settings.unet or self.source.label
 
 
-def load_model(settings: ModelSettings) -> BaseModel:
+def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseModel:
     """The frozen base model that `settings` names, in its dtype and on its devices.
 
+    encoders_only: the denoiser is an outline without weights, which are neither read nor fetched; `predict`
+    does not work then. (One that settings.unet names is read all the same.)
     Every part goes straight to its own device. A setting that does nothing for this model, and a pipeline
     without T5, are warnings.
     Raises:
@@ -105,14 +108,19 @@ def load_model(settings: ModelSettings) -> BaseModel:
         raise UserError(f"{source.label}/scheduler: {error}") from error
     other = {family.denoiser: settings.unet, "vae": settings.vae}
     wanted = {p: c for p, c in family.parts.items() if not other.get(p) and _wanted(p, source, settings)}
+    outline = family.denoiser if encoders_only and family.denoiser in wanted else ""
     half = settings.dtype != "float32"
-    source = with_parts(source, wanted, half=half)
+    source = with_parts(source, [part for part in wanted if part != outline], half=half)
+    if outline:
+        source = with_config(source, outline)
     dtype = getattr(torch, settings.dtype)
     modules: dict[str, Any] = {}
     with _quiet():
         for part, cls in family.parts.items():
             if other.get(part):
                 modules[part] = _other_module(cls, part, other[part], dtype)
+            elif part == outline:
+                modules[part] = _outline(cls, source, part, dtype)
             elif part in wanted:
                 modules[part] = (
                     _load_tokenizer(cls, source, part)
@@ -120,7 +128,7 @@ def load_model(settings: ModelSettings) -> BaseModel:
                     else _load_part(cls, source, part, _part_dtype(kind, part, source, dtype))
                 )
     for part, module in modules.items():
-        if part not in TOKENIZERS:
+        if part not in (*TOKENIZERS, outline):
             modules[part] = module.to(device if part == family.denoiser else beside)
     if settings.t5_length != ModelSettings().t5_length and "text_encoder_3" not in family.parts:
         warnings.warn(f"model.t5_length has no effect: {source.label} has no T5", stacklevel=2)
@@ -128,6 +136,7 @@ def load_model(settings: ModelSettings) -> BaseModel:
         # the layout of oneDNN's convolutions: 1.3x faster
         modules["unet"] = modules["unet"].to(memory_format=torch.channels_last)
     model = family.build(_Parts(modules, process, settings, source))
+    model.device = device  # an outline is nowhere
     if settings.encoder_device == "offload":
         if device.type == "cpu":
             warnings.warn("model.encoder_device offload has no effect: the model is on the CPU", stacklevel=2)
@@ -161,6 +170,17 @@ def _load_part(cls: Any, source: Source, part: str, dtype: torch.dtype) -> nn.Mo
         raise UserError(f"{source.label} is incomplete: no {part}/{lacking} in {source.folder}{advice}")
     name = weight.rpartition("/")[2]
     return _load_weights(cls, source.folder / part, name, dtype, f"{part} of {source.label}")
+
+
+def _outline(cls: Any, source: Source, part: str, dtype: torch.dtype) -> nn.Module:
+    """A module of the right configuration without weights, on torch's meta device."""
+    config = read_json(source.folder / part / "config.json", source.label)
+    try:
+        with torch.device("meta"):
+            module: nn.Module = cls.from_config(config).to(dtype)
+    except LOAD_ERRORS as error:
+        raise UserError(f"cannot read the {part} of {source.label}: {first_line(error)}") from error
+    return module
 
 
 def _load_weights(cls: Any, folder: Path, weight: str, dtype: torch.dtype, what: str) -> nn.Module:

@@ -97,6 +97,12 @@ def with_parts(source: Source, parts: Collection[str], *, half: bool) -> Source:
     return _listed(source)
 
 
+def with_config(source: Source, part: str) -> Source:
+    """The source with the configuration of one part there, and not its weights."""
+    _bring(source, f"{part}/config.json")
+    return _listed(source)
+
+
 def stem_of(part: str) -> str:
     """Base name of the weight files of a part."""
     return TRANSFORMERS_STEM if part in TEXT_ENCODERS else DIFFUSERS_STEM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from align_cli.settings import one_of, require
+from align_cli.settings import MethodConfig, TrainSettings, one_of, require
 
 TABLE_ROWS = 100
 """Rows of the table of timestep offsets; row = t // TABLE_STRIDE."""
@@ -15,7 +15,7 @@ NUM_TRAIN_TIMESTEPS = TABLE_ROWS * TABLE_STRIDE
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftREPAConfig:
+class SoftREPAConfig(MethodConfig):
     """What is trained, and with which contrastive loss. The learning rate is train.lr."""
 
     num_tokens: int = 4
@@ -82,3 +82,11 @@ class SoftREPAConfig:
         for key in ("dweight", "pair_chunk", "noise_rows", "hard_negatives", "init_noise"):
             require(getattr(self, key) >= 0, f"softrepa.{key} must be >= 0, got {getattr(self, key)}")
         one_of("softrepa.init", self.init, ("bos", "normal", "bos+noise"))
+
+    def check_train(self, train: TrainSettings) -> None:
+        """UserError if a batch holds no caption to contrast with."""
+        require(
+            train.batch_size >= 2 or self.hard_negatives > 0,
+            f"softrepa contrasts captions within a batch: train.batch_size must be >= 2, got "
+            f"{train.batch_size} (or softrepa.hard_negatives >= 1)",
+        )

@@ -119,16 +119,11 @@ class SoftREPA:
     # ------------------------------------------------------------ training
 
     def check(self, settings: TrainSettings) -> None:
-        """UserError if a batch holds no caption to contrast with; a warning for settings without effect."""
+        """A warning for settings without effect on this family."""
         default = SoftREPAConfig()
         for key in self.placement.idle:
             if getattr(self.config, key) != getattr(default, key):
                 warnings.warn(f"softrepa.{key} has no effect on {self.model.family}", stacklevel=2)
-        if settings.batch_size < 2 and not self.config.hard_negatives:
-            raise UserError(
-                "softrepa contrasts captions within a batch: train.batch_size must be >= 2 "
-                "(or softrepa.hard_negatives >= 1)"
-            )
 
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """One group: tokens and, if used, the table."""

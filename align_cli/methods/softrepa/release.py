@@ -94,7 +94,6 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
     if table is not None and table.shape != (TABLE_ROWS, width):
         raise UserError(f"{path}: the table has shape {list(table.shape)}, expected [{TABLE_ROWS}, {width}]")
     values: dict[str, object] = {
-        "model.name": model,
         "softrepa.num_tokens": tokens.shape[-2],
         "softrepa.use_t_table": table is not None,
     }
@@ -106,14 +105,14 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
         official["softrepa.stages"] = STAGES.get(base.family, "TFF")
     resolved = config.resolve("softrepa", preset=config.NO_PRESET, flags=values | official)
     known = dict.fromkeys(values, "imported file") | dict.fromkeys(official, OFFICIAL)
-    origin = {key: known.get(key, NOT_RECORDED) for key in resolved.origin}
     info = AdapterInfo(
         method="softrepa",
         model_id=model,
         family=base.family,
         source=f"official release, imported from {path.name}",
-        config=resolved.to_dict(),
-        origin=origin,
+        # nothing about model, drawing and editing: those are for the model's preset to say
+        config={"method": "softrepa", "softrepa": resolved.to_dict()["softrepa"]},
+        origin={key: known.get(key, NOT_RECORDED) for key in resolved.origin if key.startswith("softrepa.")},
     )
     return info, state
 

@@ -14,7 +14,7 @@ STAGES = {
     "denoiser": ("denoiser", 8000),
     "denoiser-refine": ("denoiser", 5000),
     "denoiser-sdxl": ("denoiser", 3000),
-    "denoiser-sd3": ("denoiser", 5000),
+    "denoiser-sd3": ("denoiser", 4000),
 }
 """Stage -> module, and steps of the shipped weights (the learning rate ends with them), in order."""
 

@@ -96,6 +96,7 @@ def pipeline(out: Path, stages: tuple[str, ...]) -> None:
             for n, m in parts.items()
             if isinstance(m, torch.nn.Module)
         },
+        **NOTES.get(stage, {}),
         "training": _stages(out, "vae", "clip", *stages),
         "measured_fp16": measure(WEIGHTS / name, f"softrepa/{name}"),
     }
@@ -105,7 +106,7 @@ def pipeline(out: Path, stages: tuple[str, ...]) -> None:
 CHAINS = (
     ("denoiser", "denoiser-refine"),
     ("denoiser", "denoiser-refine", "denoiser-sdxl"),
-    ("denoiser", "denoiser-refine", "denoiser-sd3"),
+    ("denoiser", "denoiser-refine", "denoiser-sdxl", "denoiser-sd3"),
 )
 """Denoiser stages behind each pipeline, in order."""
 PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -139,6 +140,14 @@ ABSENT = {
     "denoiser-sd3": ("text_encoder_3", "tokenizer_3"),
 }
 """Stage -> parts of the pipeline that the tiny one does without."""
+NOTES = {
+    "denoiser-sd3": {
+        "taught_by": "tiny-sdxl: the target is what it expects of eps - x0, up to its last noise level",
+        "without_t5": f"{components.TOKEN_LIMIT} rows of zeros; give the diffusers pipeline "
+        f"max_sequence_length={components.TOKEN_LIMIT}",
+    }
+}
+"""Stage -> further lines of the card."""
 
 
 def measure(folder: Path, preset: str, n: int = 800) -> dict[str, dict[str, float]]:

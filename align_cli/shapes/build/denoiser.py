@@ -33,10 +33,10 @@ def loss(model: Painter, x0: Tensor, ids: Tensor, empty: Tensor, rng: torch.Gene
     """Weighted squared error of the model's own target, t drawn as 1000 sqrt(u): binding and layout are
     decided early.
     """
-    t = (1000 * torch.rand(len(x0), generator=rng).sqrt()).long().clamp(max=999)
+    t = model.times((1000 * torch.rand(len(x0), generator=rng).sqrt()).long().clamp(max=999))
     eps = torch.randn(x0.shape, generator=rng)
-    target = model.process.target(x0, eps, t)
-    error = model(model.process.add_noise(x0, eps, t), t, ids, empty) - target
+    goal = model.goal(x0, eps, t, ids, empty)
+    error = model(model.process.add_noise(x0, eps, t), t, ids, empty) - goal
     return (error.square().mean((1, 2, 3)) * model.weight(t)).mean()
 
 

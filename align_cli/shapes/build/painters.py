@@ -48,6 +48,16 @@ class Painter(nn.Module, ABC):
         """(B,) factor on the squared error."""
         return torch.ones(len(t))
 
+    def times(self, t: Tensor) -> Tensor:
+        """(B,) timesteps to train at, from drawn ones in 0 .. 999."""
+        return t
+
+    def goal(self, x0: Tensor, eps: Tensor, t: Tensor, ids: Tensor, empty: Tensor) -> Tensor:
+        """(B, 4, 8, 8) that `forward` is to predict."""
+        del ids, empty
+        target: Tensor = self.process.target(x0, eps, t)
+        return target
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Every part as an ordinary folder of its library, with the scheduler."""
@@ -108,6 +118,14 @@ class SDXL(_Epsilon):
         self.text = CLIPTextModel.from_pretrained(folder / "denoiser-refine" / "text_encoder")
         self.text_2 = CLIPTextModelWithProjection.from_pretrained(folder / "tiny-clip")
 
+    def load(self, saved: Path) -> SDXL:
+        """The weights that `save` wrote."""
+        self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(saved / "unet").state_dict())
+        self.text.load_state_dict(CLIPTextModel.from_pretrained(saved / "text_encoder").state_dict())
+        tower = CLIPTextModelWithProjection.from_pretrained(saved / "text_encoder_2")
+        self.text_2.load_state_dict(tower.state_dict())
+        return self
+
     def encode(self, ids: Tensor, empty: Tensor) -> TextCond:
         one = self.text(ids, output_hidden_states=True)
         two = self.text_2(ids, output_hidden_states=True)
@@ -131,7 +149,9 @@ class SDXL(_Epsilon):
 
 class SD3(Painter):
     """An MMDiT with the straight path. Its first text tower starts as tiny-sd15's, its second as tiny-clip's;
-    there is no T5, whose rows are zeros.
+    there is no T5, whose rows are zeros. The transformer starts from nothing and would learn to bind colours
+    to shapes slowly (benchmarks/embedded-models), so it learns from tiny-sdxl: the target is what that model
+    expects of the noisy latents.
     """
 
     name = "tiny-sd3"
@@ -145,6 +165,34 @@ class SD3(Painter):
         tower = CLIPTextModel.from_pretrained(folder / "denoiser-refine" / "text_encoder")
         self.text.text_model.load_state_dict(_bare(tower.state_dict()))
         self.text_2 = CLIPTextModelWithProjection.from_pretrained(folder / "tiny-clip")
+        teacher = SDXL(folder).load(folder / "denoiser-sdxl").eval().requires_grad_(False)
+        self.teacher = (teacher,)  # a tuple, so that it is no part of the module
+
+    def times(self, t: Tensor) -> Tensor:
+        """The nearest noise level that the teacher knows; t as drawn where it knows none (`_taught`)."""
+        levels = self._levels()
+        return torch.where(self._taught(t), levels[(t[:, None] - levels).abs().argmin(1)], t.float())
+
+    @torch.no_grad()
+    def goal(self, x0: Tensor, eps: Tensor, t: Tensor, ids: Tensor, empty: Tensor) -> Tensor:
+        """The teacher's mean of eps - x0; eps - x0 itself where the teacher does not know the noise level."""
+        teacher = self.teacher[0]
+        step = (t[:, None] - self._levels()).abs().argmin(1)
+        alpha, sigma = teacher.process.coefficients(step, x0)
+        z = self.process.add_noise(x0, eps, t) * (alpha + sigma)
+        x0_mean, eps_mean = teacher.process.to_x0_eps(teacher(z, step, ids, empty), z, step)
+        return torch.where(self._taught(t)[:, None, None, None], eps_mean - x0_mean, eps - x0)
+
+    def _taught(self, t: Tensor) -> Tensor:
+        """(B,) bool: is t between the first and the last noise level of the teacher (28 .. 936)?"""
+        levels = self._levels()
+        return (t >= levels[0]) & (t <= levels[-1])
+
+    def _levels(self) -> Tensor:
+        """(1000,) t at which the straight path has the noise-to-data ratio of the teacher's timesteps."""
+        abar = self.teacher[0].process.alphas_cumprod
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        return 1000 * sigma / (alpha + sigma)
 
     def encode(self, ids: Tensor, empty: Tensor) -> TextCond:
         one = self.text(ids, output_hidden_states=True)
