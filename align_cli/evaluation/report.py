@@ -153,6 +153,7 @@ def _pictures(results: Mapping[str, Any], embedded: Embedded) -> Html:
 
 
 def _frame(text: str, hint: str, controls: Html) -> Html:
+    """The grid's section: what is embedded, controls, grid, pages, and the place for one item at large."""
     pager = tag(
         "nav",
         tag("button", "Previous", type="button", id="previous"),
@@ -168,9 +169,9 @@ def _frame(text: str, hint: str, controls: Html) -> Html:
         tag("noscript", tag("p", "Scripts are off: the picture grid cannot be shown.")),
         controls,
         tag("p", id="status", class_="small", role="status", aria_live="polite"),
+        tag("p", hint, class_="small js"),
         tag("ul", id="grid", class_="grid", aria_label="Pictures"),
         pager,
-        tag("p", hint, class_="small js"),
         tag("dialog", id="viewer", aria_labelledby="viewer-title"),
     )
 
