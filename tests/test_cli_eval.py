@@ -110,7 +110,7 @@ def test_base_and_aligned_on_shapes(adapter):
     for name in ("base", "aligned", "difference", "95 % CI", "n"):
         assert name in head
     for name in ("object", "color", "shape", "count", "relation", "background"):
-        assert any(line.strip().startswith(f"shapes/{name}") for line in lines), name
+        assert any(line.strip().startswith(name) for line in lines), name
     for name in ("* shapes/all", "pair", "triple", "long"):
         assert any(line.strip().startswith(name) for line in lines), name
     assert max(map(len, lines)) <= 100
@@ -214,6 +214,36 @@ def test_bad_input(tiny_sd15_folder, adapter, tmp_path):
         (("shapes", *base, "--images", "nowhere"), ("for drawing",)),
         (("shapes", "--images", "nowhere"), ("does not exist",)),
         (("shapes", *base, "--prompts", "x.txt"), ("--prompts",)),
+        (("shapes", *base, "--reference"), ("--scorers hpsv2 or hpsv2.1",)),
+        (("shapes", *base, "--protocol", "textcraftor"), ("of the benchmark parti",)),
+        (("parti", *base, "--protocol", "textcraftor"), ("--steps does not go with --protocol textcraftor",)),
     ):
         assert_one_line(call(*args), *parts)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
+
+
+def test_geneval_goes_to_its_evaluator_and_comes_back(tiny_sd15_folder, tmp_path):
+    prompts = [("single_object", "a photo of a bench"), ("counting", "a photo of two cats")]
+    records = [{"tag": tag, "include": [], "prompt": text} for tag, text in prompts]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    args = ("geneval", "--prompts", "m.jsonl", "--model", tiny_sd15_folder, "--scorers", "none", *QUICK)
+    args = (*args, "--out", "e")
+    result = ok(*args)
+    assert "for GenEval's evaluator: e/geneval/base" in result.stdout
+    samples = tmp_path / "e" / "geneval" / "base" / "00001" / "samples"
+    assert sorted(p.name for p in samples.iterdir()) == [f"000{k}.png" for k in range(4)]
+    lines = [
+        {"filename": f"x/{i:05d}/samples/{k:04d}.png", "correct": k < i + 1, **records[i]}
+        for i in range(2)
+        for k in range(4)
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ok(*args, "--resume", "--geneval-results", "r.jsonl")
+    raw = read(tmp_path / "e")
+    assert [s["headline"] for s in raw["scorers"]] == ["geneval/correct"]
+    official = {row["label"]: row["value"] for row in raw["official"]}
+    assert (official["single_object"], official["counting"], official["Overall"]) == (0.25, 0.5, 0.375)
+    assert_one_line(call(*args, "--resume", "--geneval-results", "x=r.jsonl"), "unknown arm 'x'")
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    refused = call(*args, "--resume", "--geneval-results", "r.jsonl")
+    assert refused.exit_code == 2 and "says nothing about" in refused.stderr

@@ -145,3 +145,13 @@ def test_the_same_pictures_give_the_same_numbers(tmp_path):
     assert {k: v for k, v in one.items() if k not in changing} == {
         k: v for k, v in two.items() if k not in changing
     }
+
+
+def test_an_official_package_beside_our_scorer(tmp_path):
+    class Off(MeanRed):
+        def score(self, images, prompts):
+            return super().score(images, prompts) + 0.25
+
+    results = measured(tmp_path, {"base": LOW}, rewards=[MeanRed("hpsv2"), Off("hpsv2-reference")])
+    said = f"hpsv2 differs from the official package by 0.25 at most and 0.25 on average, over {N} pictures"
+    assert results["words"] == [said]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from softrepa_helpers import save_random_adapter
+from typer.testing import CliRunner
 
+from align_cli.cli.main import app
 from align_cli.evaluation.drawing import my_share
 from align_cli.evaluation.engine import peak_memory
 
@@ -29,19 +32,33 @@ def adapter(tiny_sd15_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(adapter, tmp_path_factory) -> list[str]:
-    """The real command, without --out."""
+def words(adapter, tmp_path_factory) -> list[str]:
+    """The command line, without --out."""
     prompts = tmp_path_factory.mktemp("p") / "words.txt"
     prompts.write_text("".join(f"a red circle and a blue square, number {i}\n" for i in range(NUM)))
-    start = [sys.executable, "-m", "align_cli", "eval", str(prompts), "--adapter", str(adapter)]
-    return [*start, "--arm", f"half={adapter}@0.5", "--scorers", "tiny-clip", *DRAWING]
+    arms = ["--adapter", str(adapter), "--arm", f"half={adapter}@0.5"]
+    return ["eval", str(prompts), *arms, "--scorers", "tiny-clip", *DRAWING]
 
 
 @pytest.fixture(scope="module")
-def whole(command, tmp_path_factory) -> Path:
+def whole(words, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "e"
-    finish(command, out)
+    finish(words, out)
     return out
+
+
+def finish(words: list[str], out: Path, *more: str) -> str:
+    """Run to the end, in this process; what was said on stderr."""
+    done = CliRunner().invoke(app, [*words, "--out", str(out), *more])
+    assert done.exit_code == 0, done.output
+    return done.stderr
+
+
+def start(words: list[str], out: Path, *more: str, **env: str) -> subprocess.Popen:
+    """The real command, in a process of its own."""
+    command = [sys.executable, "-m", "align_cli", *words, "--out", str(out), *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | env, **pipes)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -53,13 +70,6 @@ def content(folder: Path) -> dict[str, bytes]:
 def results(folder: Path) -> dict:
     raw = json.loads((folder / "results.json").read_text())
     return {key: value for key, value in raw.items() if key not in CHANGING}
-
-
-def finish(command: list[str], out: Path, *more: str) -> str:
-    """Run to the end; what was said on stderr."""
-    done = subprocess.run([*command, "--out", str(out), *more], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 def assert_same(folder: Path, whole: Path) -> None:
@@ -81,67 +91,51 @@ def test_a_whole_run(whole):
     assert json.loads((whole / "eval.json").read_text())["identity"]["weights"]["denoiser"]
 
 
-def test_kill_9_and_run_again(command, whole, tmp_path):
+def test_kill_9_and_run_again(words, whole, tmp_path):
     """Killed while drawing, then while scoring; every picture is written once, and the bits are the same."""
     out = tmp_path / "e"
     times: dict[str, int] = {}
-    for step, glob in enumerate(("images/base/*.png", "images/aligned/*.png", "scores/base/*.jsonl")):
-        how = ["--resume"] if step else []
-        process = subprocess.Popen(
-            [*command, "--out", str(out), *how], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and len(list(out.glob(glob))) < (6 if "png" in glob else 1):
+    for glob, count in (("images/aligned/*.png", 6), ("scores/base/*.jsonl", 1)):
+        process = start(words, out, *(["--resume"] if times else []))
+        while process.poll() is None and len(list(out.glob(glob))) < count:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         for path in out.glob("images/*/*.png"):
             assert times.setdefault(str(path), path.stat().st_mtime_ns) == path.stat().st_mtime_ns
-    finish(command, out, "--resume")
+    finish(words, out, "--resume")
     assert all(Path(path).stat().st_mtime_ns == when for path, when in times.items())
     assert_same(out, whole)
-    assert f"0 of {3 * NUM} pictures to draw" in finish(command, out, "--resume")
+    assert f"0 of {3 * NUM} pictures to draw" in finish(words, out, "--resume")
     assert_same(out, whole)
 
 
-def two(command: list[str], out: Path, *more: str) -> list[subprocess.CompletedProcess]:
-    """The command as two processes of one group."""
+def test_two_processes_share_the_work(words, whole, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    started = []
-    for rank in range(2):
-        env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen([*command, "--out", str(out), *more], env=env, **pipes))
-    done = []
-    for process in started:
-        out_text, err_text = process.communicate(timeout=600)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, out_text, err_text))
-    return done
-
-
-def test_two_processes_share_the_work(command, whole, tmp_path):
-    first, second = two(command, tmp_path / "e")
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "tiny-clip" in first.stdout and second.stdout == ""
+        port = str(s.getsockname()[1])
+    both = [
+        start(
+            words, tmp_path / "e", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=600) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "tiny-clip" in said[0][0] and said[1][0] == ""
     assert_same(tmp_path / "e", whole)
 
 
-def test_two_processes_go_on_with_what_one_left(command, whole, tmp_path):
-    out = tmp_path / "e"
-    subprocess.run(["cp", "-r", str(whole), str(out)], check=True)
+def test_what_is_missing_is_made_again(words, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "e")
     for name in ("images/base/00001.png", "images/aligned/00013.png", "images/half/00006.png"):
         (out / name).unlink()
     kept = out / "images" / "base" / "00000.png"
     before = kept.stat().st_mtime_ns
     for path in (out / "scores" / "aligned").iterdir():
         path.write_text("".join(path.read_text().splitlines(True)[:5]))
-    first, second = two(command, out, "--resume")
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert f"3 of {3 * NUM} pictures to draw" in first.stderr
+    assert f"3 of {3 * NUM} pictures to draw" in finish(words, out, "--resume")
     assert kept.stat().st_mtime_ns == before
     assert_same(out, whole)
 

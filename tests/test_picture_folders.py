@@ -71,6 +71,16 @@ def test_by_id_in_folders_and_in_a_part_of_a_set(tmp_path):
     ]
 
 
+def test_the_folders_of_geneval(tmp_path):
+    rows = (PromptRow("00000", "x"), PromptRow("00001", "y"))
+    for row in rows:
+        saved(tmp_path / row.id / "samples", "0000", "0001")
+    found, _ = match(tmp_path, make_items(PromptSet("geneval", "tests", rows), 2, 0), allow_missing=False)
+    assert [p.relative_to(tmp_path).as_posix() for p in found] == [
+        f"{row.id}/samples/000{k}.png" for row in rows for k in (0, 1)
+    ]
+
+
 def test_our_own_pictures_are_known_by_what_they_say(tmp_path):
     part = PromptSet("some", "tests", (PromptRow("1", "x"), PromptRow("0", "y")))
     items = make_items(part, 1, 0)
@@ -81,6 +91,10 @@ def test_our_own_pictures_are_known_by_what_they_say(tmp_path):
     assert names(match(folder, items, allow_missing=False)[0]) == ["00000.png", "00001.png"]
     turned = make_items(PromptSet("some", "tests", part.rows[::-1]), 1, 0)
     assert names(match(folder, turned, allow_missing=False)[0]) == ["00001.png", "00000.png"]
+    cut = folder / "00001.png"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    with pytest.raises(UserError, match="broken: .*00001.png"):
+        match(folder, items, allow_missing=False)
     other = make_items(PromptSet("some", "tests", (PromptRow("1", "z"),)), 1, 0)
     with pytest.raises(UserError, match="drawn for 'x', not for 'z'"):
         match(folder, other, allow_missing=False)

@@ -201,6 +201,22 @@ def test_provenance_is_whole(example, tmp_path):
     assert all(item["seed"] for item in page.data["items"])
 
 
+def test_what_only_some_runs_have(example, tmp_path):
+    """Floor, notes and the official table are optional in results.json."""
+    row = {"metric": "hpsv2", "arm": "base", "label": "anime", "value": 0.2744, "std": 0.0021, "n": 800}
+    page = report(
+        example,
+        tmp_path,
+        official=[{**row, "how": "mean of 10 groups of 80"}, {**row, "std": None, "how": "<b>"}],
+        floor={"shapes/all": 0.5},
+        notes=["3 pictures are missing"],
+    )
+    assert "hpsv2 base anime 0.2744 0.0021 800 mean of 10 groups of 80" in page.text
+    assert "hpsv2 base anime 0.2744 \u2013 800 <b>" in page.text
+    assert "Floor" in page.text and "shapes/all 0.50" in page.text
+    assert "Note: 3 pictures are missing" in page.text
+
+
 def test_audit_names_the_lost_words(example, tmp_path):
     rows = copy.deepcopy(example[1]["audit"])
     rows[1]["examples"][0]["lost"] = "word " * 9_999
@@ -356,7 +372,10 @@ def test_scale_holds_zero_and_has_round_ticks():
     scale = charts.Scale([0.02, 0.09])
     assert scale.at(0) == 0 and scale.at(0.09) < 100
     steps = np.diff(scale.ticks)
-    assert len(scale.ticks) >= 2 and np.allclose(steps, steps[0])
+    assert len(scale.ticks) >= 3 and np.allclose(steps, steps[0])
+    for low, high in ((-0.0448, 0.0438), (0, 1), (-3e-5, 2e-4), (-700, 1), (0, 0.3), (-9.9, -1)):
+        assert 3 <= len(charts.Scale([low, high]).ticks) <= 8
+    assert number(charts.Scale([0, 0.3]).ticks[1], charts.Scale([0, 0.3]).decimals) == "0.1"
     both = charts.Scale([-3.0, 1.0])
     assert both.at(-3.0) > 0 and both.at(-100) == 0 and 0.0 in both.ticks
     assert charts.Scale([]).at(0) == 50

@@ -285,7 +285,7 @@ def test_hostile_texts_do_nothing(browser, example, tmp_path):
     text = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> \\ \u2028 <!--"
     results = copy.deepcopy(example[1])
     results["items"][0] |= {"prompt": text, "id": text, "groups": {text: text}}
-    results["words"] = [text]
+    results["words"] = results["notes"] = [text]
     write_report(results, example[0].parent, tmp_path / "report.html")
     with browser.page(tmp_path / "report.html") as page:
         page.run("document.querySelector('#grid .open').click()")

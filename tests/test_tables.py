@@ -45,7 +45,7 @@ def test_gain_is_called_a_gain(results):
     text = printed(results)
     assert text.startswith("aligned against base, red: gain")
     assert row(text, "* red").rstrip().endswith("gain")
-    assert row(text, "red/side").rstrip().endswith("too few prompts")
+    assert row(text, "side").rstrip().endswith("too few prompts")
     assert row(text, "a ") and row(text, "b ")
     assert "0.300" in row(text, "* red") and "+0.1" in row(text, "* red")
     flat = " ".join(text.split())
@@ -76,7 +76,7 @@ def test_several_arms_and_trained_scorers(tmp_path):
 def test_a_model_alone(tmp_path):
     text = printed(measured(tmp_path, {"base": LOW}))
     assert "0.300" in row(text, "* red") and "score" in text and "difference" not in text
-    assert "too few prompts" in row(text, "red/side")
+    assert "too few prompts" in row(text, "side")
 
 
 def test_a_table_in_a_pipe_has_no_blank_lines(results, capsys):

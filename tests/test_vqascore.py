@@ -123,9 +123,10 @@ def test_encoder_decoder(tmp_path):
     got.sum().backward()
     picture = Image.fromarray(to_uint8(image.detach())[0])
     inputs = processor(images=picture, text=QUESTION.format(prompt=PROMPTS[0]), return_tensors="pt")
-    logits = model.eval()(**inputs, decoder_input_ids=torch.tensor([[0]])).logits
+    with torch.no_grad():
+        logits = model.eval()(**inputs, decoder_input_ids=torch.tensor([[0]])).logits
     assert logits.shape[1] == 1 and image.grad.abs().max() > 0
-    assert float(got) == pytest.approx(float(logits[0, 0].softmax(-1)[WORDS.index("Yes")]), rel=1e-5)
+    assert float(got.detach()) == pytest.approx(float(logits[0, 0].softmax(-1)[WORDS.index("Yes")]), rel=1e-5)
 
 
 def test_gradient(reward):

@@ -100,10 +100,12 @@ def decide(asked: Asked) -> Decided:
     """
     _check_options(asked)
     arms = _arms(asked)
-    prompts = _prompts(asked)
-    per_prompt = asked.per_prompt or _own_per_prompt(prompts)
-    chosen = _protocol(asked, prompts)
+    baseline = arming.baseline([arm.name for arm in arms], asked.vs)
+    check_scorers(asked)
+    chosen = _protocol(asked)
     plan = None if asked.images else _plan(asked, arms, chosen)
+    prompts = _prompts(asked)  # the prompts of the shapes world need torch: after what does not
+    per_prompt = asked.per_prompt or _own_per_prompt(prompts)
     about = _identity(asked, prompts, per_prompt, arms, plan)
     folder = asked.out or Path("runs") / default_name(prompts.name, about)
     # a folder that is named by what fixes the run is this run's: the same command goes on
@@ -113,7 +115,7 @@ def decide(asked: Asked) -> Decided:
         prompts=prompts,
         per_prompt=per_prompt,
         arms=arms,
-        baseline=arming.baseline([arm.name for arm in arms], asked.vs),
+        baseline=baseline,
         plan=plan,
         protocol=chosen,
         scorers=scorer_choices(asked, prompts, plan, chosen),
@@ -173,13 +175,13 @@ def _own_per_prompt(prompts: PromptSet) -> int:
     return 1
 
 
-def _protocol(asked: Asked, prompts: PromptSet) -> Protocol | None:
+def _protocol(asked: Asked) -> Protocol | None:
     """The protocol of --protocol; UserError where another option contradicts it."""
     if asked.protocol is None:
         return None
     from align_cli.evaluation.protocols import protocol
 
-    found = protocol(asked.protocol, prompts.name)
+    found = protocol(asked.protocol, asked.benchmark)
     fixed = {"--scorers": asked.scorers, "--per-prompt": asked.per_prompt, "--images": asked.images}
     fixed |= {f"--{key.replace('_', '-')}": value for key, value in asked.sample_flags.items()}
     fixed |= {"--dtype": asked.model_flags["dtype"]}
@@ -197,6 +199,22 @@ def _plan(asked: Asked, arms: Sequence[Arm], chosen: Protocol | None) -> Plan:
     return make_plan(asked.model, specs, held, drawing)
 
 
+def check_scorers(asked: Asked) -> None:
+    """UserError for an unknown scorer in --scorers or --trained-on, one named twice, weights in another form
+    than NAME=PATH.
+    """
+    names = [name for name, _ in _pairs(asked.scorers or "")]
+    for name in [*names, *asked.trained_on]:
+        registry.path_of(registry.REWARDS, name)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--scorers names {twice} twice")
+    for text in asked.weights:
+        name, _, path = text.partition("=")
+        if not path:
+            raise UserError(f"--weights {text}: write --weights NAME=PATH")
+        registry.path_of(registry.REWARDS, name)
+
+
 def scorer_choices(
     asked: Asked, prompts: PromptSet, plan: Plan | None, chosen: Protocol | None = None
 ) -> list[ScorerChoice]:
@@ -204,40 +222,38 @@ def scorer_choices(
     embedded model and clip for any other.
 
     Raises:
-        UserError: an unknown scorer, one named twice, weights for a scorer that is not used.
+        UserError: weights, or --reference, for a scorer that is not used.
     """
     if chosen is not None:
-        words = [f"{name}:{chosen.preprocessing}" for name in chosen.scorers]
+        pairs = [(name, chosen.preprocessing) for name in chosen.scorers]
     elif asked.scorers is not None:
-        words = [word.strip() for word in asked.scorers.split(",") if word.strip()]
+        pairs = _pairs(asked.scorers)
     elif prompts.judge is not None:
-        words = []
+        pairs = []
     elif prompts.scenes is not None:
-        words = ["shapes"]
+        pairs = [("shapes", "")]
     else:
         tiny = plan is not None and registry.model_source(plan.model.name).startswith("embedded:")
-        words = ["tiny-clip" if tiny else "clip"]
-    if words == ["none"]:
-        words = []
-    pairs = [word.partition(":")[::2] for word in words]
+        pairs = [("tiny-clip" if tiny else "clip", "")]
     names = [name for name, _ in pairs]
-    for name in [*names, *asked.trained_on]:
-        registry.path_of(registry.REWARDS, name)
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--scorers names {twice} twice")
     if asked.reference and not any(name in REFERENCED for name in names):
         raise UserError(f"--reference needs a scorer that it is of: --scorers {' or '.join(REFERENCED)}")
     sources = {}
     for text in asked.weights:
-        name, equals, path = text.partition("=")
-        if not equals or not path:
-            raise UserError(f"--weights {text}: write --weights NAME=PATH")
+        name, _, path = text.partition("=")
         if name not in names:
             raise UserError(
                 f"--weights {text}: {name} is not among the scorers ({', '.join(names) or 'none'})"
             )
         sources[name] = path
     return [ScorerChoice(name, way or "official", sources.get(name)) for name, way in pairs]
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """ "clip,hpsv2:textcraftor" -> (name, preprocessing) each; "none" is none."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    parts = [word.partition(":") for word in ([] if words == ["none"] else words)]
+    return [(name, way) for name, _, way in parts]
 
 
 def default_name(benchmark: str, identity: Mapping[str, Any]) -> str:

@@ -71,10 +71,9 @@ def evaluate(asked: Asked, decided: Decided) -> None:
     ranks.on_main(
         lambda: store.begin(job.command, job.created, resume=decided.resume, overwrite=asked.overwrite)
     )
-    if plan is not None and ranks.main:
-        typer.echo(plan.describe(), err=True)
     try:
-        results = measure(job, store, ranks, model, plan.sample if plan is not None else None)
+        sample, words = (plan.sample, plan.describe()) if plan is not None else (None, "")
+        results = measure(job, store, ranks, model, sample, words)
     except KeyboardInterrupt:
         if ranks.main:
             typer.echo(f"stopped; what is finished is kept, go on with: {_again(store.folder)}", err=True)

@@ -15,9 +15,18 @@ if TYPE_CHECKING:
 
 
 def measure(
-    job: Evaluation, store: Store, ranks: Ranks, model: BaseModel | None, sample: SampleSettings | None
+    job: Evaluation,
+    store: Store,
+    ranks: Ranks,
+    model: BaseModel | None,
+    sample: SampleSettings | None,
+    about: str = "",
 ) -> dict[str, Any]:
-    """Draw and score what is missing; the content of results.json. model, sample: None for given pictures."""
+    """Draw and score what is missing; the content of results.json.
+
+    Args:
+        model, sample: None for given pictures. about: how pictures are drawn, in words, said at the start.
+    """
     from align_cli.cli.progress import CountingProgress
     from align_cli.evaluation import engine
     from align_cli.evaluation.drawing import find_missing
@@ -27,6 +36,8 @@ def measure(
     done = {f"drawing {name}": len(job.items) - len(rows) for name, rows in missing.items()}
     if ranks.main and missing:
         left = sum(map(len, missing.values()))
+        if about:
+            typer.echo(about, err=True)
         typer.echo(f"{left} of {sum(totals.values())} pictures to draw, in {store.folder}", err=True)
     given = {arm.name: job.given.get(arm.name, job.items) for arm in job.arms}
     there = sum(picture is not None for of in given.values() for picture in of)

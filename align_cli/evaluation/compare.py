@@ -141,4 +141,4 @@ def _wanted(metrics: Sequence[Metric], design: Design) -> list[tuple[Metric, Gro
 
 
 def _take(names: Sequence[Hashable], rows: np.ndarray) -> list[Hashable]:
-    return [names[i] for i in np.nonzero(rows)[0]]
+    return [names[int(i)] for i in np.nonzero(rows)[0]]

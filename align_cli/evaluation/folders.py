@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from align_cli.errors import UserError
 from align_cli.evaluation.arms import check_name
 from align_cli.evaluation.store import PICTURE_ERRORS, Item, read_picture
 from align_cli.files import file_errors
-from align_cli.pictures import read_metadata
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 RULE = (
@@ -51,8 +52,8 @@ def match(folder: Path, items: Sequence[Item], *, allow_missing: bool) -> tuple[
 
     A picture that an evaluation drew says in its metadata which prompt it is of. Any other belongs to a
     prompt by its path without the suffix: the prompt's id (which may name a folder: anime/00012), or else the
-    prompt's number from 0; "-K" or "_K" behind either is the K-th picture of the prompt, from 0. Numbers may
-    have leading zeros.
+    prompt's number from 0; "-K" or "_K" behind either is the K-th picture of the prompt, from 0 (as
+    GenEval has it: "/samples/K"). Numbers may have leading zeros.
 
     Returns:
         a path or None for each item, and what the user should know, in words.
@@ -104,10 +105,7 @@ def _told(files: Sequence[Path], items: Sequence[Item]) -> list[Path | None]:
     table: dict[tuple[str, str], Path] = {}
     texts: dict[Path, str] = {}
     for path in files:
-        try:
-            facts = read_metadata(path) if path.suffix.lower() == ".png" else {}
-        except PICTURE_ERRORS:
-            continue
+        facts = _facts(path)
         if "id" in facts and "run" in facts:
             _put(table, (facts["id"], facts.get("k", "0")), path)
             texts[path] = facts.get("prompt", "")
@@ -118,6 +116,15 @@ def _told(files: Sequence[Path], items: Sequence[Item]) -> list[Path | None]:
     return found
 
 
+def _facts(path: Path) -> dict[str, str]:
+    """What a picture says of itself before its pixels, so that one that is cut off says it, too."""
+    try:
+        with Image.open(path) as file:
+            return {str(key): str(value) for key, value in file.info.items()}
+    except PICTURE_ERRORS:
+        return {}
+
+
 def _named(folder: Path, files: Sequence[Path], items: Sequence[Item]) -> list[Path | None]:
     """By names: ids of prompts, or else their numbers."""
     table: dict[str, Path] = {}
@@ -126,7 +133,8 @@ def _named(folder: Path, files: Sequence[Path], items: Sequence[Item]) -> list[P
     for own in (lambda item: item.row.id, lambda item: str(item.number)):
         found = []
         for item in items:
-            names = [f"{own(item)}-{item.k}", *([own(item)] if item.k == 0 else [])]
+            names = [f"{own(item)}-{item.k}", f"{own(item)}/samples/{item.k}"]
+            names += [own(item)] if item.k == 0 else []
             found.append(next((table[_plain(name)] for name in names if _plain(name) in table), None))
         if any(found):
             return found

@@ -122,7 +122,9 @@ def outcome(
         "protocol": facts.protocol,
         "words": [*in_words(compared, baseline, trained, drift), *audit_words(audit), *agreement(values)],
         "notes": notes,
-        "items": [_item(i, item, folder, pictures, values, drawn=bool(facts.sample)) for i, item in enumerate(items)],
+        "items": [
+            _item(i, item, folder, pictures, values, drawn=bool(facts.sample)) for i, item in enumerate(items)
+        ],
     })  # fmt: skip
 
 

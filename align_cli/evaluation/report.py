@@ -53,6 +53,7 @@ def page(results: Mapping[str, Any], embedded: Embedded) -> str:
     decimals = decimals_of(results)
     sections = [
         parts.summary(results, decimals),
+        parts.official(results),
         parts.groups(results, decimals),
         parts.drift(results),
         parts.audit(results),
@@ -91,8 +92,8 @@ def _subject(results: Mapping[str, Any]) -> str:
 
 def _top(sections: Sequence[Html | None]) -> Html:
     """Links to the sections that are there, and the switch between light and dark."""
-    names = ("summary", "groups", "drift", "tokens", "pictures", "provenance")
-    words = ("Summary", "Groups", "Drift", "Tokens", "Pictures", "Provenance")
+    names = ("summary", "official", "groups", "drift", "tokens", "pictures", "provenance")
+    words = ("Summary", "Official", "Groups", "Drift", "Tokens", "Pictures", "Provenance")
     links = [
         tag("a", word, href=f"#{name}")
         for name, word, part in zip(names, words, sections, strict=True)
@@ -120,6 +121,7 @@ def _opening(results: Mapping[str, Any]) -> Html:
         None if one else tag("ul", [tag("li", text) for text in said], class_="said"),
         tag("ul", [tag("li", text) for text in results["words"]], class_="words"),
         tag("p", facts, class_="small"),
+        [tag("p", f"Note: {note}", class_="small") for note in results.get("notes", ())],
         class_="opening",
     )
 

@@ -17,7 +17,7 @@ AXIS = 24
 class Scale:
     """Maps values to percentages of a width; `ticks` are round numbers inside it."""
 
-    def __init__(self, values: Iterable[object], *, targets: int = 4) -> None:
+    def __init__(self, values: Iterable[object]) -> None:
         """values: numbers that shall be seen, beside 0; what is no number is passed over."""
         seen = [0.0, *(x for x in map(finite, values) if x is not None)]
         low, high = min(seen), max(seen)
@@ -25,20 +25,23 @@ class Scale:
             low, high = -1.0, 1.0
         pad = 0.04 * (high - low)
         self.low, self.high = low - (pad if low < 0 else 0), high + (pad if high > 0 else 0)
-        step = _round_step((self.high - self.low) / targets)
-        first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        self.ticks = [i * step for i in range(first, last + 1)]
-        self.decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+        self.ticks, self.decimals = _ticks(self.low, self.high)
 
     def at(self, value: float) -> float:
         """Position in percent, kept between 0 and 100."""
         return min(100.0, max(0.0, 100 * (value - self.low) / (self.high - self.low)))
 
 
-def _round_step(rough: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(power * f for f in (1, 2, 5, 10) if power * f >= rough * (1 - 1e-9))
+def _ticks(low: float, high: float) -> tuple[list[float], int]:
+    """Multiples of 1, 2 or 5 times a power of ten, as few as there can be but three, and their decimals."""
+    power = math.floor(math.log10(high - low))
+    while True:
+        for factor in (5, 2, 1):
+            step = factor * 10.0**power
+            first, last = math.ceil(low / step), math.floor(high / step)
+            if last - first >= 2:
+                return [i * step for i in range(first, last + 1)], max(0, -power)
+        power -= 1
 
 
 def difference_scale(rows: Iterable[tuple[object, object, object]]) -> Scale:
@@ -70,7 +73,9 @@ def axis(scale: Scale) -> Html:
     for value in scale.ticks:
         at = scale.at(value)
         anchor = "start" if at < 8 else "end" if at > 92 else "middle"
-        labels.append(tag("text", number(value, scale.decimals), x=_pc(at), y=15, text_anchor=anchor))
+        kind = None if value in (0, scale.ticks[0], scale.ticks[-1]) else "minor"
+        text = number(value, scale.decimals)
+        labels.append(tag("text", text, x=_pc(at), y=15, text_anchor=anchor, class_=kind))
     return _svg(AXIS, labels, "axis")
 
 

@@ -37,7 +37,21 @@ LOST = 240
 EXAMPLES = 40
 """Cut prompts that are listed per tokenizer."""
 SHOWN = frozenset(
-    {"format", "arms", "scorers", "audit", "means", "comparisons", "drift", "words", "items", "command"}
+    {
+        "format",
+        "arms",
+        "scorers",
+        "audit",
+        "means",
+        "comparisons",
+        "drift",
+        "words",
+        "items",
+        "command",
+        "floor",
+        "official",
+        "notes",
+    }
 )
 """Keys of results.json that have a section of their own; all others are listed under provenance."""
 
@@ -85,8 +99,9 @@ def _compared(results: Mapping[str, Any], decimals: Mapping[str, int]) -> Html:
     words = tag(
         "p",
         f"Difference: arm minus {results['baseline']}, mean over the same prompts, seeds and initial noise. "
-        "Better / worse: prompts that rose and fell; p: their sign test, then adjusted for the number of "
-        "comparisons in this run. Each interval around 0 has its own scale.",
+        "Better / worse: prompts that rose and fell; p sign: their sign test; p adjusted: of the difference, "
+        "corrected for the number of comparisons in this run. Each interval around 0 has its own scale."
+        + _floor(results, decimals),
         class_="small",
     )
     more = _comparison_table(results, overall(results, others), decimals, "Other metrics") if others else None
@@ -108,7 +123,7 @@ def _comparison_table(
         *num_head("Difference", "95 % interval"),
         tag("th", "around 0", scope="col", class_="plot"),
         *num_head(results["baseline"], "arm" if several else arms[0], "Better / worse (win rate)"),
-        *num_head("p", "p adjusted", "n"),
+        *num_head("p sign", "p adjusted", "n"),
     ]
     span = len(head) - (not several)
     bodies = []
@@ -150,6 +165,12 @@ def _summary_rows(
     return lines
 
 
+def _floor(results: Mapping[str, Any], decimals: Mapping[str, int]) -> str:
+    """What no alignment at all would score, where the run measured it."""
+    floor = [f"{m} {number(x, decimals.get(m, 3))}" for m, x in results.get("floor", {}).items()]
+    return f" Floor (pictures judged against the prompts of others): {', '.join(floor)}." if floor else ""
+
+
 def _distinct(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
     """The values of a key, each once, in order."""
     return list(dict.fromkeys(row[key] for row in rows))
@@ -175,6 +196,27 @@ def _alone(results: Mapping[str, Any], decimals: Mapping[str, int]) -> Html:
 def _metrics(scorer: Mapping[str, Any]) -> list[str]:
     """The headline, then the others."""
     return [scorer["headline"], *(m for m in scorer["metrics"] if m != scorer["headline"])]
+
+
+def official(results: Mapping[str, Any]) -> Html | None:
+    """The numbers as the authors of the benchmark report them, where it has such a table."""
+    rows = results.get("official")
+    if not rows:
+        return None
+    body = [
+        tag(
+            "tr",
+            row_head(row["metric"]),
+            tag("td", row["arm"]),
+            tag("td", row["label"]),
+            nums(number(row["value"], 4), number(row["std"], 4), count(row["n"])),
+            tag("td", row["how"], class_="lost"),
+        )
+        for row in rows
+    ]
+    head = ["Scorer", "Arm", "Part", *num_head("Value", "SD", "n"), "How"]
+    title = "The benchmark's own table"
+    return section("official", title, table(head, tag("tbody", body), caption=title, kind="wide"))
 
 
 # Groups

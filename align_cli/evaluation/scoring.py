@@ -70,11 +70,9 @@ class Scorer(Protocol):
 class RewardScorer:
     """A reward at work on pictures from files."""
 
-    fraction = False
-
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
-        self.name, self.headline = reward.name, reward.headline
+        self.name, self.headline, self.fraction = reward.name, reward.headline, reward.fraction
 
     def facts(self) -> dict[str, str]:
         return self.reward.facts()

@@ -112,7 +112,8 @@ def _rows(results: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, 
                 if row["metric"] != metric:
                     continue
                 if row["group"] is None:
-                    found.append((f"* {metric}" if head else metric, row, "bold" if head else ""))
+                    label = f"* {metric}" if head else metric.removeprefix(f"{scorer['name']}/")
+                    found.append((label, row, "bold" if head else ""))
                 elif head and row["group"][0] in shown:
                     found.append((f"    {row['group'][1]}", row, ""))
     return found

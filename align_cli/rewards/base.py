@@ -39,10 +39,12 @@ class Reward(ABC):
 
     name: as registered. version: of the weights, in words. source: hub id, folder or file of the weights, as
     given. preprocessing, scale: in words. differentiable: whether `score` has gradients with respect to the
-    pictures. headline: the key of `metrics` that decides.
+    pictures. headline: the key of `metrics` that decides. fraction: every metric is in [0, 1] and is
+    averaged as a share.
     """
 
     differentiable: bool = True
+    fraction: bool = False
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ class ShapesOracle(Reward):
     """Reads 32 x 32 pictures and says what is true of the prompt. `score`: 1 where everything is, else 0."""
 
     differentiable = False
+    fraction = True
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__(
