@@ -32,7 +32,9 @@ def test_every_folder_is_a_model_and_all_are_small():
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_card_of_a_pipeline(name):
-    pipe, facts = DiffusionPipeline.from_pretrained(registry.WEIGHTS / name), card(name)
+    facts = card(name)
+    absent = {part: None for part in ("text_encoder_3", "tokenizer_3") if name == "tiny-sd3"}
+    pipe = DiffusionPipeline.from_pretrained(registry.WEIGHTS / name, **absent)
     assert facts["class"] == f"diffusers.{type(pipe).__name__}"
     counts = {
         part: sum(p.numel() for p in module.parameters())

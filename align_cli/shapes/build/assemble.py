@@ -143,8 +143,9 @@ ABSENT = {
 NOTES = {
     "denoiser-sd3": {
         "taught_by": "tiny-sdxl: the target is what it expects of eps - x0, up to its last noise level",
-        "without_t5": f"{components.TOKEN_LIMIT} rows of zeros; give the diffusers pipeline "
-        f"max_sequence_length={components.TOKEN_LIMIT}",
+        "without_t5": f"{components.TOKEN_LIMIT} rows of zeros; open with text_encoder_3=None and "
+        "tokenizer_3=None, and call the diffusers pipeline with max_sequence_length="
+        f"{components.TOKEN_LIMIT}",
     }
 }
 """Stage -> further lines of the card."""
