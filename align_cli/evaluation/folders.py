@@ -110,9 +110,9 @@ def _told(files: Sequence[Path], items: Sequence[Item]) -> list[Path | None]:
             _put(table, (facts["id"], facts.get("k", "0")), path)
             texts[path] = facts.get("prompt", "")
     found = [table.get((item.row.id, str(item.k))) for item in items]
-    for item, path in zip(items, found, strict=True):
-        if path is not None and texts[path] != item.row.text:
-            raise UserError(f"{path} was drawn for {texts[path]!r}, not for {item.row.text!r}")
+    for item, drawn in zip(items, found, strict=True):
+        if drawn is not None and texts[drawn] != item.row.text:
+            raise UserError(f"{drawn} was drawn for {texts[drawn]!r}, not for {item.row.text!r}")
     return found
 
 

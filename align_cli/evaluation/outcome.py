@@ -9,7 +9,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def outcome(
     metrics = [
         Metric(key, scorer.name, key == scorer.headline, scorer.fraction)
         for scorer, values in scored
-        for key in sorted(values, key=lambda k, s=scorer: k == s.headline)  # the headline last
+        for key in sorted(values, key=partial(eq, scorer.headline))  # the headline last
     ]
     values = {key: row for _, found in scored for key, row in found.items()}
     compared = compare(values, metrics, design)

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -163,8 +164,9 @@ class Scores:
         """Where process `rank` writes."""
         return Part(self.folder / f"{self.scorer.name}.{rank}.jsonl", self.head)
 
-    def join(self, found: Mapping[int, tuple[str, dict[str, float]]]) -> None:
+    def join(self) -> None:
         """Write all numbers into the one file and remove the parts."""
+        found = self.read()
         lines = [self.head]
         for i in sorted(found):
             picture, values = found[i]
@@ -230,7 +232,7 @@ def score(
     for arm, paths in pictures.items():
         scores = Scores(folder, arm, scorer)
         todo: list[int] = []
-        ranks.on_main(lambda scores=scores, paths=paths, todo=todo: todo.extend(_unscored(scores, paths)))
+        ranks.on_main(partial(_find_unscored, scores, paths, todo))
         todo = ranks.objects(todo)[0]
         left = sum(
             paths[i] is not None for b in todo for i in range(b * BATCH, min((b + 1) * BATCH, len(items)))
@@ -249,18 +251,18 @@ def score(
             part.add(shown, values)
             progress(f"scoring {scorer.name}", len(shown) * ranks.world_size)
         ranks.objects(None)
-        ranks.on_main(lambda scores=scores: scores.join(scores.read()))
+        ranks.on_main(scores.join)
     return _table(folder, scorer, pictures, len(items))
 
 
-def _unscored(scores: Scores, paths: Sequence[Path | None]) -> list[int]:
-    """Numbers of the batches that are to be scored."""
+def _find_unscored(scores: Scores, paths: Sequence[Path | None], todo: list[int]) -> None:
+    """Adds to `todo` the numbers of the batches that are to be scored."""
     have = scores.read()
-    todo = set()
+    found = set()
     for i, path in enumerate(paths):
         if path is not None and (i not in have or have[i][0] != identity(scores.scorer, scores.arm, i, path)):
-            todo.add(i // BATCH)
-    return sorted(todo)
+            found.add(i // BATCH)
+    todo.extend(sorted(found))
 
 
 def identity(scorer: Scorer, arm: str, item: int, path: Path) -> str:
