@@ -68,12 +68,13 @@ def bar(scale: Scale, value: object, low: object, high: object, kind: str) -> Ht
 
 
 def axis(scale: Scale) -> Html:
-    """The tick labels below a column of bars."""
+    """The tick labels below a column of bars; those of class minor have no room on a narrow page."""
     labels = []
     for value in scale.ticks:
         at = scale.at(value)
         anchor = "start" if at < 8 else "end" if at > 92 else "middle"
-        kind = None if value in (0, scale.ticks[0], scale.ticks[-1]) else "minor"
+        far = value in (scale.ticks[0], scale.ticks[-1]) and abs(at - scale.at(0)) > 25
+        kind = None if value == 0 or far else "minor"
         text = number(value, scale.decimals)
         labels.append(tag("text", text, x=_pc(at), y=15, text_anchor=anchor, class_=kind))
     return _svg(AXIS, labels, "axis")
