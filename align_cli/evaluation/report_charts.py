@@ -48,11 +48,11 @@ def difference_scale(rows: Iterable[tuple[object, object, object]]) -> Scale:
     """A scale for (value, low, high) in which a few very wide intervals do not squeeze all the rest: ends are
     seen up to four times the largest value, or the median end, whichever is more.
     """
-    rows = [tuple(map(finite, row)) for row in rows]
-    values = [abs(v) for v, _, _ in rows if v is not None]
-    ends = sorted(abs(x) for _, *pair in rows for x in pair if x is not None)
+    triples = [[finite(x) for x in row] for row in rows]
+    values = [abs(row[0]) for row in triples if row[0] is not None]
+    ends = sorted(abs(x) for row in triples for x in row[1:] if x is not None)
     limit = max(4 * max(values, default=0.0), ends[len(ends) // 2] if ends else 0.0)
-    shown = [x if x is None else min(limit, max(-limit, x)) for row in rows for x in row]
+    shown = [x if x is None else min(limit, max(-limit, x)) for row in triples for x in row]
     return Scale(shown)
 
 
