@@ -17,6 +17,7 @@ from PIL import Image
 from align_cli.errors import UserError
 from align_cli.pictures import to_uint8
 from align_cli.rewards import hpsv2_reference as reference
+from align_cli.rewards.cleaning import clean
 from align_cli.rewards.clip import HPS_FILES
 from align_cli.rewards.loading import load_reward
 
@@ -143,14 +144,13 @@ def test_official_score_function(folder, tmp_path, monkeypatch):
 
 @pytest.mark.hpsv2
 def test_tokens(official, folder):
+    """Once a text is cleaned, transformers' tokenizer cuts it into the same pieces."""
     ours = load_reward("hpsv2", source=str(folder))
-    wanted = official.tokenize(PROMPTS)
-    got = ours.tokenizer(
-        [ours._clean(p) for p in PROMPTS], padding="max_length", max_length=77, truncation=True
-    )
+    texts = [*PROMPTS, "a corgi\u2019s head", "the word \u2018openai\u2019 and \u201cmore\u201d", "\ufb01re"]
+    wanted = official.tokenize(texts)
+    got = ours.tokenizer([clean(text) for text in texts], max_length=77, truncation=True)
     for mine, theirs in zip(got["input_ids"], wanted.tolist(), strict=True):
-        end = theirs.index(49407) + 1
-        assert mine[:end] == theirs[:end]
+        assert mine == theirs[: theirs.index(49407) + 1]
 
 
 @pytest.mark.hpsv2
