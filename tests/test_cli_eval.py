@@ -68,7 +68,7 @@ def words(tmp_path: Path, n: int = 5) -> Path:
 def test_shapes_alone(tiny_sd15_folder, tmp_path):
     args = ("shapes", "--model", tiny_sd15_folder, "--n", 12, *QUICK)
     result = ok(*args, "--out", "e")
-    assert "* shapes/all" in result.stdout and "floor" in result.stdout and "peak memory" in result.stdout
+    assert "* all" in result.stdout and "floor" in result.stdout and "peak memory" in result.stdout
     raw = read(tmp_path / "e")
     means = {row["metric"]: row for row in raw["means"] if row["group"] is None}
     assert means["shapes/all"]["n"] == 12 and raw["floor"]["shapes/all"] is not None
@@ -111,7 +111,7 @@ def test_base_and_aligned_on_shapes(adapter):
         assert name in head
     for name in ("object", "color", "shape", "count", "relation", "background"):
         assert any(line.strip().startswith(name) for line in lines), name
-    for name in ("* shapes/all", "pair", "triple", "long"):
+    for name in ("* all", "pair", "triple", "long"):
         assert any(line.strip().startswith(name) for line in lines), name
     assert max(map(len, lines)) <= 100
     assert "drawing aligned 12/12" in result.stderr

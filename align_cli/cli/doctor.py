@@ -21,7 +21,7 @@ CORE = (
 """Packages that t2ialign depends on, as in pyproject.toml."""
 
 EXTRAS = {
-    "hpsv2": ("hpsv2",),
+    "hpsv2": ("hpsv2", "open_clip_torch"),
     "spacy": ("spacy",),
     "tracking": ("tensorboard", "trackio", "wandb"),
     "test": ("pytest", "pytest-xdist"),

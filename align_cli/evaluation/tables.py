@@ -105,6 +105,7 @@ def _rows(results: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, 
     """(label, row, style): every metric of every scorer, its headline last, with the groups below it."""
     shown = [name for name in results["benchmark"]["group_names"] if _few(results, name)]
     found: list[tuple[str, Mapping[str, Any], str]] = []
+    alone = len(results["scorers"]) == 1
     for scorer in results["scorers"]:
         for metric in scorer["metrics"]:
             head = metric == scorer["headline"]
@@ -112,7 +113,8 @@ def _rows(results: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, 
                 if row["metric"] != metric:
                     continue
                 if row["group"] is None:
-                    label = f"* {metric}" if head else metric.removeprefix(f"{scorer['name']}/")
+                    short = metric.removeprefix(f"{scorer['name']}/")
+                    label = short if not head else f"* {short if alone else metric}"
                     found.append((label, row, "bold" if head else ""))
                 elif head and row["group"][0] in shown:
                     found.append((f"    {row['group'][1]}", row, ""))
@@ -173,7 +175,7 @@ def _footer(results: Mapping[str, Any], width: int) -> list[Text]:
 
 def _meaning(results: Mapping[str, Any]) -> str:
     if any(scorer["headline"] == "shapes/all" for scorer in results["scorers"]):
-        return " shapes/all: all that is asked for is there, and no object more."
+        return " all: all that is asked for is there, and no object more."
     return ""
 
 
