@@ -30,6 +30,7 @@ LAYOUT = {
 PROMPTS = [
     "a red dog", "", "A Photo, of \t two  Cats!", "it's 3 o'clock & 12345 #tags; caf\u00e9 na\u00efve",
     "bread &amp; butter &lt;3", "word " * 200, "\u4e00 \u00bd \U0001f600 \u00fcber",
+    "a \u201ccurly\u201d sign",
 ]  # fmt: skip
 
 

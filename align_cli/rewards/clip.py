@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import unescape
 from pathlib import PurePath
 from typing import Any
 
@@ -21,6 +20,7 @@ from align_cli.cuts import Cut, cuts
 from align_cli.errors import UserError
 from align_cli.rewards import preprocess
 from align_cli.rewards.base import Request, Reward, choose_preprocessing, rgb
+from align_cli.rewards.cleaning import clean
 from align_cli.rewards.places import Place, place
 from align_cli.rewards.preprocess import Preprocess
 from align_cli.rewards.towers import WEIGHT_FILES, build, projected, published, read_clip
@@ -176,7 +176,7 @@ class ClipReward(Reward):
         return cuts(self.tokenizer, self.limit, [self._clean(text) for text in prompts])
 
     def _clean(self, text: str) -> str:
-        return unescape(unescape(text)) if self.unescape else text
+        return clean(text) if self.unescape else text
 
 
 def build_clip(request: Request) -> ClipReward:
