@@ -177,7 +177,7 @@ def _outline(cls: Any, source: Source, part: str, dtype: torch.dtype) -> nn.Modu
     config = read_json(source.folder / part / "config.json", source.label)
     try:
         with torch.device("meta"):
-            module: nn.Module = cls.from_config(config).to(dtype)
+            module: nn.Module = nn.Module.to(cls.from_config(config), dtype)  # diffusers' own `to` warns
     except LOAD_ERRORS as error:
         raise UserError(f"cannot read the {part} of {source.label}: {first_line(error)}") from error
     return module
