@@ -341,6 +341,8 @@ def convert(value: object, hint: object, where: str) -> object:
                 f"{where} must be one of {', '.join(map(str, typing.get_args(hint)))}, got {value!r}"
             )
         return value
+    if origin is dict:
+        return _convert_table(value, typing.get_args(hint), where)
     if origin is tuple:
         return _convert_tuple(value, typing.get_args(hint), where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -380,6 +382,12 @@ def _convert_tuple(value: object, args: tuple[object, ...], where: str) -> tuple
     return tuple(
         convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True))
     )
+
+
+def _convert_table(value: object, args: tuple[object, ...], where: str) -> dict[str, object]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} must be a table, got {value!r}")
+    return {str(name): convert(item, args[1], f"{where}.{name}") for name, item in value.items()}
 
 
 def _fields(cls: type) -> tuple[Field[object], ...]:
@@ -453,6 +461,8 @@ def _preset_name(method: str, preset: str | None, model: str) -> str | None:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -463,4 +473,6 @@ def _toml(value: object) -> str:
         return json.dumps(value).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{json.dumps(name)} = {_toml(item)}' for name, item in value.items())} }}"
     return repr(value)

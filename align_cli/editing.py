@@ -30,8 +30,10 @@ import torch
 from torch import Tensor
 
 from align_cli.diffusion.process import NoiseProcess, Process
+from align_cli.diffusion.rollout import at_step
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel, TextCond
+from align_cli.models.conditioning import StepText
 from align_cli.pictures import to_uint8
 from align_cli.sampling import PictureNoise
 from align_cli.settings import EditSettings
@@ -40,6 +42,8 @@ CONVENTIONS = ("softrepa", "flowedit")
 CALLS = 4
 """Denoiser rows of one edit: source and target, each without and with its prompt."""
 
+StepCond = TextCond | Callable[[int], TextCond]
+"""Conditioning of all steps, or a function of the step's index."""
 Callback = Callable[[int, int], None]
 """Called as (done, total), in steps times edits."""
 
@@ -83,9 +87,9 @@ def velocity(model: Predictor, z: Tensor, t: Tensor, cond: TextCond) -> Tensor:
 def flowedit(
     model: Predictor,
     source: Tensor,
-    src: TextCond,
-    tgt: TextCond,
-    uncond: TextCond,
+    src: StepCond,
+    tgt: StepCond,
+    uncond: StepCond,
     *,
     steps: int,
     n_start: int,
@@ -110,7 +114,8 @@ def flowedit(
     follows V_tgt alone. With n_min == n_start this is SDEdit from the source.
 
     Args:
-        source: (B, C, h, w) scaled latents. src, tgt, uncond: B rows each.
+        source: (B, C, h, w) scaled latents. src, tgt, uncond: B rows each, or a function that gives them for
+        the index of a step of the whole path.
         n_start: in [0, steps]; 0 returns the source. n_min: in [0, n_start].
         batch_size: most rows of one denoiser call; 0 makes all calls of a step at once.
         noise_fn: standard normal noise like source; called n_avg times in a step of the first phase, and once
@@ -137,11 +142,13 @@ def flowedit(
     # both conventions as u + s (v - u)
     scale = tgt_guidance + 1 if convention == "softrepa" else tgt_guidance
 
-    def guided(t: Tensor, sides: Sequence[tuple[Tensor, TextCond, float]]) -> list[Tensor]:
-        """Velocities of several (latents, prompt, scale), all in one batch of calls."""
+    def guided(i: int, sides: Sequence[tuple[Tensor, StepCond, float]]) -> list[Tensor]:
+        """Velocities at step i of several (latents, prompt, scale), all in one batch of calls."""
+        t, empty = path[i], at_step(uncond, i)
         rows: list[tuple[Tensor, TextCond]] = []
-        for latents, cond, s in sides:
-            rows += [(latents, cond)] if s == 1 else [(latents, uncond), (latents, cond)]
+        for latents, prompt, s in sides:
+            cond = at_step(prompt, i)
+            rows += [(latents, cond)] if s == 1 else [(latents, empty), (latents, cond)]
         v = iter(_calls(model, torch.cat([z for z, _ in rows]), t, rows, batch_size).chunk(len(rows)))
         out = []
         for _, _, s in sides:
@@ -153,18 +160,18 @@ def flowedit(
     sigmas = [rectified(model.process, t)[0] for t in path] + [0.0]
     z = x
     for done, i in enumerate(range(steps - n_start, steps)):
-        t, sigma, width = path[i], sigmas[i], sigmas[i + 1] - sigmas[i]
+        sigma, width = sigmas[i], sigmas[i + 1] - sigmas[i]
         if steps - i > n_min:
             move = torch.zeros_like(z)
             for _ in range(n_avg):
                 a = (1 - sigma) * x + sigma * noise_fn().to(x)
-                v_src, v_tgt = guided(t, [(a, src, src_guidance), (a + (z - x), tgt, scale)])
+                v_src, v_tgt = guided(i, [(a, src, src_guidance), (a + (z - x), tgt, scale)])
                 move = move + (v_tgt - v_src) / n_avg
             z = z + width * move
         else:
             if steps - i == n_min:
                 z = z + sigma * (noise_fn().to(x) - x)
-            z = z + width * guided(t, [(z, tgt, scale)])[0]
+            z = z + width * guided(i, [(z, tgt, scale)])[0]
         if callback is not None:
             callback(done + 1)
     return z
@@ -224,12 +231,13 @@ def edit(
         shape = (model.latent_channels, pixels.shape[2] // factor, pixels.shape[3] // factor)
         noise = PictureNoise(seeds[rows], shape, model)
         source = model.encode_image((pixels / 127.5 - 1).to(model.device), noise())
+        target = StepText(model, tgt_prompts[rows], settings.steps)
         z = flowedit(
             model,
             source,
-            model.encode_text(list(src_prompts[rows])),
-            model.encode_text(list(tgt_prompts[rows])),
-            model.uncond(size),
+            StepText(model, src_prompts[rows], settings.steps).cond,
+            target.cond,
+            target.uncond,
             steps=settings.steps,
             n_start=settings.n_start,
             src_guidance=settings.src_guidance,

@@ -5,7 +5,7 @@ Shape letters: I images, T texts (candidates of an image), B batch, C h w latent
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,3 +134,25 @@ def preference_loss(scores: Tensor, omega: float) -> Tensor:
     Source: LongAlign unet_reward.py. Deviations: none.
     """
     return 0.5 * (1 - scores.float().mean()) - 0.09 * (1 - omega)
+
+
+# ---------------------------------------------------------------- gradients that are known
+
+
+def with_gradient(loss: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    """The loss (), as if it had been computed from `x` and this were its gradient (shaped as x)."""
+    result: Tensor = _Known.apply(x, loss, gradient)
+    return result
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = x.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (outer[0] * gradient).to(ctx.dtype), None, None  # scaled first, so that it fits float16

@@ -17,10 +17,22 @@ class Table(dict[str, str]):
         self.kind = kind
 
 
-METHODS = Table("method", {"softrepa": "align_cli.methods.softrepa.method:SoftREPA"})
+METHODS = Table(
+    "method",
+    {
+        "softrepa": "align_cli.methods.softrepa.method:SoftREPA",
+        "textcraftor": "align_cli.methods.textcraftor.method:TextCraftor",
+    },
+)
 """Classes that follow `align_cli.methods.base.Method`."""
 
-METHOD_CONFIGS = Table("method", {"softrepa": "align_cli.methods.softrepa.config:SoftREPAConfig"})
+METHOD_CONFIGS = Table(
+    "method",
+    {
+        "softrepa": "align_cli.methods.softrepa.config:SoftREPAConfig",
+        "textcraftor": "align_cli.methods.textcraftor.config:TextCraftorConfig",
+    },
+)
 """Their frozen config dataclasses; importing one costs no torch."""
 
 DATASETS = Table(

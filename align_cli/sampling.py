@@ -16,6 +16,7 @@ from align_cli.diffusion.rollout import rollout
 from align_cli.diffusion.samplers import samplers_of
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel
+from align_cli.models.conditioning import StepText
 from align_cli.pictures import Note, contact_sheet, save_png
 from align_cli.settings import SampleSettings, require_multiple
 
@@ -67,6 +68,8 @@ def sample(
         part = list(prompts[start : start + settings.batch_size])
         noise = PictureNoise(seeds[start : start + settings.batch_size], shape, model)
         size, first = len(part), start * settings.steps
+        from_step = None if settings.from_step < 0 else settings.from_step
+        text = StepText(model, part, settings.steps, from_step=from_step)
 
         def report(step: int, size: int = size, first: int = first) -> None:
             if callback is not None:
@@ -81,8 +84,8 @@ def sample(
             sampler=settings.sampler,
             eta=settings.eta,
             guidance=settings.guidance,
-            cond=model.encode_text(part),
-            uncond=model.uncond(size) if settings.guidance != 1 else None,
+            cond=text.cond,
+            uncond=text.uncond if settings.guidance != 1 else None,
             grad_steps=frozenset(),
             noise_fn=noise,
             callback=report,

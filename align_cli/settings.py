@@ -203,7 +203,7 @@ class SampleSettings:
     sampler: str = "ddim"
     """ddim or ddpm; euler for flow-matching models (SD3), which have no other."""
     spacing: str = "leading"
-    """Timestep spacing of ddim and ddpm: leading, trailing or linspace."""
+    """Timestep spacing of ddim and ddpm: leading, trailing, linspace, or lead (TextCraftor's)."""
     steps: int = 30
     """Denoiser evaluations along the path (NFE)."""
     guidance: float = 7.0
@@ -214,15 +214,23 @@ class SampleSettings:
     """Pixels of the square picture; 0 takes the model's own size."""
     batch_size: int = 4
     """Pictures per forward pass. Does not change the pictures."""
+    from_step: int = -1
+    """Adapters on text encoders work from this step on (0 is the first); -1: from the step they were made
+    for."""
 
     def __post_init__(self) -> None:
         one_of("sample.sampler", self.sampler, ("ddim", "ddpm", "euler"))
-        one_of("sample.spacing", self.spacing, ("leading", "trailing", "linspace"))
+        one_of("sample.spacing", self.spacing, ("leading", "trailing", "linspace", "lead"))
         require(self.steps >= 1, f"sample.steps must be >= 1, got {self.steps}")
         require(self.batch_size >= 1, f"sample.batch_size must be >= 1, got {self.batch_size}")
         require(self.guidance >= 0, f"sample.guidance must be >= 0, got {self.guidance}")
         require(0 <= self.eta <= 1, f"sample.eta must be in [0, 1], got {self.eta}")
         require(self.image_size >= 0, f"sample.image_size must be >= 0, got {self.image_size}")
+        require(
+            -1 <= self.from_step < self.steps,
+            f"sample.from_step must be between 0 and {self.steps - 1} (sample.steps - 1), or -1, got "
+            f"{self.from_step}",
+        )
 
     def check_model(self, model: str, vae_factor: int, num_train_timesteps: int) -> None:
         """UserError for a picture size or a number of steps that a model of these facts cannot draw with.

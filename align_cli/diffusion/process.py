@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 SPACINGS = ("leading", "trailing", "linspace")
+"""Of diffusers; `NoiseProcess.timesteps` also knows lead, which is TextCraftor's."""
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -148,7 +149,8 @@ class NoiseProcess:
         """(n,) int64, descending, exactly as diffusers' DDIM spaces them; spacing None takes the model's own.
 
         leading: (T // n) i + steps_offset. trailing: from T - 1 down in steps of T / n, rounded. linspace:
-        from T - 1 to 0, both included.
+        from T - 1 to 0, both included. lead: from T - 1 down in whole steps of T // n, 1 in place of what is
+        not above 0; trailing where n divides T. Source: set_timesteps of TextCraftor's DDIM, lead 999.
         Raises:
             ValueError: n outside [1, T], or so large that the offset leads beyond T - 1.
         """
@@ -164,10 +166,12 @@ class NoiseProcess:
         elif spacing == "trailing":
             # the grid of floats may hold one more point than n by rounding
             steps = (np.round(np.arange(total, 0, -total / n)) - 1)[:n]
+        elif spacing == "lead":
+            steps = np.maximum(total - 1 - np.arange(n) * (total // n), 1)
         elif spacing == "linspace":
             steps = np.round(np.linspace(0, total - 1, n))[::-1]
         else:
-            raise ValueError(f"unknown spacing {spacing!r}: {', '.join(SPACINGS)}")
+            raise ValueError(f"unknown spacing {spacing!r}: {', '.join((*SPACINGS, 'lead'))}")
         return torch.from_numpy(np.ascontiguousarray(steps).astype(np.int64))
 
 

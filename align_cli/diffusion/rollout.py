@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from align_cli.diffusion.guidance import Cond, guided
 from align_cli.diffusion.process import NoiseProcess, Process
 from align_cli.diffusion.samplers import ddim_step, ddpm_step, euler_step, samplers_of
 
+Given = TypeVar("Given")
+
 
 def rollout(
     predict: Callable[[Tensor, Tensor, Cond], Tensor],
@@ -21,8 +23,8 @@ def rollout(
     z: Tensor,
     *,
     steps: int,
-    cond: Cond,
-    uncond: Cond | None = None,
+    cond: Cond | Callable[[int], Cond],
+    uncond: Cond | Callable[[int], Cond] | None = None,
     guidance: float = 1.0,
     spacing: str | None = None,
     sampler: str | None = None,
@@ -39,7 +41,8 @@ def rollout(
         predict: predict(z (B, C, H, W), t (), cond) -> eps or velocity, as `process` says. t is int64, for a
         flow float32.
         z: (B, C, H, W) standard normal noise. It is held in float32 (or float64) between steps.
-        cond, uncond: conditioning of B rows each; uncond is needed unless guidance is 1.
+        cond, uncond: conditioning of B rows each, or a function of the step's index that gives it; uncond is
+        needed unless guidance is 1.
         spacing: leading, trailing or linspace; None takes the process's own, and a flow has no other.
         sampler: "ddim" (with eta) or "ddpm"; "euler" for a flow, which has no other. None: ddim or euler.
         grad_steps: indices (0 is the noisiest) of the steps whose prediction carries gradient; the others run
@@ -71,7 +74,8 @@ def rollout(
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     for i, t in enumerate(path.tolist()):
         # the prediction is taken as float32 below: fp16 latents would lose more at every step
-        inputs = (z.detach() if detach_input else z, torch.tensor(t, device=z.device), cond, uncond)
+        now = z.detach() if detach_input else z
+        inputs = (now, torch.tensor(t, device=z.device), at_step(cond, i), at_step(uncond, i))
         if grad_steps is not None and i not in grad_steps:
             with torch.no_grad():
                 pred = model(*inputs)
@@ -93,6 +97,11 @@ def rollout(
         if callback is not None:
             callback(i)
     return z
+
+
+def at_step(given: Given | Callable[[int], Given], i: int) -> Given:
+    """`given`, or what it says of step i if it is a function."""
+    return given(i) if callable(given) else given
 
 
 def _draw(noise_fn: Callable[[], Tensor] | None, like: Tensor) -> Tensor:

@@ -129,13 +129,17 @@ class Method(Protocol):
     def __init__(self, model: BaseModel, config: object, *, seed: int = 0) -> None: ...
 
     def check(self, settings: TrainSettings) -> None:
-        """UserError for settings of the loop that this method cannot work with; called before anything is
-        written.
+        """Called before training, and before anything is written: UserError for settings of the loop that
+        this method cannot work with; what only training needs (rewards, ...) is loaded here.
         """
         ...
 
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """Group name -> parameters; a group has its own optimiser. Trained tensors are float32."""
+        ...
+
+    def group_options(self) -> dict[str, dict[str, float]]:
+        """Group -> settings of its optimiser in place of those of [train]: lr, weight_decay."""
         ...
 
     def step(self, batch: Batch, ctx: StepContext) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +65,28 @@ class Posterior:
         return latents * self.scale
 
 
+class TextChange(Protocol):
+    """What an adapter makes of the text: embeddings that are mixed with the model's own, from some step on.
+
+    Source: TextCraftor section 4.1: embeddings are mixed, not weights.
+    """
+
+    scale: float
+    """Share of the changed embedding: 0 is the model's own, 1 the changed one."""
+
+    def first_step(self, steps: int) -> int:
+        """Index of the first of `steps` sampling steps that it is for; 0 is the noisiest."""
+        ...
+
+    def encode(self, prompts: list[str]) -> TextCond:
+        """`BaseModel.encode_text` as the adapter has it."""
+        ...
+
+    def uncond(self, batch: int) -> TextCond:
+        """`BaseModel.uncond` as the adapter has it."""
+        ...
+
+
 class BaseModel(Protocol):
     """A frozen pipeline of one family. Every module is in eval mode and requires no gradient."""
 
@@ -85,11 +108,23 @@ class BaseModel(Protocol):
     """The sides of a picture are multiples of it, in pixels: vae_factor, times the patch of a transformer."""
     max_image_size: int
     """Pixels of the longest side the denoiser has positions for; 0 if there is no such limit."""
+    text_changes: list[TextChange]
+    """What adapters that are at work make of the text; `models.conditioning.StepText` mixes it in."""
+    encoders: list[nn.Module]
+    """The text encoders, in the pipeline's order."""
     device: torch.device
     """Of the denoiser, and of every tensor that a method here returns."""
     encoder_device: torch.device
     """Where the text encoders and the autoencoder work."""
     dtype: torch.dtype
+
+    def using(
+        self, *, denoiser: nn.Module | None = None, encoders: Mapping[int, nn.Module] | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, other modules of the same architecture stand in place of the denoiser and of some text
+        encoders (by their place in `encoders`).
+        """
+        ...
 
     def offload_encoders(self) -> None:
         """From now on the text encoders and the autoencoder are on `device` only while they work, else on the

@@ -5,7 +5,7 @@ Letters: B batch, L tokens, D text width, C h w latent, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from align_cli.diffusion.process import Process
-from align_cli.models.base import Posterior
+from align_cli.models.base import Posterior, TextChange
 
 
 class FrozenModel:
@@ -46,6 +46,7 @@ class FrozenModel:
         weight = next(denoiser.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.encoder_device = next(vae.parameters()).device
+        self.text_changes: list[TextChange] = []
         self.offloaded = False
         self.vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.size_factor = self.vae_factor
@@ -54,6 +55,24 @@ class FrozenModel:
     def here(self, x: Tensor) -> Tensor:
         """x in the denoiser's dtype and on its device."""
         return x.to(self.device, self.dtype)
+
+    @contextmanager
+    def using(
+        self, *, denoiser: nn.Module | None = None, encoders: Mapping[int, nn.Module] | None = None
+    ) -> Iterator[None]:
+        """Inside, other modules of the same architecture stand in place of the denoiser and of some text
+        encoders.
+
+        encoders: by their place in `encoders`.
+        """
+        before = self.denoiser, list(self.encoders)
+        try:
+            self.denoiser = denoiser or self.denoiser
+            for place, module in (encoders or {}).items():
+                self.encoders[place] = module
+            yield
+        finally:
+            self.denoiser, self.encoders[:] = before
 
     def offload_encoders(self) -> None:
         """From now on the text encoders and the autoencoder are on `device` only while they work, else on the

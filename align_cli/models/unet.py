@@ -62,10 +62,15 @@ class UNetModel(FrozenModel):
         process: NoiseProcess,
     ) -> None:
         super().__init__(model_id=model_id, process=process, denoiser=unet, vae=vae, encoders=[text_encoder])
-        self.tokenizer, self.text_encoder = tokenizer, text_encoder
+        self.tokenizer = tokenizer
         self.family = unet_family(unet.config.cross_attention_dim)
         self.image_size = int(unet.config.sample_size) * self.vae_factor
         self.text_width = int(unet.config.cross_attention_dim)
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        """The only text encoder."""
+        return self.encoders[0]
 
     @property
     def token_limit(self) -> int:

@@ -118,6 +118,7 @@ class _Run:
             raise ValueError(
                 f"trained tensors must be float32, {method.name} gave {', '.join(sorted(wrong))}"
             )
+        self.options = method.group_options()
         self.device = self.parameters[0].device
         if settings.precision == "fp16" and self.device.type == "mps":
             raise UserError("train.precision fp16 is not supported on mps; use bf16 or fp32")
@@ -133,7 +134,7 @@ class _Run:
                 lr=settings.lr,
                 betas=(settings.adam_beta1, settings.adam_beta2),
                 eps=settings.adam_eps,
-                weight_decay=settings.weight_decay,
+                weight_decay=self.options.get(name, {}).get("weight_decay", settings.weight_decay),
             )
             for name, group in self.groups.items()
         }
@@ -271,7 +272,7 @@ class _Run:
             if not grads:
                 continue
             for options in optimizer.param_groups:
-                options["lr"] = rate
+                options["lr"] = rate * self.options.get(name, {}).get("lr", s.lr) / s.lr
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
             norm = nn.utils.get_total_norm(grads)

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from align_cli.errors import UserError
-from align_cli.losses import denoising_error, softrepa_terms
+from align_cli.losses import denoising_error, softrepa_terms, with_gradient
 from align_cli.methods.base import Batch, StepContext, encoded_latents, encoded_text, latent_shape
 from align_cli.methods.softrepa.config import TABLE_ROWS, SoftREPAConfig
-from align_cli.methods.softrepa.pairs import pair_gradient, with_gradient
+from align_cli.methods.softrepa.pairs import pair_gradient
 from align_cli.methods.softrepa.placement import PLACEMENTS, placement
 from align_cli.methods.softrepa.tokens import SoftTokens
 from align_cli.models.base import BaseModel, TextCond
@@ -128,6 +128,10 @@ class SoftREPA:
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """One group: tokens and, if used, the table."""
         return {"softrepa": list(self.tokens.parameters())}
+
+    def group_options(self) -> dict[str, dict[str, float]]:
+        """None: all as in [train]."""
+        return {}
 
     def step(self, batch: Batch, ctx: StepContext) -> dict[str, float]:
         """All pairs of the batch's images and captions, at one timestep for all.

@@ -14,7 +14,6 @@ Letters: I images, T candidate texts of each, P pairs of a chunk, N soft tokens,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,22 +65,3 @@ def pair_gradient(
             loss += part.detach()
             done = rows.stop
     return found.view_as(texts_IT), loss, gradient
-
-
-def with_gradient(loss: Tensor, soft: Tensor, gradient: Tensor) -> Tensor:
-    """The loss (), as if it had been computed from `soft` and this were its gradient."""
-    result: Tensor = _Known.apply(soft, loss, gradient)
-    return result
-
-
-class _Known(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, soft: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = soft.dtype
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (outer[0] * gradient).to(ctx.dtype), None, None  # scaled first, so that it fits float16

@@ -1,0 +1,67 @@
+"""Several rewards with weights, as what is trained on.
+
+Letters: B pictures of this process, G prompts of all processes, D width of the towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from align_cli.errors import UserError
+from align_cli.rewards.base import Reward
+from align_cli.rewards.clip import ClipReward
+
+
+class WeightedRewards:
+    """sum_k weight_k r_k of pictures and prompts, per picture.
+
+    pairing: "batch" gives PickScore of a picture as the mean over the prompts of the whole batch, as in
+    TextCraftor's released code (three quarters of its pairs are mismatched at batch 4); "diagonal" under its
+    own prompt. Source: textcraftor.md section 3.
+    """
+
+    def __init__(
+        self, rewards: Mapping[str, Reward], weights: Mapping[str, float], pairing: str = "diagonal"
+    ) -> None:
+        self.rewards, self.weights, self.pairing = dict(rewards), dict(weights), pairing
+
+    def batch_text(self, prompts: Sequence[str], gather: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """(G, D): the prompts of all processes, which pairing "batch" needs; None where nothing does."""
+        pick = self.rewards.get("pickscore")
+        if self.pairing != "batch" or not isinstance(pick, ClipReward):
+            return None
+        return gather(pick.text_vectors(prompts))
+
+    def score(
+        self, images: Tensor, prompts: Sequence[str], batch_text: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Reward name -> (B,) float32, with gradients to the images.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]. prompts: B. batch_text: what `batch_text` gave.
+        Raises:
+            UserError: a reward that is not finite; names the reward and the prompt.
+        """
+        found = {name: self._one(name, images, prompts, batch_text) for name in self.rewards}
+        for name, r in found.items():
+            bad = ~torch.isfinite(r.detach())
+            if bad.any():
+                prompt = prompts[int(bad.nonzero()[0])]
+                raise UserError(
+                    f"the reward {name} is {float(r[bad][0])} for a picture of {prompt!r}; train with other "
+                    "rewards, a lower --lr, or --set train.max_grad_norm=1"
+                )
+        return found
+
+    def _one(self, name: str, images: Tensor, prompts: Sequence[str], batch_text: Tensor | None) -> Tensor:
+        reward = self.rewards[name]
+        if name == "pickscore" and batch_text is not None and isinstance(reward, ClipReward):
+            return (reward.image_vectors(images) @ batch_text.T).mean(1) * reward.factor
+        return reward.score(images, prompts)
+
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """(B,) float32: the weighted sum."""
+        return torch.stack([self.weights[name] * r for name, r in scores.items()]).sum(0)
