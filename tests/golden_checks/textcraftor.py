@@ -229,7 +229,7 @@ def tuned_method(folder: Path, case: dict[str, Any], **options: Any) -> TextCraf
 
 
 class Given:
-    """Ready embeddings, (2B, L, D) with the unconditional half first, as what an adapter makes of the text."""
+    """Ready embeddings, (2B, L, D), unconditional half first, as what an adapter makes of the text."""
 
     def __init__(self, embeddings: Tensor, tuned_steps: int, scale: float = 1.0) -> None:
         self.empty, self.text = embeddings.chunk(2)
