@@ -60,9 +60,13 @@ class TextCraftorConfig(MethodConfig):
     """Train LoRA of this rank on the attention layers; 0 trains all weights, as in the paper."""
     lora_alpha: float = 0.0
     """LoRA is scaled by lora_alpha / lora_rank; 0 takes lora_rank."""
-    checkpoint: bool = True
-    """Compute the activations of a gradient step again in the backward pass: less memory, more time, the same
-    gradient. Source: official pipeline."""
+    detach_input: bool = False
+    """Cut the denoiser's input from the path: gradient reaches a step through the arithmetic of the later
+    steps alone. Steadier for a large grad_steps; not the official gradient."""
+    kept_steps: int = 1
+    """Of the gradient steps, the last ones whose activations are kept; those of the others are computed again
+    in the backward pass: less memory, more time, the same gradient. Source: the official pipeline keeps none.
+    """
     decode_chunk: int = 1
     """Pictures that are decoded and scored in one graph: sets memory, not the gradient. 0: all at once."""
 
@@ -97,7 +101,7 @@ class TextCraftorConfig(MethodConfig):
         require(self.guidance >= 0, f"textcraftor.guidance must be >= 0, got {self.guidance}")
         for name in self.encoders:
             one_of("textcraftor.encoders", name, ("text_encoder", "text_encoder_2", "text_encoder_3"))
-        for key in ("lr_unet", "lora_rank", "lora_alpha", "decode_chunk", "image_size"):
+        for key in ("lr_unet", "lora_rank", "lora_alpha", "decode_chunk", "image_size", "kept_steps"):
             require(getattr(self, key) >= 0, f"textcraftor.{key} must be >= 0, got {getattr(self, key)}")
 
     def first_tuned(self, steps: int, tuned: int) -> int:

@@ -223,7 +223,8 @@ class TextCraftor:
             cond=cond,
             uncond=None if frozen_empty is None else uncond,
             grad_steps=frozenset(range(first, c.steps)),
-            checkpoint=c.checkpoint,
+            detach_input=c.detach_input,
+            checkpoint=frozenset(range(first, c.steps - c.kept_steps)),
         )
 
     def _scored(
