@@ -175,6 +175,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, decode_chunk 0": {"decode_chunk": 0},
     "ours, kept_steps 0": {"kept_steps": 0},
+    "ours, kept_steps 0, checkpoint_vae": {"kept_steps": 0, "checkpoint_vae": True},
     "ours, kept_steps 2": {"kept_steps": 2},
     "ours, kept_steps 5": {"kept_steps": 5},
 }

@@ -70,6 +70,10 @@ class TextCraftorConfig(MethodConfig):
     decode_chunk: int = 1
     """Pictures that are decoded and scored in one graph: sets memory, not the gradient. 0: all at once."""
 
+    checkpoint_vae: bool = False
+    """Compute the activations of the autoencoder's blocks again in the backward pass: less memory for large
+    pictures, more time, the same gradient."""
+
     def __post_init__(self) -> None:
         one_of("textcraftor.stage", self.stage, STAGES)
         check_weights("textcraftor.rewards", self.rewards)

@@ -256,6 +256,9 @@ class TextCraftor:
         with ExitStack() as stack:
             for name, tuning in self.tunings.items():
                 stack.enter_context(self.standing_in(name, tuning))
+            if self.config.checkpoint_vae:
+                self.model.vae.enable_gradient_checkpointing()
+                stack.callback(self.model.vae.disable_gradient_checkpointing)
             yield
 
     @contextmanager
