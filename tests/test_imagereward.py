@@ -81,6 +81,8 @@ def test_audit(reward):
     assert cut == Cut(35, 42, "pink dogs , and cats")
     (cut,) = reward.audit(["two " * 32 + "greenish cat"])  # "green" is read, "##ish" is not
     assert cut.lost == "greenish cat"
+    (cut,) = reward.audit(["two " * 32 + "dog,cat"])  # words end where no letter follows
+    assert cut.lost == ",cat"
 
 
 @pytest.mark.parametrize(
