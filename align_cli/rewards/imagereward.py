@@ -30,7 +30,7 @@ class ImageReward(Reward):
     def __init__(self, net: ImageRewardNet, tokenizer: BertTokenizer, request: Request) -> None:
         super().__init__(
             name=request.name,
-            version="ImageReward-v1.0",
+            version="ImageReward-v1.0" if net.published else "other sizes than ImageReward-v1.0",
             source=request.source or HUB,
             preprocessing=SHORTEST.words,
             scale="standardised reward: (r - 0.167) / 1.033",
