@@ -55,6 +55,17 @@ def test_gain_is_called_a_gain(results):
     assert "no significant change" in row(printed(with_gain(results, "no significant change")), "* red")
 
 
+def test_a_protocol_reports_its_numbers(results):
+    """Beside the benchmark's own table, not in its place."""
+    row = {"arm": "base", "metric": "hpsv2", "label": "anime", "value": 27.21, "std": 0.1}
+    averages = {"base": {"pickscore": 18.834, "hpsv2": 0.2703}, "aligned": {"pickscore": 19.157}}
+    held = {"name": "textcraftor", "source": "there", "averages": averages}
+    flat = " ".join(printed(results | {"protocol": held, "official": [row]}, 200).split())
+    assert "base, protocol textcraftor: pickscore 18.8340, hpsv2 0.2703" in flat
+    assert "aligned, protocol textcraftor: pickscore 19.1570" in flat
+    assert "base, hpsv2 as officially reported: anime" in flat
+
+
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_the_table_fits_its_width(results, width):
     wide = with_gain(results, "no significant change")

@@ -39,14 +39,14 @@ def draw_by_protocol(
 
     Args: as of `drawing.draw`; rewards: the protocol's scorers by name.
     Returns:
-        arm -> scorer -> the average that the protocol reports.
+        arm -> name -> number, what the protocol reports: see `averages`.
     Raises:
         UserError: several processes (the noise of a batch follows from all batches before it).
     """
     if ranks.world_size > 1:
         raise UserError(f"--protocol {chosen.name} draws all noise from one generator: use one process")
     size = chosen.sample.batch_size
-    texts = [item.row.text for item in items]
+    texts, groups = [item.row.text for item in items], [item.row.groups for item in items]
     found: dict[str, dict[str, float]] = {}
     for arm in arms:
         gone = set(missing[arm.name])
@@ -67,7 +67,7 @@ def draw_by_protocol(
                 first = len(notes.batches) * size
                 notes.add(count, means)
                 progress(f"drawing {arm.name}", sum(i in gone for i in range(first, first + count)))
-        found[arm.name] = averages(notes.batches)
+        found[arm.name] = averages(chosen, notes.batches, groups)
     return found
 
 

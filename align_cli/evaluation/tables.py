@@ -127,7 +127,7 @@ def _few(results: Mapping[str, Any], name: str) -> bool:
 
 
 def _official(results: Mapping[str, Any]) -> list[Text]:
-    """The benchmark's own table, a line per arm and metric."""
+    """A protocol's numbers, a line per arm; the benchmark's own table, a line per arm and metric."""
     found: list[str] = []
     if results["protocol"]:
         for arm, numbers in results["protocol"]["averages"].items():
@@ -138,8 +138,9 @@ def _official(results: Mapping[str, Any]) -> list[Text]:
         spread = "" if row["std"] is None else f" +- {row['std']:.4f}"
         text = f"{row['label']} {_number(row['value'])}{spread}"
         lines.setdefault((row["arm"], row["metric"]), []).append(text)
-    return [Text(f"{arm}, {metric} as officially reported: {', '.join(parts)}")
-            for (arm, metric), parts in lines.items()]  # fmt: skip
+    found += [f"{arm}, {metric} as officially reported: {', '.join(parts)}"
+              for (arm, metric), parts in lines.items()]  # fmt: skip
+    return [Text(line) for line in found]
 
 
 def _footer(results: Mapping[str, Any], width: int) -> list[Text]:
