@@ -57,7 +57,7 @@ def test_what_a_killed_process_left(tmp_path, pictures, items):
     left.mkdir(parents=True)
     # batch 1 whole, batch 0 in part with a line that is cut off; the file of a process of a larger run
     kept = [text[0], *text[1 + BATCH : 1 + 2 * BATCH], text[1], text[2][:30]]
-    (left / "red.7.jsonl").write_text("\n".join(kept))
+    (left / "red.part-7.jsonl").write_text("\n".join(kept))
     reward = MeanRed()
     found = scored(reward, tmp_path / "b", pictures, items)
     assert reward.seen == N - BATCH
@@ -81,9 +81,10 @@ def test_a_changed_picture_and_another_version_are_scored_again(tmp_path, pictur
 def test_names_that_begin_alike_do_not_mix(tmp_path, pictures, items):
     scored(MeanRed("red"), tmp_path, pictures, items)
     scored(MeanRed("red.1"), tmp_path, pictures, items)
-    reward = MeanRed("red")
-    scored(reward, tmp_path, pictures, items)
-    assert reward.seen == 0
+    for name in ("red", "red.1"):  # as hpsv2 and hpsv2.1: the 1 is no number of a process
+        reward = MeanRed(name)
+        scored(reward, tmp_path, pictures, items)
+        assert reward.seen == 0
 
 
 def test_missing_pictures_have_no_number(tmp_path, pictures, items):

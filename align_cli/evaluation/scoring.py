@@ -3,7 +3,7 @@
     scores/ARM/SCORER.jsonl    first line: the scorer's facts; then one line per picture:
                                {"item": 3, "picture": "sha256", "values": {"clip": 0.31}}
 
-While several processes score, each appends to a file of its own (SCORER.RANK.jsonl); the main process joins
+While several processes score, each appends to a file of its own (SCORER.part-RANK.jsonl); the main process joins
 them. A batch counts as scored once all its lines are there and are of the pictures as they are now; batches
 depend on the order of items alone, as in drawing.py.
 """
@@ -138,6 +138,7 @@ class Scores:
         self.folder, self.arm, self.scorer = folder / SCORES / arm, arm, scorer
         self.path = self.folder / f"{scorer.name}.jsonl"
         self.head = json.dumps({"scorer": scorer.facts()}, sort_keys=True)
+        self._stem = f"{scorer.name}.part-"  # a bare number would be a version: hpsv2.1 is no part of hpsv2
 
     def read(self) -> dict[int, tuple[str, dict[str, float]]]:
         """item -> (sha256 of the picture, metric -> value). Lines that are cut off, and files of another
@@ -162,7 +163,7 @@ class Scores:
 
     def part(self, rank: int) -> Part:
         """Where process `rank` writes."""
-        return Part(self.folder / f"{self.scorer.name}.{rank}.jsonl", self.head)
+        return Part(self.folder / f"{self._stem}{rank}.jsonl", self.head)
 
     def join(self) -> None:
         """Write all numbers into the one file and remove the parts."""
@@ -181,11 +182,8 @@ class Scores:
                 path.unlink()
 
     def _parts(self) -> list[Path]:
-        stem = self.scorer.name
-        return sorted(
-            p for p in self.folder.glob("*.jsonl")
-            if p.name.startswith(f"{stem}.") and p.name[len(stem) + 1 : -6].isdigit()
-        )  # fmt: skip
+        files = self.folder.glob("*.jsonl")
+        return sorted(p for p in files if p.name.startswith(self._stem) and p.stem[len(self._stem) :].isdigit())
 
 
 class Part:
