@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from eval_helpers import MeanRed, measured
 
+from align_cli.evaluation.drift import summary
 from align_cli.evaluation.guard import held_out
 from align_cli.evaluation.outcome import table, write
 
@@ -111,6 +112,15 @@ def test_drift_by_hand(tmp_path):
     white = measured(tmp_path / "w", {"base": [0.5] * 12, "aligned": [1.0] * 12})
     assert white["drift"][0]["clipped"] == pytest.approx(1 / 3)
     assert white["drift"][0]["diversity"] is None
+
+
+def test_drift_is_of_the_pictures_that_both_arms_have():
+    nan = np.nan
+    values = {key: {"base": np.array([0.1, 0.3, nan, 0.9]), "a": np.array([0.2, 0.4, 0.8, nan])}
+              for key in ("saturation", "clipped", "feature_distance", "diversity")}  # fmt: skip
+    found = summary(values, "a", "base", None)
+    assert (found["saturation"], found["saturation_base"]) == pytest.approx((0.3, 0.2))
+    assert (found["diversity"], found["clipped_base"], found["of"]) == (pytest.approx(0.3), pytest.approx(0.2), 2)
 
 
 def test_several_pictures_of_a_prompt_are_one_piece_of_evidence(tmp_path):

@@ -16,6 +16,7 @@ from align_cli.errors import UserError
 from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.drawing import Progress, picture_facts
 from align_cli.evaluation.protocols import Protocol, averages, run
+from align_cli.evaluation.scoring import RewardScorer
 from align_cli.evaluation.store import PROTOCOL, Item, Store
 from align_cli.files import file_errors, write_text
 from align_cli.models.base import BaseModel
@@ -76,7 +77,7 @@ class _Notes:
 
     def __init__(self, path: Path, chosen: Protocol, rewards: Mapping[str, Reward]) -> None:
         self.path = path
-        scorers = {name: rewards[name].facts() for name in chosen.scorers}
+        scorers = {name: RewardScorer(rewards[name]).facts() for name in chosen.scorers}
         self.head = json.dumps({"protocol": chosen.name, "scorers": scorers}, sort_keys=True)
         self.batches: list[tuple[int, dict[str, float]]] = []
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

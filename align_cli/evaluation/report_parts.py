@@ -419,7 +419,7 @@ def provenance(results: Mapping[str, Any]) -> Html:
         )
         for arm in results["arms"]
     ]
-    keys = ("name", "version", "source", "preprocessing", "scale", "dtype")
+    keys = ("name", "version", "source", "preprocessing", "scale", "dtype", "weights")
     scorers = [
         tag("tr", row_head(s["name"]), [tag("td", s.get(key) or NONE, class_="fact") for key in keys[1:]])
         for s in results["scorers"]

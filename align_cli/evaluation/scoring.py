@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from align_cli.data.cache import module_sha256
 from align_cli.data.shards import file_sha256
 from align_cli.errors import UserError
 from align_cli.evaluation.drawing import Progress
@@ -76,7 +77,7 @@ class RewardScorer:
         self.name, self.headline, self.fraction = reward.name, reward.headline, reward.fraction
 
     def facts(self) -> dict[str, str]:
-        return self.reward.facts()
+        return self.reward.facts() | {"weights": weights_sha256(self.reward)}
 
     def looks_at(self, arm: str, item: int) -> Sequence[Path]:
         return ()
@@ -103,6 +104,7 @@ class SetJudge:
         if prompts.judge is None:
             raise ValueError(f"{prompts.name} has no judge")
         self.judge, self.name, self.headline = prompts.judge, prompts.name, prompts.headline
+        self.side = prompts.image_size
 
     def facts(self) -> dict[str, str]:
         return {
@@ -114,8 +116,24 @@ class SetJudge:
         return ()
 
     def values(self, arm: str, pictures: Sequence[Shown], items: Sequence[Item]) -> dict[str, np.ndarray]:
+        if odd := next((p for p in pictures if self.side and p.pixels.shape[:2] != (self.side,) * 2), None):
+            height, width = odd.pixels.shape[:2]
+            raise UserError(
+                f"{self.name} judges {self.side} x {self.side} pictures of the shapes world, {odd.path} is "
+                f"{height} x {width}"
+            )
         found = self.judge(np.stack([p.pixels for p in pictures]), [item.row for item in items])
         return {key: np.asarray(x, float) for key, x in found.items()}
+
+
+@lru_cache(maxsize=32)
+def weights_sha256(reward: object) -> str:
+    """Hash of all modules of a reward, so that numbers of another file of weights under the same name are never
+    taken for its own; "" for a reward without any.
+    """
+    modules = [part for _, part in sorted(vars(reward).items()) if isinstance(part, torch.nn.Module)]
+    hashes = [module_sha256(module) for module in modules]
+    return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest() if hashes else ""
 
 
 def alike(pictures: Sequence[np.ndarray]) -> list[list[int]]:
@@ -293,7 +311,13 @@ def _table(
 ) -> dict[str, dict[str, np.ndarray]]:
     found: dict[str, dict[str, np.ndarray]] = {}
     for arm, paths in pictures.items():
-        for i, (_, values) in Scores(folder, arm, scorer).read().items():
+        rows = Scores(folder, arm, scorer).read()
+        if lost := next((path for i, path in enumerate(paths) if path is not None and i not in rows), None):
+            raise UserError(
+                f"the numbers of {scorer.name} for {lost} are gone from {folder / SCORES / arm} (does another "
+                "process work in this folder?); go on with --resume"
+            )
+        for i, (_, values) in rows.items():
             if i < n and paths[i] is not None:
                 for key, value in values.items():
                     found.setdefault(key, {a: np.full(n, np.nan) for a in pictures})[arm][i] = value
