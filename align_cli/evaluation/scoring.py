@@ -254,21 +254,33 @@ def score(
             paths[i] is not None for b in todo for i in range(b * BATCH, min((b + 1) * BATCH, len(items)))
         )
         progress(f"scoring {scorer.name}", sum(path is not None for path in paths) - left)
-        part = scores.part(ranks.rank)
-        for b in todo[ranks.rank :: ranks.world_size]:
-            shown = [
-                Shown(i, path, identity(scorer, arm, i, path), read_picture(path))
-                for i in range(b * BATCH, min((b + 1) * BATCH, len(items)))
-                if (path := paths[i]) is not None
-            ]
-            of = [items[s.item] for s in shown]
-            values = scorer.values(arm, shown, of)
-            check_numbers(scorer, shown, of, values)
-            part.add(shown, values)
-            progress(f"scoring {scorer.name}", len(shown) * ranks.world_size)
-        ranks.objects(None)
+        mine = todo[ranks.rank :: ranks.world_size]
+        ranks.on_all(partial(_score_batches, scores, mine, paths, items, ranks, progress))
         ranks.on_main(scores.join)
     return _table(folder, scorer, pictures, len(items))
+
+
+def _score_batches(
+    scores: Scores,
+    batches: Sequence[int],
+    paths: Sequence[Path | None],
+    items: Sequence[Item],
+    ranks: Ranks,
+    progress: Progress,
+) -> None:
+    """This process's share: score the batches of these numbers and append what comes out."""
+    scorer, arm, part = scores.scorer, scores.arm, scores.part(ranks.rank)
+    for b in batches:
+        shown = [
+            Shown(i, path, identity(scorer, arm, i, path), read_picture(path))
+            for i in range(b * BATCH, min((b + 1) * BATCH, len(items)))
+            if (path := paths[i]) is not None
+        ]
+        of = [items[s.item] for s in shown]
+        values = scorer.values(arm, shown, of)
+        check_numbers(scorer, shown, of, values)
+        part.add(shown, values)
+        progress(f"scoring {scorer.name}", len(shown) * ranks.world_size)
 
 
 def _find_unscored(scores: Scores, paths: Sequence[Path | None], todo: list[int]) -> None:

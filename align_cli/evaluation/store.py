@@ -129,6 +129,9 @@ class Store:
                 _remove(self.folder)
             if resume:
                 self._compare()
+                for place in (IMAGES, SCORES):  # what a killed process was about to write
+                    for part in (self.folder / place).rglob(".*.part"):
+                        part.unlink()
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {
