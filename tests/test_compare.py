@@ -85,6 +85,26 @@ def test_the_guard_sets_trained_scorers_apart(tmp_path):
     assert hacked["words"][2].startswith("reward hacking: aligned gains where it was trained (hpsv2)")
 
 
+def test_a_scorer_that_the_baseline_was_trained_on_is_not_held_out(tmp_path):
+    arms = {"tuned": LOW, "other": HIGH}
+    results = measured(tmp_path, arms, baseline_trained_on=["clip"], rewards=[MeanRed("clip"), MeanRed("hpsv2")])
+    assert {r["metric"]: r["held_out"] for r in results["comparisons"]} == {
+        "clip": False, "clip/side": False, "hpsv2": True, "hpsv2/side": True,
+    }  # fmt: skip
+    assert results["words"][0].startswith("other against tuned, hpsv2 (held out): gain")
+    assert results["words"][1].startswith("other against tuned, clip (tuned was trained on it): gain")
+    assert not any("gains where it was trained" in line for line in results["words"])
+
+
+def test_only_the_scorers_that_rose_are_named(tmp_path):
+    scorers = [MeanRed("hpsv2"), Green("pickscore"), MeanRed("clip")]
+    results = measured(
+        tmp_path, {"base": LOW, "aligned": HIGH}, trained_on=["hpsv2", "pickscore"], rewards=scorers
+    )
+    (said,) = [line for line in results["words"] if "the gain is real" in line]
+    assert said.startswith("aligned gains where it was trained (hpsv2) and")
+
+
 def test_kin_are_not_held_out():
     assert not held_out("hpsv2.1", ["hpsv2"])
     assert not held_out("clip-b32", ["clip"])
