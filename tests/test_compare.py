@@ -87,7 +87,9 @@ def test_the_guard_sets_trained_scorers_apart(tmp_path):
 
 def test_a_scorer_that_the_baseline_was_trained_on_is_not_held_out(tmp_path):
     arms = {"tuned": LOW, "other": HIGH}
-    results = measured(tmp_path, arms, baseline_trained_on=["clip"], rewards=[MeanRed("clip"), MeanRed("hpsv2")])
+    results = measured(
+        tmp_path, arms, baseline_trained_on=["clip"], rewards=[MeanRed("clip"), MeanRed("hpsv2")]
+    )
     assert {r["metric"]: r["held_out"] for r in results["comparisons"]} == {
         "clip": False, "clip/side": False, "hpsv2": True, "hpsv2/side": True,
     }  # fmt: skip
@@ -140,7 +142,11 @@ def test_drift_is_of_the_pictures_that_both_arms_have():
               for key in ("saturation", "clipped", "feature_distance", "diversity")}  # fmt: skip
     found = summary(values, "a", "base", None)
     assert (found["saturation"], found["saturation_base"]) == pytest.approx((0.3, 0.2))
-    assert (found["diversity"], found["clipped_base"], found["of"]) == (pytest.approx(0.3), pytest.approx(0.2), 2)
+    assert (found["diversity"], found["clipped_base"], found["of"]) == (
+        pytest.approx(0.3),
+        pytest.approx(0.2),
+        2,
+    )
 
 
 def test_several_pictures_of_a_prompt_are_one_piece_of_evidence(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -109,6 +110,20 @@ def test_kill_9_and_run_again(words, whole, tmp_path):
     assert_same(out, whole)
     assert f"0 of {3 * NUM} pictures to draw" in finish(words, out, "--resume")
     assert_same(out, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_how_to_go_on(words, tmp_path, number):
+    out = tmp_path / "e"
+    process = start([*words, "--steps", "50"], out)
+    while process.poll() is None and not list(out.glob("images/base/*.png")):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 128 + number, said
+    again = shlex.join(["t2ialign", *words, "--steps", "50", "--out", str(out), "--resume"])
+    assert said.splitlines()[-1] == f"stopped; what is finished is kept, go on with: {again}"
+    assert not list(out.rglob("*.part"))
 
 
 def two_processes(words: list[str], out: Path) -> tuple[list[int | None], list[tuple[str, str]]]:

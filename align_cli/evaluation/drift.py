@@ -5,7 +5,7 @@ Letters: B pictures, D width of the features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ from align_cli.evaluation.store import Item, read_picture
 
 
 @runtime_checkable
-class HasFeatures(Protocol):
+class HasFeatures(Hashable, Protocol):
     """A scorer with an image tower."""
 
     name: str

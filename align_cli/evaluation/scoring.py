@@ -3,9 +3,9 @@
     scores/ARM/SCORER.jsonl    first line: the scorer's facts; then one line per picture:
                                {"item": 3, "picture": "sha256", "values": {"clip": 0.31}}
 
-While several processes score, each appends to a file of its own (SCORER.part-RANK.jsonl); the main process joins
-them. A batch counts as scored once all its lines are there and are of the pictures as they are now; batches
-depend on the order of items alone, as in drawing.py.
+While several processes score, each appends to a file of its own (SCORER.part-RANK.jsonl); the main process
+joins them. A batch counts as scored once all its lines are there and are of the pictures as they are now;
+batches depend on the order of items alone, as in drawing.py.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class SetJudge:
 
 @lru_cache(maxsize=32)
 def weights_sha256(reward: object) -> str:
-    """Hash of all modules of a reward, so that numbers of another file of weights under the same name are never
-    taken for its own; "" for a reward without any.
+    """Hash of all modules of a reward, so that numbers of other weights of the same name are never taken for
+    its own; "" for a reward without any.
     """
     modules = [part for _, part in sorted(vars(reward).items()) if isinstance(part, torch.nn.Module)]
     hashes = [module_sha256(module) for module in modules]
@@ -201,7 +201,9 @@ class Scores:
 
     def _parts(self) -> list[Path]:
         files = self.folder.glob("*.jsonl")
-        return sorted(p for p in files if p.name.startswith(self._stem) and p.stem[len(self._stem) :].isdigit())
+        return sorted(
+            p for p in files if p.name.startswith(self._stem) and p.stem[len(self._stem) :].isdigit()
+        )
 
 
 class Part:
@@ -326,8 +328,8 @@ def _table(
         rows = Scores(folder, arm, scorer).read()
         if lost := next((path for i, path in enumerate(paths) if path is not None and i not in rows), None):
             raise UserError(
-                f"the numbers of {scorer.name} for {lost} are gone from {folder / SCORES / arm} (does another "
-                "process work in this folder?); go on with --resume"
+                f"the numbers of {scorer.name} for {lost} are gone from {folder / SCORES / arm} (does "
+                "another process work in this folder?); go on with --resume"
             )
         for i, (_, values) in rows.items():
             if i < n and paths[i] is not None:

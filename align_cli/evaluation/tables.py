@@ -97,7 +97,9 @@ def _alone(results: Mapping[str, Any], width: int) -> Table:
         few = "not asked" if not row["n"] else TOO_FEW if row["clusters"] < MIN_CLUSTERS else ""
         floor = [_number(results["floor"].get(row["metric"]) if row["group"] is None else None)]
         cells = [_number(row["mean"]), _interval(row["low"], row["high"], _number), str(row["n"])]
-        table.add_row(Text(label), *cells, *(floor if results["floor"] else []), Text(few, "dim"), style=style)
+        table.add_row(
+            Text(label), *cells, *(floor if results["floor"] else []), Text(few, "dim"), style=style
+        )
     return table
 
 

@@ -130,8 +130,8 @@ class Ranks:
                 raise UserError(box[0])
 
     def on_all(self, work: Callable[[], None]) -> None:
-        """Every rank does its share of `work`; a `UserError` of any of them is raised on all, once all are done,
-        so that none waits for one that is gone.
+        """Every rank does its share of `work`; a `UserError` of any of them is raised on all, once all are
+        done, so that none waits for one that is gone.
         """
         message: str | None = None
         try:
