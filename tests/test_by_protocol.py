@@ -12,7 +12,7 @@ from eval_helpers import CPU, MeanRed, prompt_set, quiet
 
 from align_cli.errors import UserError
 from align_cli.evaluation.arms import Arm
-from align_cli.evaluation.by_protocol import draw_by_protocol
+from align_cli.evaluation.by_protocol import _Notes, draw_by_protocol
 from align_cli.evaluation.protocols import averages, protocol, run
 from align_cli.evaluation.store import Store, make_items
 from align_cli.models.loading import load_model
@@ -73,6 +73,13 @@ def test_other_scorers_are_asked_again(model, tmp_path):
     head["scorers"]["red"]["version"] = "0"
     notes.write_text("\n".join([json.dumps(head), *notes.read_text().splitlines()[1:]]) + "\n")
     assert drawn(model, tmp_path)[1]["red"].seen == 10
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_mean_that_is_none_names_the_pictures(tmp_path, value):
+    notes = _Notes(tmp_path / "base.jsonl", CHOSEN, {"red": MeanRed(), "other": MeanRed("other")})
+    with pytest.raises(UserError, match=f"scorer red gave {value} for one of the pictures a/4.png to 7.png"):
+        notes.add([Path(f"a/{i}.png") for i in range(4, 8)], {"other": 1.0, "red": value})
 
 
 def test_one_process_only(model, tmp_path):

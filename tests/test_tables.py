@@ -88,6 +88,13 @@ def test_a_model_alone(tmp_path):
     text = printed(measured(tmp_path, {"base": LOW}))
     assert "0.300" in row(text, "* red") and "score" in text and "difference" not in text
     assert "too few prompts" in row(text, "side")
+    assert "95 % intervals clustered" in " ".join(text.split())  # the bootstrap is of differences
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[red]b"])
+def test_names_of_groups_are_no_markup(results, name):
+    rows = [r | {"group": r["group"] and ["Kind", name]} for r in results["comparisons"]]
+    assert row(printed(results | {"comparisons": rows}), name)
 
 
 def test_a_table_in_a_pipe_has_no_blank_lines(results, capsys):

@@ -117,7 +117,7 @@ def outcome(
         ],
         "audit": list(audit),
         "means": [_mean(mean) for mean in means(values, metrics, design)],
-        "comparisons": [_comparison(c, trained[c.arm]) for c in compared],
+        "comparisons": [_comparison(c, (*trained[c.arm], *trained[baseline])) for c in compared],
         "drift": list(drift),
         "floor": dict(floor),
         "official": _official(prompts, items, arms, values),
@@ -170,6 +170,7 @@ def _mean(mean: Mean) -> dict[str, Any]:
 
 
 def _comparison(c: Comparison, trained_on: Sequence[str]) -> dict[str, Any]:
+    """trained_on: scorers that either of the two arms was trained on."""
     row = c.row
     return {
         "arm": c.arm, "metric": c.metric.name, "headline": c.metric.headline, "group": _group(c.group),

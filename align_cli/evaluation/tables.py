@@ -82,7 +82,7 @@ def _compared(results: Mapping[str, Any], width: int) -> Table:
         verdict = (
             Text(row["verdict"] + trained, STYLES[row["verdict"]]) if row["n"] else Text("not asked", "dim")
         )
-        table.add_row(label, *cells, verdict, style=style)
+        table.add_row(Text(label), *cells, verdict, style=style)
     return table
 
 
@@ -97,7 +97,9 @@ def _alone(results: Mapping[str, Any], width: int) -> Table:
         few = "not asked" if not row["n"] else TOO_FEW if row["clusters"] < MIN_CLUSTERS else ""
         floor = [_number(results["floor"].get(row["metric"]) if row["group"] is None else None)]
         cells = [_number(row["mean"]), _interval(row["low"], row["high"], _number), str(row["n"])]
-        table.add_row(label, *cells, *(floor if results["floor"] else []), Text(few, "dim"), style=style)
+        table.add_row(
+            Text(label), *cells, *(floor if results["floor"] else []), Text(few, "dim"), style=style
+        )
     return table
 
 
@@ -182,7 +184,8 @@ def _meaning(results: Mapping[str, Any]) -> str:
 
 def _intervals(results: Mapping[str, Any]) -> str:
     by = "composition" if results["floor"] else "prompt"
-    kind = f"95 % {results['interval']} intervals clustered by {by}, trusted from {MIN_CLUSTERS} of them"
+    sort = f"{results['interval']} " if results["comparisons"] else ""  # means have a t or Wilson's interval
+    kind = f"95 % {sort}intervals clustered by {by}, trusted from {MIN_CLUSTERS} of them"
     judged = [row for row in results["comparisons"] if row["verdict"] != TOO_FEW]
     heads = sum(row["headline"] and row["group"] is None for row in judged)
     rest = len(judged) - heads
