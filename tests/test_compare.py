@@ -6,6 +6,7 @@ import csv
 import io
 import json
 
+import eval_helpers
 import numpy as np
 import pytest
 from eval_helpers import MeanRed, measured
@@ -13,6 +14,8 @@ from eval_helpers import MeanRed, measured
 from align_cli.evaluation.drift import summary
 from align_cli.evaluation.guard import held_out
 from align_cli.evaluation.outcome import table, write
+from align_cli.evaluation.prompts import PromptRow, PromptSet
+from align_cli.rewards.preprocess import TEXTCRAFTOR
 
 N = 24
 LOW = list(np.linspace(0.2, 0.4, N))
@@ -191,3 +194,13 @@ def test_an_official_package_beside_our_scorer(tmp_path):
     results = measured(tmp_path, {"base": LOW}, rewards=[MeanRed("hpsv2"), Off("hpsv2-reference")])
     said = f"hpsv2 differs from the official package by 0.25 at most and 0.25 on average, over {N} pictures"
     assert results["words"] == [said]
+
+
+def test_the_official_table_is_of_the_official_preprocessing(tmp_path, monkeypatch):
+    rows = tuple(PromptRow(f"p{i}", f"prompt {i}", {"Style": "anime"}) for i in range(N))
+    monkeypatch.setattr(eval_helpers, "prompt_set", lambda _: PromptSet("hpsv2", "tests", rows))
+    results = measured(tmp_path / "a", {"base": LOW}, rewards=[MeanRed("hpsv2")])
+    assert [line["label"] for line in results["official"]] == ["anime", "Average"]
+    pooled = MeanRed("hpsv2")
+    pooled.preprocessing = TEXTCRAFTOR.words
+    assert measured(tmp_path / "b", {"base": LOW}, rewards=[pooled])["official"] == []

@@ -120,7 +120,7 @@ def outcome(
         "comparisons": [_comparison(c, (*trained[c.arm], *trained[baseline])) for c in compared],
         "drift": list(drift),
         "floor": dict(floor),
-        "official": _official(prompts, items, arms, values),
+        "official": _official(prompts, items, arms, scored),
         "protocol": facts.protocol,
         "words": [*in_words(compared, baseline, trained, drift), *audit_words(audit), *agreement(values)],
         "notes": notes,
@@ -149,12 +149,16 @@ def _official(
     prompts: PromptSet,
     items: Sequence[Item],
     arms: Sequence[Arm],
-    values: Mapping[str, Mapping[str, Any]],
+    scored: Sequence[tuple[Scorer, Mapping[str, Mapping[str, Any]]]],
 ) -> list[dict[str, Any]]:
-    """The benchmark's own table for every arm, where it has one."""
+    """The benchmark's own table for every arm, where it has one: not of scorers that see the pictures in
+    another way than the benchmark's do.
+    """
     rows = [item.number for item in items]
     return [
         {"arm": arm.name, "metric": key, **asdict(line)}
+        for scorer, values in scored
+        if not scorer.facts().get("preprocessing", "").startswith("textcraftor")
         for key, of in values.items()
         for arm in arms
         for line in official_results(prompts, key, rows, of[arm.name])
