@@ -71,6 +71,16 @@ def test_by_id_in_folders_and_in_a_part_of_a_set(tmp_path):
     ]
 
 
+def test_numbers_of_a_whole_set_are_not_taken_for_those_of_a_part(tmp_path):
+    whole = prompt_set(6)
+    saved(tmp_path, *(f"{i:05d}" for i in range(6)))
+    part = make_items(whole.limited(2), 1, 0)
+    with pytest.raises(UserError, match="00002.png is of a larger set of prompts than the 2 that --limit"):
+        match(tmp_path, part, allow_missing=False, limited=True)
+    saved(tmp_path / "part", "0", "1")
+    assert names(match(tmp_path / "part", part, allow_missing=False, limited=True)[0]) == ["0.png", "1.png"]
+
+
 def test_the_folders_of_geneval(tmp_path):
     rows = (PromptRow("00000", "x"), PromptRow("00001", "y"))
     for row in rows:

@@ -93,7 +93,7 @@ def evaluate(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", metavar="NAME", help="parti: textcraftor, as its authors ran it."),
+        typer.Option("--protocol", metavar="NAME", help="parti, hpsv2: textcraftor, as its authors ran it."),
     ] = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="Let the official hpsv2 package score, too (extra hpsv2).")

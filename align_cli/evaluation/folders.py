@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ def parse_folders(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def match(folder: Path, items: Sequence[Item], *, allow_missing: bool) -> tuple[list[Path | None], list[str]]:
+def match(
+    folder: Path, items: Sequence[Item], *, allow_missing: bool, limited: bool = False
+) -> tuple[list[Path | None], list[str]]:
     """The picture of every item in a folder.
 
     A picture that an evaluation drew says in its metadata which prompt it is of. Any other belongs to a
@@ -55,15 +57,18 @@ def match(folder: Path, items: Sequence[Item], *, allow_missing: bool) -> tuple[
     prompt's number from 0; "-K" or "_K" behind either is the K-th picture of the prompt, from 0 (as
     GenEval has it: "/samples/K"). Numbers may have leading zeros.
 
+    Args:
+        limited: the items are a part of the prompts. Pictures that are called by numbers which only the whole
+            set has are refused then: 00001.png is of the set's prompt 1, not of the part's.
     Returns:
         a path or None for each item, and what the user should know, in words.
     Raises:
         UserError: missing or broken pictures (the first are named) unless `allow_missing`; not one picture
-            that fits; two files for one item; a picture that was drawn for other words.
+            that fits; two files for one item; a picture that was drawn for other words; see `limited`.
     """
     with file_errors(f"cannot look into {folder}"):
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    found = next((f for f in (_told(files, items), _named(folder, files, items)) if any(f)), [])
+    found = next((f for f in (_told(files, items), _named(folder, files, items, limited)) if any(f)), [])
     if not found:
         raise UserError(f"no picture in {folder} belongs to a prompt; {RULE}")
     notes = []
@@ -125,20 +130,34 @@ def _facts(path: Path) -> dict[str, str]:
         return {}
 
 
-def _named(folder: Path, files: Sequence[Path], items: Sequence[Item]) -> list[Path | None]:
+def _named(folder: Path, files: Sequence[Path], items: Sequence[Item], limited: bool) -> list[Path | None]:
     """By names: ids of prompts, or else their numbers."""
     table: dict[str, Path] = {}
     for path in files:
         _put(table, _plain(path.relative_to(folder).with_suffix("").as_posix()), path)
-    for own in (lambda item: item.row.id, lambda item: str(item.number)):
-        found = []
-        for item in items:
-            names = [f"{own(item)}-{item.k}", f"{own(item)}/samples/{item.k}"]
-            names += [own(item)] if item.k == 0 else []
-            found.append(next((table[_plain(name)] for name in names if _plain(name) in table), None))
-        if any(found):
-            return found
-    return []
+    if any(found := _by(lambda item: item.row.id, table, items)):
+        return found
+    found = _by(lambda item: str(item.number), table, items)
+    last = items[-1].number
+    beyond = next(
+        (p for name, p in table.items() if (n := name.partition("-")[0]).isdigit() and int(n) > last), None
+    )
+    if limited and any(found) and beyond is not None:
+        raise UserError(
+            f"{beyond} is of a larger set of prompts than the {last + 1} that --limit leaves, whose numbers "
+            "are others; name the pictures by the ids of their prompts, or leave --limit away"
+        )
+    return found
+
+
+def _by(own: Callable[[Item], str], table: Mapping[str, Path], items: Sequence[Item]) -> list[Path | None]:
+    """The picture of every item whose prompt is called `own` of it."""
+    found: list[Path | None] = []
+    for item in items:
+        names = [f"{own(item)}-{item.k}", f"{own(item)}/samples/{item.k}"]
+        names += [own(item)] if item.k == 0 else []
+        found.append(next((table[_plain(name)] for name in names if _plain(name) in table), None))
+    return found
 
 
 def _plain(name: str) -> str:

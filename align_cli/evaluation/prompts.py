@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -129,9 +130,9 @@ def read_prompts(path: Path, *, name: str = "", column: str | None = None) -> Pr
     of texts or objects) or .jsonl (a text or an object per line).
 
     A table needs a header that names the prompts' column: `column`, or one of TEXT_COLUMNS. A column of
-    GROUP_COLUMNS groups the results, one called id names the rows (else they are numbered from 0). A
-    byte-order mark and CRLF are understood; rows without a prompt are left out; duplicates and blanks around
-    a prompt of a table are kept. `notes` tells of the former two.
+    GROUP_COLUMNS groups the results, one called id names the rows; where there is none, or it is empty, their
+    numbers from 0 do. A byte-order mark and CRLF are understood; rows without a prompt are left out;
+    duplicates and blanks around a prompt of a table are kept. `notes` tells of the former two.
 
     Raises:
         UserError: missing, no such format, not UTF-8, no prompts, no column of prompts, a broken row.
@@ -214,7 +215,8 @@ def _prompt_set(path: Path, name: str, records: list[tuple[str, Any]], column: s
     if not rows:
         raise UserError(f"{path} holds no prompt")
     ids = [row.id for row in rows]
-    if double := next((own for own, count in Counter(ids).items() if count > 1), None):
+    if twice := [own for own, count in Counter(ids).items() if count > 1]:
+        double = twice[0]
         raise UserError(f"{path}: two prompts have the id {double!r}")
     notes = []
     if path.suffix.lower() not in (".txt", ".jsonl") and blank:
@@ -228,7 +230,7 @@ def _prompt_set(path: Path, name: str, records: list[tuple[str, Any]], column: s
 def _row(record: Any, number: int, where: str, column: str | None) -> PromptRow | None:
     """A row of a file; None if it has no prompt."""
     if isinstance(record, str):
-        return PromptRow(str(number), record) if record.strip() else None
+        return PromptRow(str(number), _whole(record, where)) if record.strip() else None
     if not isinstance(record, dict):
         raise UserError(f"{where}: neither a text nor an object with a prompt")
     lower = {str(key).strip().lower(): key for key in record}
@@ -246,6 +248,13 @@ def _row(record: Any, number: int, where: str, column: str | None) -> PromptRow 
         for k, v in record.items()
         if k != key and str(k).strip().lower() in GROUP_COLUMNS and v
     }
-    own = record.get(lower.get(ID_COLUMN, ""), number)
+    own = record[lower[ID_COLUMN]] if ID_COLUMN in lower else None
     extra = {str(k): v for k, v in record.items() if k != key and k not in groups}
-    return PromptRow(str(own), text, groups, extra)
+    return PromptRow(str(number if own in (None, "") else own), _whole(text, where), groups, extra)
+
+
+def _whole(text: str, where: str) -> str:
+    """The text. UserError for half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where}: the prompt holds {half[0]!a}, half of a character; write it in full")
+    return text

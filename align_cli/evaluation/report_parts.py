@@ -405,7 +405,7 @@ def provenance(results: Mapping[str, Any]) -> Html:
     command = shlex.join(str(word) for word in results["command"])
     copy = tag("button", "Copy", type="button", class_="js", id="copy", data_copies="command")
     facts = [
-        tag("tr", row_head(key.replace("_", " ")), tag("td", _value(held), class_="fact"))
+        tag("tr", row_head(key.replace("_", " ")), tag("td", _value(_readable(key, held)), class_="fact"))
         for key, held in results.items()
         if key not in SHOWN
     ]
@@ -419,7 +419,7 @@ def provenance(results: Mapping[str, Any]) -> Html:
         )
         for arm in results["arms"]
     ]
-    keys = ("name", "version", "source", "preprocessing", "scale", "dtype")
+    keys = ("name", "version", "source", "preprocessing", "scale", "dtype", "weights")
     scorers = [
         tag("tr", row_head(s["name"]), [tag("td", s.get(key) or NONE, class_="fact") for key in keys[1:]])
         for s in results["scorers"]
@@ -441,6 +441,13 @@ def provenance(results: Mapping[str, Any]) -> Html:
 def _lines(texts: Iterable[object]) -> list[Html]:
     """One line each."""
     return [tag("div", str(text)) for text in texts]
+
+
+def _readable(key: str, held: Any) -> Any:
+    """Peak memory with a unit; all else as it is."""
+    if key != "memory":
+        return held
+    return {name: f"{number(size / 2**20, 0)} MiB" for name, size in held.items()}
 
 
 def _value(held: object) -> str:

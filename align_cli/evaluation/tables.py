@@ -82,7 +82,7 @@ def _compared(results: Mapping[str, Any], width: int) -> Table:
         verdict = (
             Text(row["verdict"] + trained, STYLES[row["verdict"]]) if row["n"] else Text("not asked", "dim")
         )
-        table.add_row(label, *cells, verdict, style=style)
+        table.add_row(Text(label), *cells, verdict, style=style)
     return table
 
 
@@ -97,7 +97,9 @@ def _alone(results: Mapping[str, Any], width: int) -> Table:
         few = "not asked" if not row["n"] else TOO_FEW if row["clusters"] < MIN_CLUSTERS else ""
         floor = [_number(results["floor"].get(row["metric"]) if row["group"] is None else None)]
         cells = [_number(row["mean"]), _interval(row["low"], row["high"], _number), str(row["n"])]
-        table.add_row(label, *cells, *(floor if results["floor"] else []), Text(few, "dim"), style=style)
+        table.add_row(
+            Text(label), *cells, *(floor if results["floor"] else []), Text(few, "dim"), style=style
+        )
     return table
 
 
@@ -127,7 +129,7 @@ def _few(results: Mapping[str, Any], name: str) -> bool:
 
 
 def _official(results: Mapping[str, Any]) -> list[Text]:
-    """The benchmark's own table, a line per arm and metric."""
+    """A protocol's numbers, a line per arm; the benchmark's own table, a line per arm and metric."""
     found: list[str] = []
     if results["protocol"]:
         for arm, numbers in results["protocol"]["averages"].items():
@@ -138,8 +140,9 @@ def _official(results: Mapping[str, Any]) -> list[Text]:
         spread = "" if row["std"] is None else f" +- {row['std']:.4f}"
         text = f"{row['label']} {_number(row['value'])}{spread}"
         lines.setdefault((row["arm"], row["metric"]), []).append(text)
-    return [Text(f"{arm}, {metric} as officially reported: {', '.join(parts)}")
-            for (arm, metric), parts in lines.items()]  # fmt: skip
+    found += [f"{arm}, {metric} as officially reported: {', '.join(parts)}"
+              for (arm, metric), parts in lines.items()]  # fmt: skip
+    return [Text(line) for line in found]
 
 
 def _footer(results: Mapping[str, Any], width: int) -> list[Text]:
@@ -181,7 +184,8 @@ def _meaning(results: Mapping[str, Any]) -> str:
 
 def _intervals(results: Mapping[str, Any]) -> str:
     by = "composition" if results["floor"] else "prompt"
-    kind = f"95 % {results['interval']} intervals clustered by {by}, trusted from {MIN_CLUSTERS} of them"
+    sort = f"{results['interval']} " if results["comparisons"] else ""  # means have a t or Wilson's interval
+    kind = f"95 % {sort}intervals clustered by {by}, trusted from {MIN_CLUSTERS} of them"
     judged = [row for row in results["comparisons"] if row["verdict"] != TOO_FEW]
     heads = sum(row["headline"] and row["group"] is None for row in judged)
     rest = len(judged) - heads
