@@ -71,7 +71,7 @@ def textcraftor(model_folder: str, out: Path) -> list[list[float]]:
     from align_cli.shapes.dataset import ShapesDataset
 
     rank = "0" if is_main() else "1"
-    folder = save_clip(out.parent / f"pick-{out.name}-{rank}", tiny_clip())
+    folder = save_clip(out.parent / f"pick-{out.name}-{rank}", tiny_clip(), safe=False)
     config = TextCraftorConfig(
         rewards={"tiny-clip": 10.0, "pickscore": 1.0},
         reward_weights={"pickscore": str(folder)},

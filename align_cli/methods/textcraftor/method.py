@@ -203,7 +203,9 @@ class TextCraftor:
         """Clean latents (B, C, h, w) with the gradient of the last K steps, the model being in training."""
         c, model = self.config, self.model
         first = c.first_tuned(c.steps, c.grad_steps)
-        tuned, tuned_empty = model.encode_text(prompts), self._empty(len(prompts))
+        tuned, tuned_empty = frozen, frozen_empty
+        if list(self.tunings) != [self.denoiser_name]:
+            tuned, tuned_empty = model.encode_text(prompts), self._empty(len(prompts))
 
         def cond(i: int) -> TextCond:
             return tuned if i >= first else frozen
