@@ -111,9 +111,9 @@ def test_base_and_aligned_on_shapes(adapter):
         assert name in head
     for name in ("object", "color", "shape", "count", "relation", "background"):
         assert any(line.strip().startswith(name) for line in lines), name
-    for name in ("* all", "pair", "triple", "long"):
+    for name in ("* all", "Kind: pair", "Kind: triple", "Kind: long"):
         assert any(line.strip().startswith(name) for line in lines), name
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 110 and "\u2026" not in result.stdout
     assert "drawing aligned 12/12" in result.stderr
 
 
@@ -289,3 +289,10 @@ def test_geneval_goes_to_its_evaluator_and_comes_back(tiny_sd15_folder, tmp_path
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
     refused = call(*args, "--resume", "--geneval-results", "r.jsonl")
     assert refused.exit_code == 2 and "says nothing about" in refused.stderr
+
+
+def test_results_with_other_scorers_are_not_replaced_in_silence(tiny_sd15_folder, tmp_path):
+    given = ["shapes", "--model", tiny_sd15_folder, "--n", 2, "--out", tmp_path / "r", *QUICK]
+    ok(*given)
+    again = ok(*given, "--scorers", "none", "--resume")
+    assert "is written anew without shapes" in again.stderr

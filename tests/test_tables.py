@@ -46,10 +46,10 @@ def test_gain_is_called_a_gain(results):
     assert text.startswith("aligned against base, red: gain")
     assert row(text, "* red").rstrip().endswith("gain")
     assert row(text, "side").rstrip().endswith("too few prompts")
-    assert row(text, "a ") and row(text, "b ")
+    assert row(text, "Kind: a") and row(text, "Kind: b")
     assert "0.300" in row(text, "* red") and "+0.1" in row(text, "* red")
     flat = " ".join(text.split())
-    assert "drift of aligned: saturation" in flat and "needs --per-prompt 2" in flat
+    assert "drift of aligned: saturation" in flat and "it needs --per-prompt 2" in flat
     assert "corrected for 1 headline and 2 other comparisons (Holm)" in flat
     assert "peak memory" in flat
     assert "no significant change" in row(printed(with_gain(results, "no significant change")), "* red")
@@ -94,7 +94,7 @@ def test_a_model_alone(tmp_path):
 @pytest.mark.parametrize("name", ["[/x]", "[red]b"])
 def test_names_of_groups_are_no_markup(results, name):
     rows = [r | {"group": r["group"] and ["Kind", name]} for r in results["comparisons"]]
-    assert row(printed(results | {"comparisons": rows}), name)
+    assert row(printed(results | {"comparisons": rows}), f"Kind: {name}")
 
 
 def test_a_table_in_a_pipe_has_no_blank_lines(results, capsys):

@@ -99,7 +99,8 @@ def evaluate(
         bool, typer.Option("--reference", help="Let the official hpsv2 package score, too (extra hpsv2).")
     ] = False,
     interval: Annotated[
-        str | None, typer.Option("--interval", metavar="NAME", help="bootstrap or t.")
+        str | None,
+        typer.Option("--interval", metavar="NAME", help="bootstrap, or t (default in the shapes world)."),
     ] = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,

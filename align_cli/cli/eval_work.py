@@ -93,6 +93,7 @@ def _write(store: Store, job: Evaluation, results: dict[str, Any], as_json: bool
     from align_cli.evaluation.tables import print_results
 
     folder = store.folder
+    _note_replaced(folder / RESULTS, results)
     write(folder, results)
     write_report(results, folder, folder / REPORT)
     written = [f"numbers: {folder / RESULTS}", f"report: {folder / REPORT}", *_geneval_folders(store, job)]
@@ -101,6 +102,22 @@ def _write(store: Store, job: Evaluation, results: dict[str, Any], as_json: bool
         return
     print_results(results)
     typer.echo("\n".join(written))
+
+
+def _note_replaced(path: Path, results: dict[str, Any]) -> None:
+    """Earlier results of the same pictures by other scorers do not go without a word."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["scorers"]
+        names = [scorer["name"] for scorer in before]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    gone = [name for name in names if name not in [scorer["name"] for scorer in results["scorers"]]]
+    if gone:
+        typer.echo(
+            f"note: {path} is written anew without {', '.join(gone)}, whose scores are kept; name them in "
+            "--scorers to have them in it again",
+            err=True,
+        )
 
 
 def _again(folder: Path) -> str:

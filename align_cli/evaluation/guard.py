@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from align_cli.evaluation.compare import Comparison
-from align_cli.evaluation.stats import GAIN, LOSS, TOO_FEW, Paired
+from align_cli.evaluation.stats import GAIN, LOSS, NO_CHANGE, TOO_FEW, Paired
 
 KIN = (
     frozenset({"hpsv2", "hpsv2.1", "hpsv2-reference", "hpsv2.1-reference"}),
@@ -30,9 +30,10 @@ def in_words(
     baseline: str,
     trained_on: Mapping[str, Sequence[str]],
     drift: Sequence[Mapping[str, object]],
+    unit: str = "prompts",
 ) -> list[str]:
     """The answer, a line each: every scorer's headline for every arm, held-out scorers first; what that means
-    for an arm that was trained on a scorer; how far its pictures have moved.
+    for an arm that was trained on a scorer; how far its pictures have moved. unit: what is counted.
     """
     lines: list[str] = []
     for arm in dict.fromkeys(c.arm for c in comparisons):
@@ -40,7 +41,9 @@ def in_words(
         marks = {c.metric.scorer: _mark(c.metric.scorer, arm, baseline, trained_on) for c in own}
         apart = [c for c in own if marks[c.metric.scorer] in ("", HELD_OUT)]
         known = [c for c in own if c not in apart]
-        lines += [f"{arm} against {baseline}, {_line(c, marks[c.metric.scorer])}" for c in [*apart, *known]]
+        lines += [
+            f"{arm} against {baseline}, {_line(c, marks[c.metric.scorer], unit)}" for c in [*apart, *known]
+        ]
         if known and not trained_on[arm]:
             continue  # the baseline alone was trained: what it gained there says nothing about this arm
         if warning := _warning(arm, apart, known):
@@ -58,17 +61,22 @@ def _mark(scorer: str, arm: str, baseline: str, trained_on: Mapping[str, Sequenc
     return HELD_OUT if trained_on[arm] or trained_on[baseline] else ""
 
 
-def _line(c: Comparison, mark: str) -> str:
+def _line(c: Comparison, mark: str, unit: str) -> str:
     row = c.row
     if row.n == 0:
         return f"{c.metric.name}{mark}: no pictures to compare"
     text = (
         f"{c.metric.name}{mark}: {c.verdict}, {number(row.base)} -> {number(row.aligned)}, "
-        f"{signed(row.difference)} {interval(row)}; better on {row.up} prompts, worse on {row.down}"
+        f"{signed(row.difference)} {interval(row)}; better on {row.up} {unit}, worse on {row.down}"
     )
     if c.verdict == TOO_FEW:
-        return f"{text} ({row.clusters} prompts; an interval is trusted from 10 on)"
-    return f"{text} (sign test p = {p_text(row.sign_p)}, corrected p of the mean {p_text(c.p_adjusted)})"
+        return f"{text} ({row.clusters} {unit}; an interval is trusted from 10 on)"
+    mean = f"t test of the mean p = {p_text(row.p)}"
+    if c.p_adjusted != row.p:
+        mean += f", corrected {p_text(c.p_adjusted)}"
+    apart = c.verdict == NO_CHANGE and (row.low > 0 or row.high < 0)
+    also = "; the interval excludes 0, the test does not" if apart else ""
+    return f"{text} (sign test p = {p_text(row.sign_p)}, {mean}{also})"
 
 
 def _warning(arm: str, apart: Sequence[Comparison], known: Sequence[Comparison]) -> str:

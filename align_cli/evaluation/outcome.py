@@ -78,6 +78,7 @@ def outcome(
     compared = compare(values, metrics, design)
     trained = {arm.name: arm.trained_on for arm in arms}
     notes = [*prompts.notes, *facts.notes]
+    unit = "prompts" if prompts.scenes is None else "compositions"
     return plain({
         "format": FORMAT,
         "command": facts.command,
@@ -107,6 +108,7 @@ def outcome(
         ],
         "baseline": baseline,
         "interval": design.interval,
+        "unit": unit,
         "scorers": [
             {
                 **scorer.facts(),
@@ -122,7 +124,9 @@ def outcome(
         "floor": dict(floor),
         "official": _official(prompts, items, arms, scored),
         "protocol": facts.protocol,
-        "words": [*in_words(compared, baseline, trained, drift), *audit_words(audit), *agreement(values)],
+        "words": [
+            *in_words(compared, baseline, trained, drift, unit), *audit_words(audit), *agreement(values),
+        ],
         "notes": notes,
         "items": [
             _item(i, item, folder, pictures, values, drawn=bool(facts.sample)) for i, item in enumerate(items)
