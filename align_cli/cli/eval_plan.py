@@ -19,6 +19,7 @@ from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.prompts import PromptSet
 from align_cli.evaluation.sets import SetOptions, load_set
 from align_cli.evaluation.store import ABOUT, check_folder, identity, identity_of_prompts, refuse_other_run
+from align_cli.rewards.spec import parse_places
 
 if TYPE_CHECKING:
     from align_cli.evaluation.protocols import Protocol
@@ -245,13 +246,7 @@ def check_scorers(asked: Asked) -> None:
         registry.path_of(registry.REWARDS, name)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--scorers names {twice} twice")
-    for text in asked.weights:
-        name, _, path = text.partition("=")
-        if not path:
-            raise UserError(f"--weights {text}: write --weights NAME=PATH")
-        registry.path_of(registry.REWARDS, name)
-        if sum(other.startswith(f"{name}=") for other in asked.weights) > 1:
-            raise UserError(f"--weights names {name} twice")
+    parse_places(asked.weights)
 
 
 def scorer_choices(
@@ -277,14 +272,12 @@ def scorer_choices(
     names = [name for name, _ in pairs]
     if asked.reference and not any(name in REFERENCED for name in names):
         raise UserError(f"--reference needs a scorer that it is of: --scorers {' or '.join(REFERENCED)}")
-    sources = {}
-    for text in asked.weights:
-        name, _, path = text.partition("=")
+    sources = parse_places(asked.weights)
+    for name, path in sources.items():
         if name not in names:
             raise UserError(
-                f"--weights {text}: {name} is not among the scorers ({', '.join(names) or 'none'})"
+                f"--weights {name}={path}: {name} is not among the scorers ({', '.join(names) or 'none'})"
             )
-        sources[name] = path
     return [ScorerChoice(name, way or "official", sources.get(name)) for name, way in pairs]
 
 
