@@ -103,7 +103,7 @@ class PromptDataset:
                 raise UserError(f"{self.path} has changed since it was looked through; start again")
             file.seek(start)
             lines = _Lines(io.BytesIO(file.read(end - start)), self.path, start)
-        return Example(prompt=self._prompt(next(self._records(lines)), ""), id=index)
+        return Example(prompt=self._prompt(next(self._records(lines)), lines), id=index)
 
     def fingerprint(self) -> str:
         """Of the bytes of the file (up to the last prompt that is used), of their number and the column."""
@@ -130,7 +130,7 @@ class PromptDataset:
                     self._take_header(next(records, []))
                 ends.append(lines.end)
                 for record in records:
-                    self._prompt(record, f"{self.path}, line {lines.number}")
+                    self._prompt(record, lines)
                     ends.append(lines.end)
                     if len(ends) - 1 == most:
                         break
@@ -156,17 +156,17 @@ class PromptDataset:
         if self.suffix in (".csv", ".tsv"):
             yield from _rows(lines, quoted=self.suffix == ".csv")
             return
+        is_json = self.suffix == ".jsonl"
         for line in lines:
             if text := line.strip():
-                is_json = self.suffix == ".jsonl"
-                yield parse_json(text, f"{lines.path}, line {lines.number}") if is_json else text
+                yield parse_json(text, lines.where) if is_json else text
 
-    def _prompt(self, record: Any, where: str) -> str:
-        """The prompt of a record of `_records`."""
+    def _prompt(self, record: Any, lines: _Lines) -> str:
+        """The prompt of a record that was just read from the lines."""
         if not self.header:
-            return prompt_of(record, where, self.column)[0]
+            return record if isinstance(record, str) else prompt_of(record, lines.where, self.column)[0]
         if len(record) > len(self.header):
-            raise too_many_cells(where, len(record), len(self.header), quoted=self.suffix == ".csv")
+            raise too_many_cells(lines.where, len(record), len(self.header), quoted=self.suffix == ".csv")
         text: str = record[self.place] if self.place < len(record) else ""
         return text
 
@@ -199,14 +199,20 @@ class _Lines:
         self.text = ""
 
     @property
+    def where(self) -> str:
+        """ "prompts.csv, line 7": the last line, for an error message."""
+        return f"{self.path}, line {self.number}"
+
+    @property
     def blank(self) -> bool:
         return not self.text.strip(" \t\r\n")
 
     def __iter__(self) -> Iterator[str]:
         while raw := self.file.readline(LONGEST + 1):
             if len(raw) > LONGEST:
-                where = f"{self.path}, line {self.number + 1}"
-                raise UserError(f"{where}: longer than {LONGEST >> 20} MiB, so this is no list of prompts")
+                self.number += 1
+                limit = f"longer than {LONGEST >> 20} MiB"
+                raise UserError(f"{self.where}: {limit}, so this is no list of prompts")
             for line in raw.splitlines(keepends=True) if b"\r" in raw else (raw,):
                 self.number += 1
                 text = decoded(line, self.path, self.number)
