@@ -267,7 +267,7 @@ def scorer_choices(
     elif prompts.scenes is not None:
         pairs = [("shapes", "")]
     else:
-        tiny = plan is not None and registry.model_source(plan.model.name).startswith("embedded:")
+        tiny = plan is not None and registry.is_embedded(plan.model.name)
         pairs = [("tiny-clip" if tiny else "clip", "")]
     names = [name for name, _ in pairs]
     if asked.reference and not any(name in REFERENCED for name in names):

@@ -16,7 +16,7 @@ import typer
 
 from align_cli import config, registry
 from align_cli.cli import options
-from align_cli.cli.text import columns, say_loading
+from align_cli.cli.text import columns, say_loading, say_reading
 from align_cli.errors import UserError
 from align_cli.rewards.spec import parse_places, parse_weights
 from align_cli.training import run_folder
@@ -120,6 +120,7 @@ def train(
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
     resolved.method_config.check_train(resolved.train)
+    _check_data(resolved)
     if dry_run:
         typer.echo(describe(resolved))
         typer.echo(f"\noutput folder: {folder}")
@@ -220,6 +221,12 @@ def describe(resolved: config.Resolved) -> str:
     return f"method: {resolved.method}\n\n{columns(rows)}"
 
 
+def _check_data(resolved: config.Resolved) -> None:
+    """UserError for captions alone where the method needs pictures."""
+    if resolved.method_config.pictures and resolved.data.name in registry.CAPTIONS_ONLY:
+        raise registry.no_pictures(resolved.data.name, f"{resolved.method} trains on pictures with captions")
+
+
 def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Load, train, save, evaluate."""
     say_loading(resolved.model.name)
@@ -244,7 +251,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
             f"{resolved.method} does not train models of the family {model.family} ({resolved.model.name}); "
             f"it trains {', '.join(sorted(method_class.families))}"
         )
-    if resolved.data.name != "shapes":
+    if resolved.method_config.pictures and resolved.data.name != "shapes":
         check_side(model, resolved.data.image_size, "data.image_size")
     if resolved.train.gradient_checkpointing:
         denoiser: Any = model.denoiser
@@ -283,6 +290,7 @@ def _dataset(resolved: config.Resolved) -> Dataset:
     from align_cli.data.cached import CachedDataset
 
     named = registry.load(registry.DATASETS, resolved.data.name)
+    say_reading(resolved.data.path)
     kind = CachedDataset if resolved.data.cache else named
     dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train")
     return dataset
@@ -441,7 +449,8 @@ def _evaluate(
     options = SetOptions(num=chosen.num_prompts, seed=chosen.seed, split=chosen.split)
     prompts = load_set("shapes", options)
     side = resolved.sample.image_size or model.image_size
-    if resolved.data.name != "shapes" or side != prompts.image_size:
+    knows = resolved.data.name == "shapes" or registry.is_embedded(resolved.model.name)
+    if not knows or side != prompts.image_size:
         typer.echo("note: no paired evaluation, it measures pictures of the shapes world only", err=True)
         return None
     place = folder / run_folder.EVALUATION

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from align_cli.rewards.spec import check_weights
 from align_cli.settings import MethodConfig, one_of, require
@@ -15,6 +16,8 @@ OFFICIAL_STEPS = 25
 @dataclass(frozen=True, kw_only=True)
 class TextCraftorConfig(MethodConfig):
     """What is trained, on which rewards, through how many sampling steps. The learning rate is train.lr."""
+
+    pictures: ClassVar[bool] = False
 
     stage: str = "text"
     """text: the text encoders. unet: the denoiser, under the frozen tuned text encoders of from_adapter (the
