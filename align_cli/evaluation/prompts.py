@@ -225,6 +225,6 @@ def _row(record: Any, number: int, where: str, column: str | None) -> PromptRow 
         if k != key and str(k).strip().lower() in GROUP_COLUMNS and v
     }
     names = {str(k).strip().lower(): k for k in record}
-    own = record.get(names.get(ID_COLUMN, ""))
+    own = record[names[ID_COLUMN]] if ID_COLUMN in names else None
     extra = {str(k): v for k, v in record.items() if k != key and k not in groups}
     return PromptRow(str(number if own in (None, "") else own), text, groups, extra)
