@@ -343,8 +343,30 @@ def import_official(method: str, path: Path | str, model: str, out: Path) -> Ada
     return write_adapter(out, info, state)
 
 
-IMPORTERS = registry.Table("importer", {"softrepa": "align_cli.methods.softrepa.release:read_release"})
+IMPORTERS = registry.Table(
+    "importer",
+    {
+        "softrepa": "align_cli.methods.softrepa.release:read_release",
+        "textcraftor": "align_cli.methods.textcraftor.release:read_release",
+    },
+)
 """Method -> function (path, model name) -> (AdapterInfo, state)."""
+
+
+OFFICIAL = "official command; not recorded in the released file"
+"""Origin of settings that the official commands tell."""
+NOT_RECORDED = "default; how the released file was trained is not recorded in it"
+"""Origin of settings that an official file says nothing about."""
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file. UserError if it is damaged."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def load_pickle(path: Path, allowed: Sequence[type]) -> Any:
