@@ -20,6 +20,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError
 
@@ -370,14 +371,15 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_pickle(path: Path, allowed: Sequence[type]) -> Any:
-    """A `.pth` file, unpickled with weights_only=True; of classes, only `allowed` may occur. UserError if it
-    is damaged.
+    """A `.pth` file, unpickled with weights_only=True; of classes, only `allowed` may occur. Tensors are read
+    from the disk when they are used. UserError if it is damaged.
     """
     import torch
 
     with torch.serialization.safe_globals(list(allowed)):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # files of old versions of torch are no archives and cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist") from error
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:

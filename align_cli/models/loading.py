@@ -271,7 +271,7 @@ def _unet_model(parts: _Parts) -> BaseModel:
     _check_widths("UNet", parts.label, "text", unet.config.cross_attention_dim, text.config.hidden_size)
     _check_channels("UNet", parts.label, unet, vae)
     return UNetModel(
-        model_id=_model_id(parts.settings.name),
+        model_id=model_id(parts.settings.name),
         tokenizer=parts.modules["tokenizer"],
         text_encoder=text,
         vae=vae,
@@ -292,7 +292,7 @@ def _sdxl_model(parts: _Parts) -> BaseModel:
     _check_widths("UNet", parts.label, "pooled text", pooled, text_2.config.projection_dim)
     _check_channels("UNet", parts.label, unet, vae)
     return SDXLModel(
-        model_id=_model_id(parts.settings.name),
+        model_id=model_id(parts.settings.name),
         tokenizers=(parts.modules["tokenizer"], parts.modules["tokenizer_2"]),
         text_encoders=(text, text_2),
         vae=vae,
@@ -322,7 +322,7 @@ def _sd3_model(parts: _Parts) -> BaseModel:
             f"{parts.source.label} has no T5 (text_encoder_3); zeros stand in its place", stacklevel=3
         )
     return SD3Model(
-        model_id=_model_id(parts.settings.name),
+        model_id=model_id(parts.settings.name),
         tokenizers=(parts.modules["tokenizer"], parts.modules["tokenizer_2"]),
         text_encoders=(text, text_2),
         t5=None if t5 is None else (parts.modules["tokenizer_3"], t5),
@@ -351,7 +351,7 @@ def _check_channels(name: str, label: str, denoiser: Any, vae: Any) -> None:
         raise UserError(f"the autoencoder beside {label} scales its channels one by one; that is unsupported")
 
 
-def _model_id(name: str) -> str:
+def model_id(name: str) -> str:
     """What the user named; folders as absolute paths, so that adapters find them from anywhere."""
     if name in registry.MODELS:
         return name

@@ -17,6 +17,7 @@ from torch import Tensor
 from align_cli import config
 from align_cli.adapters import NOT_RECORDED, OFFICIAL, AdapterInfo, load_pickle, load_safetensors
 from align_cli.errors import UserError
+from align_cli.models.loading import model_id
 from align_cli.models.parts import LEVEL, family_of, outline
 from align_cli.models.tuning import check_state
 
@@ -85,7 +86,7 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
     info = AdapterInfo(
         method="textcraftor",
         stage=stage,
-        model_id=model,
+        model_id=model_id(model),
         family=family,
         source=f"official release, imported from {' and '.join(f.name for f, _ in files.values())}",
         # nothing about the model, nor about drawing with SDXL: those are for the model's preset to say
