@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from align_cli.errors import UserError
 
@@ -84,9 +85,15 @@ class DataSettings:
     """Training data."""
 
     name: str = "shapes"
-    """Registered dataset: shapes or coco."""
+    """Registered dataset: shapes, coco, or prompts (a list without pictures)."""
     path: str = ""
-    """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations); unused by shapes."""
+    """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations), or its file (prompts:
+    .txt, .csv, .tsv, .jsonl or .json); unused by shapes.
+    """
+    column: str = ""
+    """Prompts only: the column or key of the prompt; empty for prompt, text or caption, whichever is there,
+    else the first column of a table.
+    """
     image_size: int = 512
     """Pixels of the square training image (shapes: fixed by the world)."""
     interpolation: str = "bicubic"
@@ -232,6 +239,12 @@ class SampleSettings:
             f"{self.from_step}",
         )
 
+    def words(self) -> str:
+        """The settings that mean something, in one line."""
+        idle = {"spacing", "eta"} if self.sampler == "euler" else set()
+        idle |= {"from_step"} if self.from_step < 0 else set()
+        return ", ".join(f"{key} {value}" for key, value in vars(self).items() if key not in idle)
+
     def check_model(self, model: str, vae_factor: int, num_train_timesteps: int) -> None:
         """UserError for a picture size or a number of steps that a model of these facts cannot draw with.
 
@@ -318,6 +331,9 @@ class EvalSettings:
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """What the settings of every method have in common."""
+
+    pictures: ClassVar[bool] = True
+    """Whether it trains on pictures with captions; else captions alone are enough."""
 
     def check_train(self, train: TrainSettings) -> None:
         """UserError for settings of the training loop that the method cannot work with."""

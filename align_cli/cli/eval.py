@@ -93,19 +93,21 @@ def evaluate(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", metavar="NAME", help="parti: textcraftor, as its authors ran it."),
+        typer.Option("--protocol", metavar="NAME", help="parti, hpsv2: textcraftor, as its authors ran it."),
     ] = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="Let the official hpsv2 package score, too (extra hpsv2).")
     ] = False,
     interval: Annotated[
-        str | None, typer.Option("--interval", metavar="NAME", help="bootstrap or t.")
+        str | None,
+        typer.Option("--interval", metavar="NAME", help="bootstrap, or t (default in the shapes world)."),
     ] = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     sampler: options.Sampler = None,
     spacing: options.Spacing = None,
     eta: options.Eta = None,
+    from_step: options.FromStep = None,
     image_size: Annotated[
         int | None, typer.Option("--image-size", metavar="PIXELS", help="Pixels per side; 0: the model's.")
     ] = None,
@@ -145,7 +147,7 @@ def evaluate(
             model_flags={"device": device, "encoder_device": encoder_device, "dtype": dtype},
             sample_flags={
                 "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
-                "image_size": image_size, "batch_size": batch_size,
+                "image_size": image_size, "batch_size": batch_size, "from_step": from_step,
             },
             as_json=as_json, out=out, resume=resume, overwrite=overwrite,
         )  # fmt: skip

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from align_cli import registry
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -21,9 +23,17 @@ Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoisi
 Guidance = Annotated[float | None, typer.Option("--guidance", metavar="X", help="Guidance scale; 1 is off.")]
 Sampler = Annotated[str | None, typer.Option("--sampler", metavar="NAME", help="ddim, ddpm; SD3: euler.")]
 Spacing = Annotated[
-    str | None, typer.Option("--spacing", metavar="NAME", help="leading, trailing or linspace.")
+    str | None, typer.Option("--spacing", metavar="NAME", help="leading, trailing, linspace or lead.")
 ]
 Eta = Annotated[float | None, typer.Option("--eta", metavar="X", help="DDIM eta; 0 is deterministic.")]
+FromStep = Annotated[
+    int | None,
+    typer.Option(
+        "--from-step",
+        metavar="N",
+        help="Adapters on text encoders work from this step on; 0: in all. Default: as they were made.",
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Pictures drawn at once.")]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
@@ -47,9 +57,13 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="One setting, section.key=value; repeatable."),
 ]
-Data = Annotated[str | None, typer.Option("--data", metavar="NAME", help="Dataset: shapes or coco.")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="NAME", help=f"Dataset: {', '.join(registry.DATASETS)}."),
+]
 DataPath = Annotated[
-    Path | None, typer.Option("--data-path", metavar="FOLDER", help="Folder of the dataset.")
+    Path | None,
+    typer.Option("--data-path", metavar="PATH", help="Folder of the dataset; of prompts the file."),
 ]
 Overwrite = Annotated[
     bool,

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +16,9 @@ import typer
 
 from align_cli import config, registry
 from align_cli.cli import options
-from align_cli.cli.text import columns, say_loading
+from align_cli.cli.text import columns, say_loading, say_reading
 from align_cli.errors import UserError
+from align_cli.rewards.spec import parse_places, parse_weights
 from align_cli.training import run_folder
 
 if TYPE_CHECKING:
@@ -60,6 +61,27 @@ def train(
     ] = None,
     data: options.Data = None,
     data_path: options.DataPath = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="NAME", help="Stage of a method that has stages.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            metavar="NAME=WEIGHT",
+            help="Reward to train on, in place of the preset's; repeatable.",
+        ),
+    ] = None,
+    reward_weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights", metavar="NAME=PATH", help="Hub id, folder or file of a reward's weights; repeatable."
+        ),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FOLDER", help="Adapter of an earlier stage to start from."),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option("--cache", metavar="FOLDER", help="Encodings of the dataset, by 't2ialign encode'."),
@@ -94,9 +116,11 @@ def train(
         "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
         "eval.num_prompts": 0 if no_eval else None,
     }  # fmt: skip
+    flags |= _method_flags(method, stage, reward, reward_weights, start)
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
     resolved.method_config.check_train(resolved.train)
+    _check_data(resolved)
     if dry_run:
         typer.echo(describe(resolved))
         typer.echo(f"\noutput folder: {folder}")
@@ -108,6 +132,27 @@ def train(
         hint = f"; go on with: {run_folder.resume_command(method, folder)}" if known else ""
         typer.echo(f"stopped at once{hint}", err=True)
         raise typer.Exit(130) from None
+
+
+def _method_flags(
+    method: str,
+    stage: str | None,
+    reward: list[str] | None,
+    reward_weights: list[str] | None,
+    start: Path | None,
+) -> dict[str, object]:
+    """The flags that are settings of some methods. UserError for one that this method does not have."""
+    given: dict[str, object] = {
+        "stage": stage,
+        "rewards": parse_weights(reward) if reward else None,
+        "reward_weights": parse_places(reward_weights) if reward_weights else None,
+        "from_adapter": start,
+    }
+    known = {f.name for f in fields(registry.load(registry.METHOD_CONFIGS, method))}
+    for name, value in given.items():
+        if value is not None and name not in known:
+            raise UserError(f"{config.flag_name(f'{method}.{name}')} is no option of {method}")
+    return {f"{method}.{name}": value for name, value in given.items()}
 
 
 class _Layers:
@@ -157,10 +202,16 @@ class _Layers:
 
 
 def default_name(resolved: config.Resolved) -> str:
-    """softrepa-tiny-sd15-seed42."""
+    """softrepa-tiny-sd15-seed42, textcraftor-text-tiny-sd15-seed42."""
     tail = Path(resolved.model.name.rstrip("/")).name.removeprefix("embedded:")
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", tail).strip("-.") or "model"
-    return f"{resolved.method}-{slug}-seed{resolved.train.seed}"
+    parts = [resolved.method, stage_of(resolved), slug, f"seed{resolved.train.seed}"]
+    return "-".join(part for part in parts if part)
+
+
+def stage_of(resolved: config.Resolved) -> str:
+    """The stage of a method that has stages, else ""."""
+    return str(getattr(resolved.method_config, "stage", ""))
 
 
 def describe(resolved: config.Resolved) -> str:
@@ -168,6 +219,12 @@ def describe(resolved: config.Resolved) -> str:
     rows = [("setting", "value", "origin")]
     rows += [(key, json.dumps(value), origin) for key, value, origin in resolved.values()]
     return f"method: {resolved.method}\n\n{columns(rows)}"
+
+
+def _check_data(resolved: config.Resolved) -> None:
+    """UserError for captions alone where the method needs pictures."""
+    if resolved.method_config.pictures and resolved.data.name in registry.CAPTIONS_ONLY:
+        raise registry.no_pictures(resolved.data.name, f"{resolved.method} trains on pictures with captions")
 
 
 def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -194,7 +251,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
             f"{resolved.method} does not train models of the family {model.family} ({resolved.model.name}); "
             f"it trains {', '.join(sorted(method_class.families))}"
         )
-    if resolved.data.name != "shapes":
+    if resolved.method_config.pictures and resolved.data.name != "shapes":
         check_side(model, resolved.data.image_size, "data.image_size")
     if resolved.train.gradient_checkpointing:
         denoiser: Any = model.denoiser
@@ -233,6 +290,7 @@ def _dataset(resolved: config.Resolved) -> Dataset:
     from align_cli.data.cached import CachedDataset
 
     named = registry.load(registry.DATASETS, resolved.data.name)
+    say_reading(resolved.data.path)
     kind = CachedDataset if resolved.data.cache else named
     dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train")
     return dataset
@@ -333,6 +391,7 @@ def _conclude(
         origin=resolved.origin,
         step=result.step,
         seed=resolved.train.seed,
+        stage=stage_of(resolved),
         data_fingerprint=dataset.fingerprint(),
     )
     typer.echo(f"trained {result.step} steps in {duration_text(result.seconds)}: {adapter}", err=True)
@@ -390,7 +449,8 @@ def _evaluate(
     options = SetOptions(num=chosen.num_prompts, seed=chosen.seed, split=chosen.split)
     prompts = load_set("shapes", options)
     side = resolved.sample.image_size or model.image_size
-    if resolved.data.name != "shapes" or side != prompts.image_size:
+    knows = resolved.data.name == "shapes" or registry.is_embedded(resolved.model.name)
+    if not knows or side != prompts.image_size:
         typer.echo("note: no paired evaluation, it measures pictures of the shapes world only", err=True)
         return None
     place = folder / run_folder.EVALUATION

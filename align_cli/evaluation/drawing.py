@@ -64,31 +64,33 @@ def draw(
         UserError: an adapter does not fit, or a picture cannot be written.
     """
     size = settings.batch_size
-    for arm in arms:
-        wanted = set(missing[arm.name])
-        own = picture_facts(model, arm, settings)
-        with arm.at_work(model):
-            for b in my_share(missing[arm.name], size, ranks):
-                batch = items[b * size : (b + 1) * size]
-                drawn = sample(
-                    model, [item.row.text for item in batch], settings, [item.seed for item in batch]
-                )
-                new = 0
-                for i, (item, picture) in enumerate(zip(batch, to_uint8(drawn), strict=True)):
-                    if b * size + i in wanted:
-                        store.save(arm.name, item, picture, own)
-                        new += 1
-                progress(f"drawing {arm.name}", new * ranks.world_size)
-    ranks.objects(None)  # nobody goes on before all are done
+
+    def mine() -> None:
+        for arm in arms:
+            wanted = set(missing[arm.name])
+            own = picture_facts(model, arm, settings)
+            with arm.at_work(model):
+                for b in my_share(missing[arm.name], size, ranks):
+                    batch = items[b * size : (b + 1) * size]
+                    drawn = sample(
+                        model, [item.row.text for item in batch], settings, [item.seed for item in batch]
+                    )
+                    new = 0
+                    for i, (item, picture) in enumerate(zip(batch, to_uint8(drawn), strict=True)):
+                        if b * size + i in wanted:
+                            store.save(arm.name, item, picture, own)
+                            new += 1
+                    progress(f"drawing {arm.name}", new * ranks.world_size)
+
+    ranks.on_all(mine)  # nobody goes on before all are done
 
 
 def picture_facts(model: BaseModel, arm: Arm, settings: SampleSettings) -> dict[str, object]:
     """What the metadata of an arm's pictures say besides what the store says."""
-    idle = ("spacing", "eta") if settings.sampler == "euler" else ()
     pairs = zip(arm.adapters, arm.hashes, strict=True)
     return {
         "model": model.model_id,
-        "sampling": ", ".join(f"{key} {value}" for key, value in vars(settings).items() if key not in idle),
+        "sampling": settings.words(),
         "software": "t2ialign",
         "adapter": ", ".join(f"{spec} sha256:{sha}" for spec, sha in pairs) or "none",
     }

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: finish the step, save, then stop."""
+"""Ctrl-C and SIGTERM: a training finishes its step, saves, then stops; an evaluation, which keeps what is
+finished anyway, stops at once.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,38 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 _ASKED = b"\nstopping: this step is finished and saved first (again: stop at once, losing it)\n"
 REPEAT_SECONDS = 0.5
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM was received. number: of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM raise `Stopped`."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignals:
