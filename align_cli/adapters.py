@@ -20,6 +20,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError
 
@@ -343,19 +344,42 @@ def import_official(method: str, path: Path | str, model: str, out: Path) -> Ada
     return write_adapter(out, info, state)
 
 
-IMPORTERS = registry.Table("importer", {"softrepa": "align_cli.methods.softrepa.release:read_release"})
+IMPORTERS = registry.Table(
+    "importer",
+    {
+        "softrepa": "align_cli.methods.softrepa.release:read_release",
+        "textcraftor": "align_cli.methods.textcraftor.release:read_release",
+    },
+)
 """Method -> function (path, model name) -> (AdapterInfo, state)."""
 
 
+OFFICIAL = "official command; not recorded in the released file"
+"""Origin of settings that the official commands tell."""
+NOT_RECORDED = "default; how the released file was trained is not recorded in it"
+"""Origin of settings that an official file says nothing about."""
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file. UserError if it is damaged."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def load_pickle(path: Path, allowed: Sequence[type]) -> Any:
-    """A `.pth` file, unpickled with weights_only=True; of classes, only `allowed` may occur. UserError if it
-    is damaged.
+    """A `.pth` file, unpickled with weights_only=True; of classes, only `allowed` may occur. Tensors are read
+    from the disk when they are used. UserError if it is damaged.
     """
     import torch
 
     with torch.serialization.safe_globals(list(allowed)):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # files of old versions of torch are no archives and cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist") from error
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:

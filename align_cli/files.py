@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
@@ -45,6 +46,28 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears when the block ends, complete; after an error there is nothing of it.
+
+    Yields the folder to write into, which has a temporary name beside the final one.
+    Raises:
+        UserError: it exists already, or its place cannot be written to.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name another folder with --out")
+    part = folder.parent / f".{folder.name}.new-{os.getpid()}"
+    try:
+        with file_errors(f"cannot write {folder}"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            part.mkdir()
+        yield part
+        with file_errors(f"cannot write {folder}"):
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from align_cli import config
 from align_cli.cli.text import columns
 
 presets_app = typer.Typer(help="Look at the packaged presets.")
-adapters_app = typer.Typer(help="Look at trained adapters, and import officially released ones.")
+adapters_app = typer.Typer(help="Look at trained adapters, import released ones, export to other tools.")
 
 
 @presets_app.command("list")
@@ -63,7 +63,7 @@ def adapters_info(
 def adapters_import(
     method: Annotated[
         str,
-        typer.Argument(metavar="METHOD", help="Method that the file was released for, for example softrepa."),
+        typer.Argument(metavar="METHOD", help="Method it was released for: softrepa or textcraftor."),
     ],
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="The released file, or the folder that holds it.")
@@ -81,6 +81,36 @@ def adapters_import(
     import_official(method, path, model, out)
     typer.echo(f"wrote {out}")
     typer.echo(f"look at it with: t2ialign adapters info {out}")
+
+
+@adapters_app.command("export")
+def adapters_export(
+    adapter: Annotated[Path, typer.Argument(metavar="FOLDER", help="Adapter folder.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="diffusers, peft or official.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; must not exist.")],
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="R", min=1, help="Write all trained weights as LoRA of this rank."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Base model. Default: the adapter's own.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="NAME", help="float32, float16 or bfloat16.")
+    ] = "float32",
+) -> None:
+    """Write an adapter as files of other tools, and open them again to compare."""
+    from align_cli.exporting import export
+
+    report = export(adapter, to, out, model=model, rank=rank or 0, dtype=dtype)
+    for name, words in report.written.items():
+        typer.echo(f"wrote {out / name}: {words}")
+    if report.left_out:
+        typer.echo(columns(("left out", layer, f"{share:.2%}") for layer, share in report.left_out.items()))
+    for text in report.notes:
+        typer.echo(f"note: {text}")
+    for text in report.check:
+        typer.echo(f"check: {text}")
 
 
 def _fact(value: object) -> str:

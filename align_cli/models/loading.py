@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
@@ -96,10 +96,7 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
     device = pick_device(settings.device)
     beside = _encoder_home(settings.encoder_device, device)
     source = find(settings.name)
-    kind = source.index.get("_class_name")
-    if kind not in FAMILIES:
-        known = ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
-        raise UserError(f"{source.label} holds a {kind}; supported are {known}")
+    kind = pipeline_kind(source)
     family = FAMILIES[kind]
     scheduler = read_json(source.folder / "scheduler" / "scheduler_config.json", source.label)
     try:
@@ -115,7 +112,7 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
         source = with_config(source, outline)
     dtype = getattr(torch, settings.dtype)
     modules: dict[str, Any] = {}
-    with _quiet():
+    with quiet():
         for part, cls in family.parts.items():
             if other.get(part):
                 modules[part] = _other_module(cls, part, other[part], dtype)
@@ -125,7 +122,7 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
                 modules[part] = (
                     _load_tokenizer(cls, source, part)
                     if part in TOKENIZERS
-                    else _load_part(cls, source, part, _part_dtype(kind, part, source, dtype))
+                    else load_part_of(cls, source, part, _part_dtype(kind, part, source, dtype))
                 )
     for part, module in modules.items():
         if part not in (*TOKENIZERS, outline):
@@ -142,6 +139,15 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
             warnings.warn("model.encoder_device offload has no effect: the model is on the CPU", stacklevel=2)
         model.offload_encoders()
     return model
+
+
+def pipeline_kind(source: Source) -> str:
+    """`_class_name` of a pipeline, of a family that is supported. UserError for another."""
+    kind = str(source.index.get("_class_name"))
+    if kind not in FAMILIES:
+        known = ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
+        raise UserError(f"{source.label} holds a {kind}; supported are {known}")
+    return kind
 
 
 def _wanted(part: str, source: Source, settings: ModelSettings) -> bool:
@@ -161,7 +167,7 @@ def _encoder_home(name: str, device: torch.device) -> torch.device:
 # ---------------------------------------------------------------- parts
 
 
-def _load_part(cls: Any, source: Source, part: str, dtype: torch.dtype) -> nn.Module:
+def load_part_of(cls: Any, source: Source, part: str, dtype: torch.dtype) -> nn.Module:
     """One module of a pipeline, complete: no missing and no misfitting weights."""
     weight = weight_file(source, f"{part}/", stem_of(part), half=dtype != torch.float32)
     if weight is None or f"{part}/config.json" not in source.files:
@@ -173,14 +179,20 @@ def _load_part(cls: Any, source: Source, part: str, dtype: torch.dtype) -> nn.Mo
 
 
 def _outline(cls: Any, source: Source, part: str, dtype: torch.dtype) -> nn.Module:
-    """A module of the right configuration without weights, on torch's meta device."""
+    """A module of the pipeline's configuration without weights, on torch's meta device."""
     config = read_json(source.folder / part / "config.json", source.label)
     try:
-        with torch.device("meta"):
-            module: nn.Module = nn.Module.to(cls.from_config(config), dtype)  # diffusers' own `to` warns
+        return nn.Module.to(outline_of(cls, config), dtype)  # diffusers' own `to` warns
     except LOAD_ERRORS as error:
         raise UserError(f"cannot read the {part} of {source.label}: {first_line(error)}") from error
-    return module
+
+
+def outline_of(cls: Any, config: dict[str, Any]) -> nn.Module:
+    """A module of that configuration without weights, on torch's meta device."""
+    with torch.device("meta"):
+        if cls in DIFFUSERS_CLASSES:
+            return cast("nn.Module", cls.from_config(config))
+        return cast("nn.Module", cls(cls.config_class.from_dict(config)))
 
 
 def _load_weights(cls: Any, folder: Path, weight: str, dtype: torch.dtype, what: str) -> nn.Module:
@@ -237,7 +249,7 @@ def _part_dtype(kind: str, part: str, source: Source, dtype: torch.dtype) -> tor
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars of the libraries inside."""
     shown = [log for log in (transformers_logging, diffusers_logging) if log.is_progress_bar_enabled()]
     for log in shown:
@@ -259,7 +271,7 @@ def _unet_model(parts: _Parts) -> BaseModel:
     _check_widths("UNet", parts.label, "text", unet.config.cross_attention_dim, text.config.hidden_size)
     _check_channels("UNet", parts.label, unet, vae)
     return UNetModel(
-        model_id=_model_id(parts.settings.name),
+        model_id=model_id(parts.settings.name),
         tokenizer=parts.modules["tokenizer"],
         text_encoder=text,
         vae=vae,
@@ -280,7 +292,7 @@ def _sdxl_model(parts: _Parts) -> BaseModel:
     _check_widths("UNet", parts.label, "pooled text", pooled, text_2.config.projection_dim)
     _check_channels("UNet", parts.label, unet, vae)
     return SDXLModel(
-        model_id=_model_id(parts.settings.name),
+        model_id=model_id(parts.settings.name),
         tokenizers=(parts.modules["tokenizer"], parts.modules["tokenizer_2"]),
         text_encoders=(text, text_2),
         vae=vae,
@@ -310,7 +322,7 @@ def _sd3_model(parts: _Parts) -> BaseModel:
             f"{parts.source.label} has no T5 (text_encoder_3); zeros stand in its place", stacklevel=3
         )
     return SD3Model(
-        model_id=_model_id(parts.settings.name),
+        model_id=model_id(parts.settings.name),
         tokenizers=(parts.modules["tokenizer"], parts.modules["tokenizer_2"]),
         text_encoders=(text, text_2),
         t5=None if t5 is None else (parts.modules["tokenizer_3"], t5),
@@ -339,7 +351,7 @@ def _check_channels(name: str, label: str, denoiser: Any, vae: Any) -> None:
         raise UserError(f"the autoencoder beside {label} scales its channels one by one; that is unsupported")
 
 
-def _model_id(name: str) -> str:
+def model_id(name: str) -> str:
     """What the user named; folders as absolute paths, so that adapters find them from anywhere."""
     if name in registry.MODELS:
         return name

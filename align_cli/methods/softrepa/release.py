@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from align_cli import config, registry
-from align_cli.adapters import AdapterInfo, load_pickle
+from align_cli.adapters import NOT_RECORDED, OFFICIAL, AdapterInfo, load_pickle, load_safetensors
 from align_cli.errors import UserError
 from align_cli.methods.softrepa.config import TABLE_ROWS
 from align_cli.models.sources import find, read_json
@@ -65,11 +63,6 @@ STAGES = {"sdxl": "TTF"}
 """Stages of the released tokens where they are not TFF, by family. Source: run_eval.sh, --apply_dc."""
 INITS = {"sd15": "bos"}
 """What training started from where that is not normal, by family. Source: train.py."""
-
-OFFICIAL = "official command; not recorded in the released file"
-"""Origin of settings that the official commands tell."""
-NOT_RECORDED = "default; how the released file was trained is not recorded in it"
-"""Origin of settings that an official file says nothing about."""
 
 
 def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]]:
@@ -125,10 +118,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"{path} does not exist; give a dc_tokens*.pth file or the folder that holds it")
     if file.suffix == ".safetensors":
-        try:
-            state = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
+        state = load_safetensors(file)
         if TOKENS not in state or state.keys() - {TOKENS, TABLE}:
             raise UserError(f"{file} holds {', '.join(sorted(state))}; expected {TOKENS} and perhaps {TABLE}")
         return {name: tensor.float() for name, tensor in state.items()}

@@ -1,0 +1,171 @@
+"""Trained adapters as files of other tools: `t2ialign adapters export`. Importing this costs no torch.
+
+A method says what it trained as `Part`s, one per module of the pipeline; a format writes parts, opens what it
+wrote with the library that it is for, and compares. EXPORTERS tells which method can be written as what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align_cli import registry
+from align_cli.adapters import Adapter, load_adapter, refuse_existing
+from align_cli.config import Resolved
+from align_cli.errors import UserError
+from align_cli.files import new_folder
+from align_cli.settings import ModelSettings, one_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was trained of one module of a pipeline.
+
+    name: of the module as in diffusers: text_encoder, unet, ... state: parameter -> value of all parameters;
+    or, of a LoRA, "<layer>.lora_A.weight" (rank, in) and "<layer>.lora_B.weight" (out, rank) per layer.
+    factor: alpha / rank of a LoRA, by which B A is multiplied; None for all parameters.
+    """
+
+    name: str
+    state: dict[str, Tensor]
+    factor: float | None = None
+
+    @property
+    def lora(self) -> bool:
+        """Whether it is a low-rank addition."""
+        return self.factor is not None
+
+    @property
+    def rank(self) -> int:
+        """Of a LoRA."""
+        return next(len(value) for key, value in self.state.items() if key.endswith(LORA_A))
+
+    @property
+    def layers(self) -> list[str]:
+        """Of a LoRA: the layers that it adds to."""
+        return [key.removesuffix(LORA_A) for key in self.state if key.endswith(LORA_A)]
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Of a LoRA: A (rank, in) and B (out, rank) of a layer."""
+        return self.state[layer + LORA_A], self.state[layer + LORA_B]
+
+
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export. settings: of the base model. folder: to write into. rank: of the factors of what was
+    trained as all parameters; 0 for none. dtype: of what is written.
+    """
+
+    adapter: Adapter
+    parts: tuple[Part, ...]
+    settings: ModelSettings
+    folder: Path
+    rank: int
+    dtype: torch.dtype
+
+    @property
+    def model(self) -> str:
+        """The base model's name."""
+        return self.settings.name
+
+
+@dataclass
+class Report:
+    """What an exporter did. written: file or folder -> what it is and what opens it. left_out: layer -> share
+    of its change that the rank leaves out. notes: what is lost or different. check: the comparison of what
+    was opened again.
+    """
+
+    written: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    check: list[str] = field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        """Append another report."""
+        self.written |= other.written
+        self.left_out |= other.left_out
+        self.notes += other.notes
+        self.check += other.check
+
+
+PARTS = registry.Table(
+    "exported method", {"textcraftor": "align_cli.methods.textcraftor.export:trained_parts"}
+)
+"""Method -> function (Adapter) -> (parts, notes): what it trained, and what no other tool's file can hold."""
+
+EXPORTERS: dict[str, registry.Table] = {
+    "textcraftor": registry.Table(
+        "export format of textcraftor",
+        {
+            "diffusers": "align_cli.exporting.pipelines:write_diffusers",
+            "peft": "align_cli.exporting.lora:write_peft",
+            "official": "align_cli.methods.textcraftor.export:write_official",
+        },
+    ),
+}
+"""Method -> format -> function (Job) -> Report. UserError for parts that the format cannot hold."""
+
+
+def export(
+    path: Path | str, form: str, out: Path, *, model: str | None = None, rank: int = 0, dtype: str = "float32"
+) -> Report:
+    """Write a trained adapter in another tool's format, and open it again.
+
+    Args:
+        path: adapter folder. form: one of EXPORTERS. out: folder to write; must not exist. model: base model,
+        None for the adapter's own. rank: write what was trained as all weights as LoRA factors of this rank.
+    Raises:
+        UserError: an adapter that is damaged, or cannot be written so; base weights that are needed and not
+        there; what was written does not hold what was trained. Then nothing is written.
+    """
+    refuse_existing(out)
+    one_of("--dtype", dtype, DTYPES)
+    if rank < 0:
+        raise UserError(f"--rank must be >= 1, got {rank}")
+    adapter = load_adapter(path)
+    method = adapter.info.method
+    registry.path_of(registry.METHODS, method)
+    if method not in EXPORTERS:
+        raise UserError(f"adapters of {method} cannot be exported (those of {', '.join(EXPORTERS)} can)")
+    write = registry.load(EXPORTERS[method], form)
+    parts, notes = registry.load(PARTS, method)(adapter)
+    if rank and all(part.lora for part in parts):
+        raise UserError(f"adapter {path} is LoRA of rank {parts[0].rank} already; leave --rank out")
+    settings = _base(adapter, parts, model)
+    import torch
+
+    with new_folder(out) as folder:
+        report: Report = write(Job(adapter, tuple(parts), settings, folder, rank, getattr(torch, dtype)))
+    report.notes += notes
+    return report
+
+
+def _base(adapter: Adapter, parts: list[Part], model: str | None) -> ModelSettings:
+    """The base model as it was trained on, or another one, float32 on the CPU."""
+    info = adapter.info
+    settings = ModelSettings()
+    if model is None and "model" in info.config:
+        raw = {**info.config, "method": info.method}
+        settings = Resolved.from_dict(raw, where=f"adapter {adapter.path}: config").model
+    name = model or info.model_id
+    registry.model_source(name)
+    idle_t5 = info.family == "sd3" and not any(part.name == "text_encoder_3" for part in parts)
+    return replace(
+        settings,
+        name=name,
+        dtype="float32",
+        device="cpu",
+        encoder_device="",
+        t5_length=0 if idle_t5 else settings.t5_length,
+    )
