@@ -258,9 +258,11 @@ def cached(exact: bool) -> CachedDataset:
 def test_a_cache_sends_the_encoders_to_the_cpu(monkeypatch, capsys):
     key = "model.encoder_device"
 
-    def place(dataset: object, on: str, *sets: str, origin: str = "") -> tuple[str, str]:
+    def place(
+        dataset: object, on: str, *sets: str, origin: str = "", method: str = "softrepa"
+    ) -> tuple[str, str]:
         monkeypatch.setattr(loading, "pick_device", lambda _: torch.device(on))
-        resolved = config.resolve("softrepa", sets=list(sets))
+        resolved = config.resolve(method, sets=list(sets))
         if origin:
             resolved = replace(resolved, origin=resolved.origin | {key: origin})
         found = _with_idle_encoders(resolved, dataset)
@@ -272,6 +274,7 @@ def test_a_cache_sends_the_encoders_to_the_cpu(monkeypatch, capsys):
     assert place(cached(True), "cuda", f"{key}='cuda:0'") == ("cuda:0", "--set")
     assert place(cached(True), "cuda", f"{key}=''") == ("", "--set")
     assert place(SimpleNamespace(), "cuda", offload) == ("offload", "--set")
+    assert place(cached(True), "cuda", method="textcraftor") == ("", "default")  # it draws, it tunes encoders
     for dataset, on in ((cached(True), "cpu"), (cached(False), "cuda"), (SimpleNamespace(), "cuda")):
         assert place(dataset, on) == ("", "default")
         assert place(dataset, on, offload, origin="the cache") == ("", "default")  # resumed otherwise

@@ -119,3 +119,19 @@ def test_unknown_preset_offers_the_nearest():
 def test_preset_name_is_no_path():
     with pytest.raises(UserError, match="unknown preset"):
         config.read_preset("../pyproject")
+
+
+def test_official_values_of_textcraftor():
+    """PickScore of the released script is of 4 x 4 pairs, 8 such batches in a step."""
+    r = config.resolve("textcraftor", preset="textcraftor/sd15-script")
+    assert (r.train.batch_size, r.train.accumulation, r.method_config.pickscore_pairing) == (4, 8, "batch")
+    assert r.method_config.rewards == {"clip-g14": 50, "aesthetic": 3, "pickscore": 1, "hpsv2": 100}
+    assert r.method_config.literal_split
+    paper = config.resolve("textcraftor", preset="textcraftor/sd15-paper")
+    assert (paper.train.batch_size, paper.train.accumulation) == (256, 1)
+    assert paper.method_config.rewards == {"clip-g14": 100, "aesthetic": 1, "pickscore": 1, "hpsv2": 100}
+    for c in (r, paper):
+        m = c.method_config
+        assert (m.steps, m.guidance, m.spacing, m.grad_steps, m.test_grad_steps) == (25, 7.5, "lead", 5, 15)
+        assert (c.train.lr, c.train.weight_decay, c.train.precision) == (1e-6, 0.01, "fp32")
+        assert (c.sample.sampler, c.sample.steps, c.sample.spacing) == ("ddim", 25, "lead")

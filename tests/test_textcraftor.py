@@ -18,6 +18,7 @@ from align_cli.errors import UserError
 from align_cli.methods.base import Batch, StepContext
 from align_cli.methods.textcraftor.config import TextCraftorConfig
 from align_cli.methods.textcraftor.method import TextCraftor
+from align_cli.models import loading
 from align_cli.models.conditioning import StepText
 from align_cli.rewards.base import Reward
 from align_cli.settings import SampleSettings, TrainSettings
@@ -301,6 +302,52 @@ def test_a_start_that_does_not_fit(sd15, tmp_path):
         make(sd15, from_adapter=str(tmp_path / "none")).check(TrainSettings())
 
 
+def start(method: TextCraftor, folder, stage: str) -> str:
+    """The method as an adapter that another one starts from."""
+    config = {"method": "textcraftor", "textcraftor": method_section(method)}
+    save_adapter(folder, method, config, {}, stage=stage)
+    return str(folder)
+
+
+def test_a_carried_encoder_is_frozen(sd15, tmp_path):
+    second = make(sd15, stage="unet", from_adapter=start(moved(make(sd15)), tmp_path / "a", "text"))
+    second.check(TrainSettings())
+    run(second)
+    assert not any(p.requires_grad or p.grad is not None for p in second.tunings["text_encoder"].parameters())
+
+
+@pytest.mark.parametrize("stage", ["unet", "joint"])
+def test_a_start_from_lora_of_another_alpha_is_the_same_start(sd15, tmp_path, stage):
+    text = moved(make(sd15, lora_rank=2, lora_alpha=4.0))
+    folder = start(text, tmp_path / "a", "text")
+    second = make(sd15, stage=stage, lora_rank=2, from_adapter=folder)
+    second.check(TrainSettings())
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    wanted = run(text, noise=noise)["loss"]
+    assert run(second, noise=noise)["loss"] == pytest.approx(wanted, rel=1e-5)
+    again = make(sd15, stage=stage, lora_rank=2)
+    again.load_state(second.state())
+    assert run(again, noise=noise)["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_encoder_that_is_not_chosen_is_carried(tiny_sdxl_folder, tmp_path):
+    model = load(tiny_sdxl_folder)
+    folder = start(moved(make(model)), tmp_path / "a", "text")
+    second = make(model, encoders=("text_encoder",), from_adapter=folder)
+    second.check(TrainSettings())
+    trained = second.trainables()["text"]
+    assert len(trained) == len(second.tunings["text_encoder"].parameters())
+    again = make(model, encoders=("text_encoder",))
+    again.load_state(second.state())
+    assert all(torch.equal(again.state()[k], v) for k, v in second.state().items())
+
+
+def test_stage_text_does_not_drop_a_tuned_denoiser(sd15, tmp_path):
+    folder = start(make(sd15, stage="joint"), tmp_path / "a", "joint")
+    with pytest.raises(UserError, match="it holds a tuned unet, which stage text has no use for"):
+        make(sd15, from_adapter=folder).check(TrainSettings())
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -320,6 +367,7 @@ def test_a_state_that_does_not_fit(sd15, change, words):
 def test_the_denoiser_has_a_rate_of_its_own(sd15):
     assert make(sd15, stage="joint", lr_unet=3e-5).group_options() == {"unet": {"lr": 3e-5}}
     assert make(sd15, stage="joint").group_options() == {}
+    assert make(sd15, stage="unet", lr_unet=3e-5).group_options() == {}  # as the warning says
 
 
 # ---------------------------------------------------------------- bad input
@@ -356,6 +404,81 @@ def test_settings_without_effect_are_told(sd15, tiny_sd3_folder):
         make(sd15, lr_unet=1e-5).check(TrainSettings())
     with pytest.warns(UserWarning, match=r"textcraftor.spacing has no effect on sd3"):
         make(load(tiny_sd3_folder), spacing="trailing").check(TrainSettings())
+
+    with pytest.warns(UserWarning, match=r"textcraftor.lora_alpha has no effect without"):
+        make(sd15, lora_alpha=4.0).check(TrainSettings())
+    with pytest.warns(UserWarning, match=r"textcraftor.encoders has no effect: stage unet"):
+        make(sd15, stage="unet", encoders=("text_encoder",)).check(TrainSettings())
+
+
+# ---------------------------------------------------------------- devices, precision, processes
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize("place", ["offload", "cpu"])
+def test_what_is_trained_is_where_it_works(tiny_sdxl_folder, monkeypatch, place, options):
+    """cuda:1 is the meta device; offloaded modules rest on the CPU and work there."""
+    meta, real = torch.device("meta"), loading.pick_device
+    monkeypatch.setattr(loading, "pick_device", lambda n, *a: meta if n == "cuda:1" else real(n, *a))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # meta knows none
+    model = load(tiny_sdxl_folder, device="cuda:1", encoder_device=place)
+    method = make(model, stage="joint", **options)
+    groups = method.trainables()
+    where = {"offload": "meta", "cpu": "cpu"}[place]
+    assert {p.device.type for p in groups["text"]} == {where}
+    assert {p.device.type for p in groups["unet"]} == {"meta"}
+    with method._training():
+        tokens = model.encode_text(PROMPTS).tokens
+        assert tokens.device.type == "meta" and tokens.requires_grad
+        if place == "offload":  # from the meta device there is no way back
+            tokens.sum().backward()
+            assert any(p.grad is not None and p.grad.device == meta for p in groups["text"])
+
+
+@pytest.mark.parametrize("checkpoint_vae", [False, True])
+def test_an_offloaded_autoencoder_stays_for_the_backward_pass(sd15, checkpoint_vae):
+    """At work, copies without gradient stand in place of its parameters."""
+    method = make(sd15, checkpoint_vae=checkpoint_vae)
+    plain = run(method)
+    wanted = gradients(method)
+    sd15.offloaded = True
+    layer, copied = sd15.vae.decoder.mid_block.resnets[0].conv1, []
+    layer.register_forward_pre_hook(
+        lambda layer, _: copied.append(not isinstance(layer._parameters["weight"], nn.Parameter))
+    )
+    assert run(method) == plain and torch.equal(gradients(method), wanted)
+    assert copied == [True] * len(PROMPTS) * (1 + checkpoint_vae)
+    assert isinstance(layer._parameters["weight"], nn.Parameter)
+
+
+def test_frozen_text_is_not_under_autocast(sd15, monkeypatch):
+    method, seen, real = make(sd15), [], sd15.encode_text
+
+    def encode(prompts):
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return real(prompts)
+
+    monkeypatch.setattr(sd15, "encode_text", encode)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(method)
+    assert seen == [(False, False)] * 2 + [(True, True)] * 2
+
+
+def test_all_text_encoders_can_have_lora(tiny_sd3_folder):
+    model = load(tiny_sd3_folder)
+    assert len(model.encoders) == 3
+    method = make(model, encoders=("text_encoder_3",), lora_rank=2)
+    run(method)
+    assert max(float(p.grad.abs().max()) for p in method.trainables()["text"]) > 0
+
+
+def test_a_reward_that_is_not_finite_on_another_process_stops_this_one(sd15):
+    method, steps = make(sd15), []
+    other = {"world_size": 2, "gather": lambda x: torch.cat([x, torch.ones_like(x)])}
+    ctx = StepContext(step=0, rng=torch.Generator().manual_seed(0), backward=steps.append, **other)
+    with pytest.raises(UserError, match="process 1 stopped: a reward is not finite there"):
+        method.step(Batch(PROMPTS), ctx)
+    assert not steps
 
 
 def test_more_steps_than_the_path_has(sd15):

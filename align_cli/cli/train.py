@@ -298,7 +298,8 @@ def _dataset(resolved: config.Resolved) -> Dataset:
 
 def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.Resolved:
     """The configuration with text encoders and autoencoder resting on the CPU where a cache holds everything
-    that they give, no layer says where they are, and the model is on another device.
+    that they give, the method draws nothing itself, no layer says where they are, and the model is on another
+    device.
     """
     from align_cli.data.cached import CachedDataset
     from align_cli.models.loading import pick_device
@@ -307,7 +308,7 @@ def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.R
     key, said = "model.encoder_device", "the cache"
     if resolved.origin[key] not in ("default", said):
         return resolved
-    idle = isinstance(dataset, CachedDataset) and dataset.exact
+    idle = resolved.method_config.pictures and isinstance(dataset, CachedDataset) and dataset.exact
     if idle and pick_device(on_rank(resolved.model).device).type != "cpu":
         if is_main():
             typer.echo(

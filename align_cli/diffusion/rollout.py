@@ -43,7 +43,7 @@ def rollout(
         z: (B, C, H, W) standard normal noise. It is held in float32 (or float64) between steps.
         cond, uncond: conditioning of B rows each, or a function of the step's index that gives it; uncond is
         needed unless guidance is 1.
-        spacing: leading, trailing or linspace; None takes the process's own, and a flow has no other.
+        spacing: leading, trailing, linspace or lead; None takes the process's own, and a flow has no other.
         sampler: "ddim" (with eta) or "ddpm"; "euler" for a flow, which has no other. None: ddim or euler.
         grad_steps: indices (0 is the noisiest) of the steps whose prediction carries gradient; the others run
         under `torch.no_grad`. None: all. The step arithmetic itself is never detached, so gradient passes

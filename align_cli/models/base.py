@@ -137,6 +137,12 @@ class BaseModel(Protocol):
         """
         ...
 
+    def at_work(self, *modules: nn.Module) -> AbstractContextManager[None]:
+        """Inside, offloaded modules are on `device`. The methods here see to that themselves; around a call
+        whose activations are computed again in the backward pass it has to reach as far as that.
+        """
+        ...
+
     def encode_text(self, prompts: list[str]) -> TextCond:
         """Encode prompts, truncated to the model's token limit. No gradient unless a text encoder requires
         it.

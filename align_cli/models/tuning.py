@@ -17,16 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-"""Linear layers of attention in the denoisers of diffusers and in the text encoders of transformers."""
+ATTENTION = (
+    "to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o",
+)  # fmt: skip
+"""Linear layers of attention in the denoisers of diffusers (of SD3 those of the picture's stream), in CLIP
+and in T5."""
 
 
 class FullTuning:
     """All weights of a module, float32, in a copy of it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, device: torch.device | None = None) -> None:
+        """device: where the module works, which is not where it is if it is offloaded; None for the same."""
         self.base = module
-        self.module = copy.deepcopy(module).float().requires_grad_(True).eval()
+        self.module = copy.deepcopy(module).to(device, torch.float32).requires_grad_(True).eval()
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
@@ -99,9 +103,11 @@ class LoraTuning:
         alpha: float,
         targets: Sequence[str] = ATTENTION,
         rng: torch.Generator | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """targets: ends of the names of the layers. rng: a CPU generator for A, so that every machine starts
-        the same.
+        the same. device: where the module works, which is not where it is if it is offloaded; None for the
+        same.
 
         Raises:
             ValueError: no linear layer has such a name.
@@ -114,10 +120,10 @@ class LoraTuning:
         for name, layer in self.layers.items():
             down = torch.empty(rank, layer.in_features)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=rng)
-            device = layer.weight.device
-            self.weights[f"{name}.lora_A.weight"] = nn.Parameter(down.to(device))
+            place = device or layer.weight.device
+            self.weights[f"{name}.lora_A.weight"] = nn.Parameter(down.to(place))
             self.weights[f"{name}.lora_B.weight"] = nn.Parameter(
-                torch.zeros(layer.out_features, rank, device=device)
+                torch.zeros(layer.out_features, rank, device=place)
             )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -125,6 +131,11 @@ class LoraTuning:
 
     def state(self) -> dict[str, Tensor]:
         return {k: p.detach().cpu().contiguous().clone() for k, p in self.weights.items()}
+
+    def state_for(self, factor: float) -> dict[str, Tensor]:
+        """The state of the same addition where alpha / rank is `factor`."""
+        ratio = self.factor / factor
+        return {k: x * ratio if k.endswith(".lora_B.weight") else x for k, x in self.state().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         check_state({k: p.shape for k, p in self.weights.items()}, state)
@@ -156,14 +167,16 @@ def _adding(a: Tensor, b: Tensor, factor: float) -> Any:
     return hook
 
 
-def tuning_like(module: nn.Module, state: Mapping[str, Tensor]) -> FullTuning | LoraTuning:
+def tuning_like(
+    module: nn.Module, state: Mapping[str, Tensor], *, device: torch.device | None = None
+) -> FullTuning | LoraTuning:
     """What such a state was trained as, not yet holding it: LoRA (scaled by alpha = rank) or all weights."""
     ends = ".lora_A.weight"
     layers = [key.removesuffix(ends) for key in state if key.endswith(ends)]
     if not layers:
-        return FullTuning(module)
+        return FullTuning(module, device=device)
     rank = len(state[layers[0] + ends])
-    return LoraTuning(module, rank=rank, alpha=rank, targets=layers)
+    return LoraTuning(module, rank=rank, alpha=rank, targets=layers, device=device)
 
 
 def linear_layers(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from align_cli.methods.textcraftor.config import TextCraftorConfig
 from align_cli.methods.textcraftor.method import TextCraftor
 from align_cli.models.base import TextCond
 from align_cli.models.conditioning import StepText
+from align_cli.models.frozen import token_ids
 from align_cli.models.unet import UNetModel
 from align_cli.rewards import preprocess
 from align_cli.rewards.aesthetic import OFFICIAL_HEAD, Aesthetic, AestheticHead, head_hash
@@ -35,6 +37,10 @@ PREPROCESSING, REWARDS, GRADIENTS = 1e-6, 1e-4, 1e-3
 CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 HEAD = "sac_logos_ava1_l14_linearMSE"
 START, END = "<|startoftext|>", "<|endoftext|>"
+INPUTS = re.compile(r"image(\d*_uint8.*)?$|latents_init(_\d+)?$|weighted_prompt$|\w+_loss_weights$")
+"""Tensors that a case gives; every other one is compared."""
+VARIANT = re.compile(r"latents_(?:w(?P<w>\d+)|(?P<kind>mix|alt))_k(?P<k>\d+)$")
+"""Pictures drawn otherwise: share of the tuned embedding (04 is 0.4), steps that see it."""
 
 
 def textcraftor(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
@@ -43,8 +49,12 @@ def textcraftor(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
         if check is None:
             yield Line(f"{name} (not written yet)", math.inf, 0.0)
             continue
-        for line in check(folder, case, load_file(folder / facts["file"])):
+        x, seen = load_file(folder / facts["file"]), set()
+        for line in check(folder, case, x):
+            seen.add(line.quantity)
             yield Line(f"{name}/{line.quantity}", line.error, line.tol)
+        for key in sorted(key for key in x.keys() - seen if not INPUTS.match(key)):
+            yield Line(f"{name}/{key} (not compared)", math.inf, 0.0)
 
 
 def absolute(quantity: str, got: Tensor, expected: Tensor) -> Line:
@@ -102,7 +112,7 @@ def check_rewards(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> I
     clip = open_clip_reward(folder, case, "clipg", TEXTCRAFTOR)
     hps = open_clip_reward(folder, case, "hps", TEXTCRAFTOR)
     pick, aesthetic = pick_reward(folder, case), aesthetic_reward(folder, case)
-    yield same_ids(clip, case, x["input_ids"])
+    yield same_ids("input_ids", clip.tokenizer, prompts, clip.limit, x["input_ids"])
 
     def scores(image: Tensor) -> dict[str, tuple[str, Tensor, float]]:
         """short name -> (tensor of the case, its value, factor of its mean in the loss)."""
@@ -133,11 +143,9 @@ def check_rewards(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> I
     yield compare("pick diagonal", pick.score(x["image"], prompts), x["pick_matrix"].diagonal(), REWARDS)
 
 
-def same_ids(reward: ClipReward, case: dict[str, Any], expected: Tensor) -> Line:
+def same_ids(quantity: str, tokenizer: Any, prompts: list[str], limit: int, expected: Tensor) -> Line:
     """Our tokenizer gives the case's ids."""
-    options = {"padding": "max_length", "max_length": reward.limit, "return_tensors": "pt"}
-    ids = reward.tokenizer(case["params"]["prompts"], **options)["input_ids"]
-    return exact("input_ids", ids, expected)
+    return exact(quantity, token_ids(tokenizer, prompts, limit)["input_ids"], expected)
 
 
 def toy_tokenizer() -> CLIPTokenizer:
@@ -260,6 +268,8 @@ def check_sampling(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> 
     yield compare("final_alpha_cumprod", last, x["final_alpha_cumprod"], REWARDS)
     for key in ("timesteps", "timesteps_alt"):
         yield exact(key, model.process.timesteps(len(x[key]), "lead"), x[key])
+    for key, texts in (("input_ids", prompts), ("uncond_ids", [""] * len(prompts))):
+        yield same_ids(key, model.tokenizer, texts, model.token_limit, x[key])
     with torch.no_grad():
         frozen = torch.cat([model.uncond(len(prompts)).tokens, model.encode_text(prompts).tokens])
         with method.attach(model):
@@ -268,12 +278,15 @@ def check_sampling(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> 
     yield compare("frozen_embeds", frozen, x["frozen_embeds"], REWARDS)
     yield compare("tuned_embeds", tuned, x["tuned_embeds"], REWARDS)
 
-    def draw(change: Given, steps: int, gradient: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def draw(change: Given, steps: int, gradient: bool = False) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Clean latents; latents before, and guided prediction of, every step."""
+        latents: list[Tensor] = []
         predictions: list[Tensor] = []
 
         def predict(z: Tensor, t: Tensor, cond: TextCond) -> Tensor:
             found = model.predict(z, t, cond)
             u, c = found.detach().chunk(2)
+            latents.append(z.detach().chunk(2)[0])
             predictions.append(u + method.config.guidance * (c - u))
             return found
 
@@ -293,10 +306,11 @@ def check_sampling(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> 
             )
         finally:
             model.text_changes.remove(change)
-        return z, predictions
+        return z, latents, predictions
 
     leaf = x["tuned_embeds"].clone().requires_grad_()
-    final, noises = draw(Given(leaf, grad_steps), steps, gradient=True)
+    final, before, noises = draw(Given(leaf, grad_steps), steps, gradient=True)
+    yield compare("latents_per_step", torch.stack([*before, final.detach()]), x["latents_per_step"], REWARDS)
     yield compare("guided_noise_per_step", torch.stack(noises), x["guided_noise_per_step"], REWARDS)
     yield compare("latents_final", final, x["latents_final"], REWARDS)
     image = model.decode(final)
@@ -309,15 +323,20 @@ def check_sampling(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> 
         yield compare(f"loss_{key}", loss, x[f"loss_{key}"], REWARDS)
         (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
         yield distance(f"grad_tuned_embeds_{key}_loss", gradient, x[f"grad_tuned_embeds_{key}_loss"])
-    tuned_embeds = x["tuned_embeds"]
-    for key, change, count in (
-        ("latents_w1_k15", Given(tuned_embeds, 15), steps),
-        ("latents_w04_k15", Given(tuned_embeds, 15, 0.4), steps),
-        ("latents_w1_k25", Given(tuned_embeds, 25), steps),
-        ("latents_mix_k15", Given(x["weighted_prompt"], 15), steps),
-        ("latents_alt_k15", Given(tuned_embeds, 15), len(x["timesteps_alt"])),
-    ):
-        yield compare(key, draw(change, count)[0], x[key], REWARDS)
+    for key in sorted(x):
+        if found := VARIANT.match(key):
+            share = float(f"{found['w'][0]}.{found['w'][1:]}") if found["w"] else 1.0
+            embeddings = x["weighted_prompt" if found["kind"] == "mix" else "tuned_embeds"]
+            count = len(x["timesteps_alt"]) if found["kind"] == "alt" else steps
+            yield compare(key, draw(Given(embeddings, int(found["k"]), share), count)[0], x[key], REWARDS)
+
+
+@torch.no_grad()
+def picture(method: TextCraftor, prompts: list[str], noise: Tensor) -> Tensor:
+    """What a training step scores."""
+    texts = method.model.encode_text(prompts), method.model.uncond(len(prompts))
+    with method._training():
+        return method.model.decode(method._draw(prompts, noise, *texts))
 
 
 def check_train_step(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> Iterator[Line]:
@@ -337,7 +356,9 @@ def check_train_step(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -
     optimizer = torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.01)
     for i in range(2):
         ctx = StepContext(step=i, rng=torch.Generator(), backward=lambda loss: loss.backward())
-        values = method.climb(Batch(prompts), x[f"latents_init_{i}"], ctx)
+        noise = x[f"latents_init_{i}"]
+        yield compare(f"image_{i}", picture(method, prompts, noise), x[f"image_{i}"], REWARDS)
+        values = method.climb(Batch(prompts), noise, ctx)
         for name, key in short.items():
             loss = torch.tensor(-weights[name] * values[f"reward/{name}"])
             yield compare(f"{key}_loss_{i}", loss, x[f"{key}_loss_{i}"], REWARDS)

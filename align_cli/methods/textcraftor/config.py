@@ -23,7 +23,8 @@ class TextCraftorConfig(MethodConfig):
     """text: the text encoders. unet: the denoiser, under the frozen tuned text encoders of from_adapter (the
     model's own without one). joint: both. Source: README of the official code."""
     from_adapter: str = ""
-    """Adapter folder of TextCraftor whose tensors training starts from; empty for the model's own."""
+    """Adapter folder of TextCraftor whose tensors training starts from; empty for the model's own. Its text
+    encoders that this stage does not train stay as they are there."""
     rewards: dict[str, float] = field(
         default_factory=lambda: {"clip-g14": 100.0, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 100.0}
     )
@@ -36,13 +37,13 @@ class TextCraftorConfig(MethodConfig):
     reward_dtype: str = "float32"
     """Weights of the rewards: float32, float16 or bfloat16."""
     pickscore_pairing: str = "diagonal"
-    """diagonal: PickScore of a picture under its own prompt; batch: mean over all prompts of the batch, as
-    the released code does."""
+    """diagonal: PickScore of a picture under its own prompt; batch: mean over all prompts of the batch (of
+    train.batch_size, on all processes together), as the released code does over the 4 of one process."""
     steps: int = 25
     """Sampling steps of a training picture. Source: official pipeline."""
     guidance: float = 7.5
-    """Classifier-free guidance of a training picture; gradient flows through both branches. Source: official
-    pipeline."""
+    """Classifier-free guidance of a training picture; gradient flows through both branches (SDXL's negative
+    is zeros: through one). Source: official pipeline."""
     spacing: str = "lead"
     """Timesteps of a training picture: lead (the official 999 down in equal whole steps), or leading,
     trailing, linspace. Unused by flow-matching models."""
@@ -72,7 +73,6 @@ class TextCraftorConfig(MethodConfig):
     """
     decode_chunk: int = 1
     """Pictures that are decoded and scored in one graph: sets memory, not the gradient. 0: all at once."""
-
     checkpoint_vae: bool = False
     """Compute the activations of the autoencoder's blocks again in the backward pass: less memory for large
     pictures, more time, the same gradient."""

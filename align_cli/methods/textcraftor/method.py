@@ -57,6 +57,7 @@ class TextCraftor:
             self._tune(self._chosen_encoders())
         if config.stage != "text":
             self._tune([self.denoiser_name])
+        self.trained = tuple(self.tunings)
         self._rewards: WeightedRewards | None = None
 
     def _chosen_encoders(self) -> list[str]:
@@ -71,19 +72,23 @@ class TextCraftor:
     def _tune(self, names: list[str]) -> None:
         c = self.config
         for name in names:
-            module = self._module(name)
+            module, device = self._module(name), self._device(name)
             if not c.lora_rank:
-                self.tunings[name] = FullTuning(module)
+                self.tunings[name] = FullTuning(module, device=device)
                 continue
             rng = torch.Generator().manual_seed(self.seed)
             self.tunings[name] = LoraTuning(
-                module, rank=c.lora_rank, alpha=c.lora_alpha or c.lora_rank, rng=rng
+                module, rank=c.lora_rank, alpha=c.lora_alpha or c.lora_rank, rng=rng, device=device
             )
 
     def _module(self, name: str) -> nn.Module:
         if name == self.denoiser_name:
             return self.model.denoiser
         return self.model.encoders[ENCODERS.index(name)]
+
+    def _device(self, name: str) -> torch.device:
+        """Where the module works."""
+        return self.model.device if name == self.denoiser_name else self.model.encoder_device
 
     # ------------------------------------------------------------ training
 
@@ -100,6 +105,10 @@ class TextCraftor:
             warnings.warn(f"textcraftor.spacing has no effect on {self.model.family}", stacklevel=2)
         if c.lr_unet and c.stage != "joint":
             warnings.warn("textcraftor.lr_unet has no effect: stage joint alone has two rates", stacklevel=2)
+        if c.lora_alpha and not c.lora_rank:
+            warnings.warn("textcraftor.lora_alpha has no effect without textcraftor.lora_rank", stacklevel=2)
+        if c.encoders and c.stage == "unet":
+            warnings.warn("textcraftor.encoders has no effect: stage unet trains none", stacklevel=2)
         if c.from_adapter:
             self._start_from(c.from_adapter)
         self.rewards  # noqa: B018
@@ -115,21 +124,36 @@ class TextCraftor:
         raw = {**info.config, "method": info.method}
         config = configs.Resolved.from_dict(raw, where=f"{where}: config").method_config
         other = type(self)(self.model, cast("TextCraftorConfig", config), seed=self.seed)
+        if self.denoiser_name in other.tunings and self.denoiser_name not in self.tunings:
+            raise UserError(
+                f"{where}: it holds a tuned {self.denoiser_name}, which stage text has no use for; go on "
+                "with --stage unet or --stage joint, or start from an adapter of stage text"
+            )
         try:
             other.load_state(adapter.state)
             for name, tuning in other.tunings.items():
-                if name in self.tunings:
-                    self.tunings[name].load_state(tuning.state())
-                elif name != self.denoiser_name:
-                    self.tunings[name] = tuning
+                mine = self.tunings.get(name) or self._carry(name, tuning.state())
+                if isinstance(mine, LoraTuning) and isinstance(tuning, LoraTuning):
+                    mine.load_state(tuning.state_for(mine.factor))
+                else:
+                    mine.load_state(tuning.state())
         except ValueError as error:
             raise UserError(
                 f"{where} does not fit: {error} (textcraftor.lora_rank must be the same)"
             ) from error
 
+    def _carry(self, name: str, state: Mapping[str, Tensor]) -> FullTuning | LoraTuning:
+        """Make room for a tuned encoder that is used and saved, but not trained."""
+        tuning = tuning_like(self._module(name), state, device=self._device(name))
+        for p in tuning.parameters():
+            p.requires_grad_(False)
+        self.tunings[name] = tuning
+        return tuning
+
     def group_options(self) -> dict[str, dict[str, float]]:
-        """The denoiser's own learning rate."""
-        return {"unet": {"lr": self.config.lr_unet}} if self.config.lr_unet else {}
+        """The denoiser's own learning rate, in stage joint."""
+        c = self.config
+        return {"unet": {"lr": c.lr_unet}} if c.lr_unet and c.stage == "joint" else {}
 
     @property
     def rewards(self) -> WeightedRewards:
@@ -159,14 +183,10 @@ class TextCraftor:
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """text: all tuned encoders. unet: the denoiser."""
         groups: dict[str, list[nn.Parameter]] = {}
-        for name, tuning in self.tunings.items():
-            if self._trained(name):
-                group = "unet" if name == self.denoiser_name else "text"
-                groups.setdefault(group, []).extend(tuning.parameters())
+        for name in self.trained:
+            group = "unet" if name == self.denoiser_name else "text"
+            groups.setdefault(group, []).extend(self.tunings[name].parameters())
         return groups
-
-    def _trained(self, name: str) -> bool:
-        return self.config.stage != "unet" or name == self.denoiser_name
 
     def step(self, batch: Batch, ctx: StepContext) -> dict[str, float]:
         """Pictures of the batch's prompts from fresh noise; see `climb`."""
@@ -186,11 +206,11 @@ class TextCraftor:
         Source: paper eq. 7; train_textcraftor.py.
         """
         count, model = len(batch.prompts), self.model
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             frozen = encoded_text(model, batch), self._empty(count)
         with self._training():
             z = self._draw(batch.prompts, noise, *frozen)
-            loss, gradient, means = self._scored(z, batch.prompts, ctx)
+            loss, gradient, means = self._agreed(z, batch.prompts, ctx)
             ctx.backward(with_gradient(loss, z, gradient))
         return {"loss": float(loss)} | {f"reward/{name}": float(mean) for name, mean in means.items()}
 
@@ -229,6 +249,25 @@ class TextCraftor:
             checkpoint=frozenset(range(first, c.steps - c.kept_steps)),
         )
 
+    def _agreed(
+        self, z: Tensor, prompts: list[str], ctx: StepContext
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """`_scored`; a UserError of one process stops all, so that none waits for one that is gone."""
+        if ctx.world_size == 1:
+            return self._scored(z, prompts, ctx)
+        found, error = None, None
+        try:
+            found = self._scored(z, prompts, ctx)
+        except UserError as caught:
+            error = caught
+        failed = ctx.gather(torch.tensor([float(error is not None)], device=z.device)).nonzero()
+        if error is not None:
+            raise error
+        if len(failed):
+            raise UserError(f"process {int(failed[0])} stopped: a reward is not finite there, as it says")
+        assert found is not None
+        return found
+
     def _scored(
         self, z: Tensor, prompts: list[str], ctx: StepContext
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -238,7 +277,7 @@ class TextCraftor:
         count, chunk, rewards = len(prompts), self.config.decode_chunk or len(prompts), self.rewards
         gradient, loss = torch.empty_like(z), z.new_zeros(())
         sums = {name: z.new_zeros(()) for name in rewards.rewards}
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(z.device.type, enabled=False), self.model.at_work(self.model.vae):
             others = rewards.batch_text(prompts, ctx.gather)
             for start in range(0, count, chunk):
                 rows = slice(start, start + chunk)
@@ -279,8 +318,8 @@ class TextCraftor:
     # ------------------------------------------------------------ the trained artefact
 
     def state(self) -> dict[str, Tensor]:
-        """Keys "<component>.<parameter>", components called as in diffusers: text_encoder, unet. Stage unet
-        also holds the frozen tuned text encoders that it was trained with.
+        """Keys "<component>.<parameter>", components called as in diffusers: text_encoder, unet. Tuned text
+        encoders of from_adapter that were not trained on are there, too.
         """
         return {
             f"{name}.{key}": value
@@ -291,7 +330,7 @@ class TextCraftor:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take trained tensors. ValueError naming missing, unused and wrongly shaped keys."""
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in self.tunings}
-        carried = ENCODERS[: len(self.model.encoders)] if self.config.stage == "unet" else ()
+        carried = ENCODERS[: len(self.model.encoders)]
         for key, value in state.items():
             name, _, rest = key.partition(".")
             if name in self.tunings or name in carried:
@@ -299,12 +338,10 @@ class TextCraftor:
             else:
                 raise ValueError(f"unused {key}")
         for name, part in parts.items():
-            tuning = self.tunings.get(name) or tuning_like(self._module(name), part)
             try:
-                tuning.load_state(part)
+                (self.tunings.get(name) or self._carry(name, part)).load_state(part)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            self.tunings[name] = tuning
 
     @contextmanager
     def attach(self, model: BaseModel, scale: float = 1.0) -> Iterator[None]:
