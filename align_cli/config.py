@@ -47,9 +47,16 @@ FLAGS = {
     "data.cache": "--cache",
     "guard.scorers": "--guard",
     "guard.every": "--guard-every",
+    "guard.weights": "--weights",
     "eval.num_prompts": "--no-eval",
 }
 """Named flags whose spelling is not `--` plus the key's last part."""
+
+METHOD_FLAGS = {"rewards": "--reward", "reward_weights": "--weights", "from_adapter": "--from"}
+"""The same for settings that several methods have in their own sections, by the key's last part."""
+
+PAPER = "-paper"
+"""Ending of a preset with the settings of a paper where a script has others: the model's own by default."""
 
 NO_PRESET = "none"
 """`--preset none`: class defaults only."""
@@ -216,7 +223,8 @@ def resolve(
 
 def flag_name(key: str) -> str:
     """The named flag of a dotted key: train.batch_size -> --batch-size."""
-    return FLAGS.get(key, "--" + key.rpartition(".")[2].replace("_", "-"))
+    end = key.rpartition(".")[2]
+    return FLAGS.get(key) or METHOD_FLAGS.get(end) or "--" + end.replace("_", "-")
 
 
 # ---------------------------------------------------------------- settings without effect
@@ -454,7 +462,8 @@ def _preset_name(method: str, preset: str | None, model: str) -> str | None:
         return f"{method}/{preset}" if f"{method}/{preset}" in known else preset
     source = registry.model_source(model)
     aliases = [alias for alias, target in registry.MODELS.items() if target == source]
-    for name in (f"{method}/{alias}" for alias in aliases):
+    names = [f"{method}/{alias}{tail}" for tail in ("", PAPER) for alias in aliases]
+    for name in names:
         if name in known:
             return name
     own = [name for name in known if name.startswith(f"{method}/")]

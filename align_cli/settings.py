@@ -276,6 +276,12 @@ class SampleSettings:
             f"{self.from_step}",
         )
 
+    def words(self) -> str:
+        """The settings that mean something, in one line."""
+        idle = {"spacing", "eta"} if self.sampler == "euler" else set()
+        idle |= {"from_step"} if self.from_step < 0 else set()
+        return ", ".join(f"{key} {value}" for key, value in vars(self).items() if key not in idle)
+
     def check_model(self, model: str, vae_factor: int, num_train_timesteps: int) -> None:
         """UserError for a picture size or a number of steps that a model of these facts cannot draw with.
 

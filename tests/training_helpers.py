@@ -40,6 +40,9 @@ class LinearMap:
     def trainables(self):
         return {"map": [self.weight]} | ({"bias": [self.bias]} if self.groups == 2 else {})
 
+    def group_options(self):
+        return {}
+
     def step(self, batch, ctx):
         self.seen.append(list(batch.ids))
         x = batch.pixels.flatten(1)

@@ -106,6 +106,7 @@ def evaluate(
     sampler: options.Sampler = None,
     spacing: options.Spacing = None,
     eta: options.Eta = None,
+    from_step: options.FromStep = None,
     image_size: Annotated[
         int | None, typer.Option("--image-size", metavar="PIXELS", help="Pixels per side; 0: the model's.")
     ] = None,
@@ -145,7 +146,7 @@ def evaluate(
             model_flags={"device": device, "encoder_device": encoder_device, "dtype": dtype},
             sample_flags={
                 "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
-                "image_size": image_size, "batch_size": batch_size,
+                "image_size": image_size, "batch_size": batch_size, "from_step": from_step,
             },
             as_json=as_json, out=out, resume=resume, overwrite=overwrite,
         )  # fmt: skip

@@ -21,9 +21,17 @@ Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoisi
 Guidance = Annotated[float | None, typer.Option("--guidance", metavar="X", help="Guidance scale; 1 is off.")]
 Sampler = Annotated[str | None, typer.Option("--sampler", metavar="NAME", help="ddim, ddpm; SD3: euler.")]
 Spacing = Annotated[
-    str | None, typer.Option("--spacing", metavar="NAME", help="leading, trailing or linspace.")
+    str | None, typer.Option("--spacing", metavar="NAME", help="leading, trailing, linspace or lead.")
 ]
 Eta = Annotated[float | None, typer.Option("--eta", metavar="X", help="DDIM eta; 0 is deterministic.")]
+FromStep = Annotated[
+    int | None,
+    typer.Option(
+        "--from-step",
+        metavar="N",
+        help="Adapters on text encoders work from this step on; 0: in all. Default: as they were made.",
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Pictures drawn at once.")]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")

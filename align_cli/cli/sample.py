@@ -43,6 +43,7 @@ def sample(
     sampler: options.Sampler = None,
     spacing: options.Spacing = None,
     eta: options.Eta = None,
+    from_step: options.FromStep = None,
     image_size: Annotated[
         int | None,
         typer.Option("--image-size", metavar="PIXELS", help="Pixels per side; 0: the model's."),
@@ -69,7 +70,7 @@ def sample(
         raise UserError("--compare draws the base beside the aligned model; name an adapter with --adapter")
     flags = {
         "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
-        "image_size": image_size, "batch_size": batch_size,
+        "image_size": image_size, "batch_size": batch_size, "from_step": from_step,
     }  # fmt: skip
     devices = {"device": device, "encoder_device": encoder_device}
     plan = make_plan(model, adapter or [], {**devices, "dtype": dtype}, flags)
@@ -148,9 +149,7 @@ def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndar
     used = ", ".join(
         f"{spec} sha256:{info.sha256}" for spec, info in zip(plan.adapters, plan.infos, strict=True)
     )
-    idle = ("spacing", "eta") if plan.sample.sampler == "euler" else ()
-    settings = ", ".join(f"{key} {value}" for key, value in vars(plan.sample).items() if key not in idle)
-    common = {"model": plan.model.name, "sampling": settings, "software": "t2ialign"}
+    common = {"model": plan.model.name, "sampling": plan.sample.words(), "software": "t2ialign"}
     for job, picture in zip(jobs, pictures, strict=True):
         facts = {"prompt": job.prompt, "seed": job.seed, **common}
         save_png(

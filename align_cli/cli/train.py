@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from align_cli.cli import options
 from align_cli.cli.text import columns, say_loading
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
+from align_cli.rewards.spec import parse_places, parse_weights
 from align_cli.training import run_folder
 from align_cli.training.signals import Terminated, sigterm_as_ctrl_c
 
@@ -59,6 +60,29 @@ def train(
     ] = None,
     data: options.Data = None,
     data_path: options.DataPath = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="NAME", help="Stage of a method that has stages.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            metavar="NAME=WEIGHT",
+            help="Reward to train on, in place of the preset's; repeatable.",
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights",
+            metavar="NAME=PATH",
+            help="Hub id, folder or file of the weights of a reward, or of a scorer of --guard; repeatable.",
+        ),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FOLDER", help="Adapter of an earlier stage to start from."),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option("--cache", metavar="FOLDER", help="Encodings of the dataset, by 't2ialign encode'."),
@@ -103,13 +127,18 @@ def train(
 
     Settings come in layers: class defaults, preset, --config, --set, named flags. Resumed runs keep theirs.
     """
+    rewards, places = parse_weights(reward or []), parse_places(weights or [])
+    watching = {name: place for name, place in places.items() if name in (guard or [])}
+    places = {name: place for name, place in places.items() if name not in watching or name in rewards}
     flags: dict[str, object] = {
         "model.name": model, "model.device": device, "model.encoder_device": encoder_device,
         "data.name": data, "data.path": data_path, "data.cache": cache, "train.steps": steps,
         "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
         "guard.scorers": guard or None, "guard.every": guard_every, "guard.keep": keep,
+        "guard.weights": watching or None,
         "eval.num_prompts": 0 if no_eval else None,
     }  # fmt: skip
+    flags |= _method_flags(method, stage, rewards, places, start)
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
     resolved.method_config.check_train(resolved.train)
@@ -126,6 +155,27 @@ def train(
         hint = f"; go on with: {run_folder.resume_command(method, folder)}" if known else ""
         typer.echo(f"stopped at once{hint}", err=True)
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+
+
+def _method_flags(
+    method: str,
+    stage: str | None,
+    rewards: dict[str, float],
+    places: dict[str, str],
+    start: Path | None,
+) -> dict[str, object]:
+    """The flags that are settings of some methods. UserError for one that this method does not have."""
+    given: dict[str, object] = {
+        "stage": stage,
+        "rewards": rewards or None,
+        "reward_weights": places or None,
+        "from_adapter": start,
+    }
+    known = {f.name for f in fields(registry.load(registry.METHOD_CONFIGS, method))}
+    for name, value in given.items():
+        if value is not None and name not in known:
+            raise UserError(f"{config.flag_name(f'{method}.{name}')} is no option of {method}")
+    return {f"{method}.{name}": value for name, value in given.items()}
 
 
 class _Layers:
@@ -175,10 +225,16 @@ class _Layers:
 
 
 def default_name(resolved: config.Resolved) -> str:
-    """softrepa-tiny-sd15-seed42."""
+    """softrepa-tiny-sd15-seed42, textcraftor-text-tiny-sd15-seed42."""
     tail = Path(resolved.model.name.rstrip("/")).name.removeprefix("embedded:")
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", tail).strip("-.") or "model"
-    return f"{resolved.method}-{slug}-seed{resolved.train.seed}"
+    parts = [resolved.method, stage_of(resolved), slug, f"seed{resolved.train.seed}"]
+    return "-".join(part for part in parts if part)
+
+
+def stage_of(resolved: config.Resolved) -> str:
+    """The stage of a method that has stages, else ""."""
+    return str(getattr(resolved.method_config, "stage", ""))
 
 
 def describe(resolved: config.Resolved) -> str:
@@ -318,6 +374,7 @@ def _conclude(
         origin=resolved.origin,
         step=result.kept_step,
         seed=resolved.train.seed,
+        stage=stage_of(resolved),
         data_fingerprint=dataset.fingerprint(),
     )
     typer.echo(f"trained {result.step} steps in {duration_text(result.seconds)}: {adapter}", err=True)

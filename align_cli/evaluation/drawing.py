@@ -84,11 +84,10 @@ def draw(
 
 def picture_facts(model: BaseModel, arm: Arm, settings: SampleSettings) -> dict[str, object]:
     """What the metadata of an arm's pictures say besides what the store says."""
-    idle = ("spacing", "eta") if settings.sampler == "euler" else ()
     pairs = zip(arm.adapters, arm.hashes, strict=True)
     return {
         "model": model.model_id,
-        "sampling": ", ".join(f"{key} {value}" for key, value in vars(settings).items() if key not in idle),
+        "sampling": settings.words(),
         "software": "t2ialign",
         "adapter": ", ".join(f"{spec} sha256:{sha}" for spec, sha in pairs) or "none",
     }

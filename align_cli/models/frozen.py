@@ -107,9 +107,8 @@ class FrozenModel:
 
     @contextmanager
     def text_at_work(self) -> Iterator[None]:
-        """Inside: the text encoders are where they work, and keep a graph only if one of them is trained."""
-        graph = torch.is_grad_enabled() and any(map(_trained, self.encoders))
-        with self.at_work(*self.encoders), torch.set_grad_enabled(graph):
+        """Inside: the text encoders are where they work."""
+        with self.at_work(*self.encoders):
             yield
 
     def encode_image(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -45,6 +45,9 @@ class FullTuning:
     @contextmanager
     def attached(self, scale: float = 1.0) -> Iterator[None]:
         """Inside, the module's weights are W + scale (trained - W); several add up, in any order."""
+        if scale == 0:
+            yield
+            return
         held = {name: p.data for name, p in self.base.named_parameters()}
         untouched = not getattr(self.base, _MOVED, False)
         with torch.no_grad():

@@ -30,6 +30,20 @@ def parse_weights(texts: Sequence[str], option: str = "--reward") -> dict[str, f
     return found
 
 
+def parse_places(texts: Sequence[str], option: str = "--weights") -> dict[str, str]:
+    """ "NAME=PATH" texts -> name -> hub id, folder or file. UserError for anything else."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, place = text.partition("=")
+        if not (name and equals and place):
+            raise UserError(
+                f"{option} {text}: write {option} NAME=PATH, for example {option} clip=clip-folder"
+            )
+        registry.path_of(registry.REWARDS, name)
+        found[name] = place
+    return found
+
+
 def check_weights(key: str, weights: Mapping[str, float]) -> None:
     """UserError unless these are rewards that can be trained on.
 

@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPTokenizer
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from align_cli.diffusion.process import NoiseProcess
+from align_cli.diffusion.rollout import rollout
+from align_cli.methods.base import Batch, StepContext
+from align_cli.methods.textcraftor.config import TextCraftorConfig
+from align_cli.methods.textcraftor.method import TextCraftor
+from align_cli.models.base import TextCond
+from align_cli.models.conditioning import StepText
+from align_cli.models.unet import UNetModel
 from align_cli.rewards import preprocess
 from align_cli.rewards.aesthetic import Aesthetic, AestheticHead
 from align_cli.rewards.clip import ClipReward
@@ -175,10 +184,181 @@ def aesthetic_reward(folder: Path, case: dict[str, Any]) -> Aesthetic:
     return Aesthetic(tower=tower, head=head, way=TEXTCRAFTOR, **facts("aesthetic"))
 
 
+# ---------------------------------------------------------------- drawing and training
+
+
+def base_model(folder: Path, case: dict[str, Any]) -> UNetModel:
+    """The case's pipeline with the frozen text encoder."""
+    text = CLIPTextModel(CLIPTextConfig(**config_of(case, "text encoders")))
+    unet = UNet2DConditionModel(**config_of(case, "unet"))
+    vae = AutoencoderKL(**config_of(case, "vae"))
+    frozen = load_file(folder / "text_encoder_frozen_weights.safetensors")
+    text.load_state_dict({name.removeprefix("text_model."): value for name, value in frozen.items()})
+    unet.load_state_dict(load_file(folder / "unet_weights.safetensors"))
+    found = vae.load_state_dict(load_file(folder / "vae_weights.safetensors"), strict=False)
+    assert not found.unexpected_keys
+    assert all(name.startswith(("encoder.", "quant_conv.")) for name in found.missing_keys)
+    return UNetModel(
+        model_id="golden",
+        tokenizer=toy_tokenizer(),
+        text_encoder=text,
+        vae=vae,
+        unet=unet,
+        process=NoiseProcess.from_scheduler_config(config_of(case, "scheduler")),
+    )
+
+
+def tuned_method(folder: Path, case: dict[str, Any], **options: Any) -> TextCraftor:
+    """Our method on the case's model, holding the case's tuned text encoder."""
+    times = case["reward_multipliers"]
+    weights = {
+        "clip-g14": 100 * times["clip"],
+        "aesthetic": 3 * times["aesthetic"],
+        "pickscore": times["pickscore"],
+        "hpsv2": 100 * times["hpsv2"],
+    }
+    config = TextCraftorConfig(
+        rewards=weights, pickscore_pairing="batch", grad_steps=case["params"]["K"], **options
+    )
+    method = TextCraftor(base_model(folder, case), config)
+    tuned = load_file(folder / "text_encoder_tuned_weights.safetensors")
+    method.load_state(
+        {f"text_encoder.{name.removeprefix('module.text_model.')}": value for name, value in tuned.items()}
+    )
+    return method
+
+
+class Given:
+    """Ready embeddings, (2B, L, D), unconditional half first, as what an adapter makes of the text."""
+
+    def __init__(self, embeddings: Tensor, tuned_steps: int, scale: float = 1.0) -> None:
+        self.empty, self.text = embeddings.chunk(2)
+        self.tuned_steps, self.scale = tuned_steps, scale
+
+    def first_step(self, steps: int) -> int:
+        return TextCraftorConfig(literal_split=True).first_tuned(steps, self.tuned_steps)
+
+    def encode(self, prompts: list[str]) -> TextCond:
+        return TextCond(self.text)
+
+    def uncond(self, batch: int) -> TextCond:
+        return TextCond(self.empty)
+
+
+def check_sampling(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> Iterator[Line]:
+    prompts, grad_steps = case["params"]["prompts"], case["params"]["K"]
+    method = tuned_method(folder, case)
+    model, steps = method.model, len(x["timesteps"])
+    assert isinstance(model.process, NoiseProcess)
+    yield compare("alphas_cumprod", model.process.alphas_cumprod, x["alphas_cumprod"], REWARDS)
+    last = torch.tensor(model.process.final_alpha_cumprod)
+    yield compare("final_alpha_cumprod", last, x["final_alpha_cumprod"], REWARDS)
+    for key in ("timesteps", "timesteps_alt"):
+        yield exact(key, model.process.timesteps(len(x[key]), "lead"), x[key])
+    with torch.no_grad():
+        frozen = torch.cat([model.uncond(len(prompts)).tokens, model.encode_text(prompts).tokens])
+        with method.attach(model):
+            change = model.text_changes[0]
+            tuned = torch.cat([change.uncond(len(prompts)).tokens, change.encode(prompts).tokens])
+    yield compare("frozen_embeds", frozen, x["frozen_embeds"], REWARDS)
+    yield compare("tuned_embeds", tuned, x["tuned_embeds"], REWARDS)
+
+    def draw(change: Given, steps: int, gradient: bool = False) -> tuple[Tensor, list[Tensor]]:
+        predictions: list[Tensor] = []
+
+        def predict(z: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+            found = model.predict(z, t, cond)
+            u, c = found.detach().chunk(2)
+            predictions.append(u + method.config.guidance * (c - u))
+            return found
+
+        model.text_changes.append(change)
+        try:
+            text = StepText(model, prompts, steps)
+            z = rollout(
+                predict,
+                model.process,
+                x["latents_init"],
+                steps=steps,
+                guidance=method.config.guidance,
+                spacing="lead",
+                cond=text.cond,
+                uncond=text.uncond,
+                grad_steps=frozenset(range(change.first_step(steps), steps)) if gradient else frozenset(),
+            )
+        finally:
+            model.text_changes.remove(change)
+        return z, predictions
+
+    leaf = x["tuned_embeds"].clone().requires_grad_()
+    final, noises = draw(Given(leaf, grad_steps), steps, gradient=True)
+    yield compare("guided_noise_per_step", torch.stack(noises), x["guided_noise_per_step"], REWARDS)
+    yield compare("latents_final", final, x["latents_final"], REWARDS)
+    image = model.decode(final)
+    yield compare("image", image, x["image"], REWARDS)
+    for key, value, weights in (
+        ("latent", final, x["latent_loss_weights"]),
+        ("image", image, x["image_loss_weights"]),
+    ):
+        loss = (value * weights).mean()
+        yield compare(f"loss_{key}", loss, x[f"loss_{key}"], REWARDS)
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        yield distance(f"grad_tuned_embeds_{key}_loss", gradient, x[f"grad_tuned_embeds_{key}_loss"])
+    tuned_embeds = x["tuned_embeds"]
+    for key, change, count in (
+        ("latents_w1_k15", Given(tuned_embeds, 15), steps),
+        ("latents_w04_k15", Given(tuned_embeds, 15, 0.4), steps),
+        ("latents_w1_k25", Given(tuned_embeds, 25), steps),
+        ("latents_mix_k15", Given(x["weighted_prompt"], 15), steps),
+        ("latents_alt_k15", Given(tuned_embeds, 15), len(x["timesteps_alt"])),
+    ):
+        yield compare(key, draw(change, count)[0], x[key], REWARDS)
+
+
+def check_train_step(folder: Path, case: dict[str, Any], x: dict[str, Tensor]) -> Iterator[Line]:
+    prompts, lr = case["params"]["prompts"], case["params"]["lr"]
+    method = tuned_method(folder, case)
+    rewards = {
+        "clip-g14": open_clip_reward(folder, case, "clipg", TEXTCRAFTOR),
+        "aesthetic": aesthetic_reward(folder, case),
+        "pickscore": pick_reward(folder, case),
+        "hpsv2": open_clip_reward(folder, case, "hps", TEXTCRAFTOR),
+    }
+    short = {"clip-g14": "clip", "aesthetic": "aes", "pickscore": "pick", "hpsv2": "hps"}
+    weights = method.config.rewards
+    method.use_rewards(rewards)
+    parameters = method.tunings["text_encoder"].module.named_parameters()  # type: ignore[union-attr]
+    named = {f"text_model.{name}": p for name, p in parameters}
+    optimizer = torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.01)
+    for i in range(2):
+        ctx = StepContext(step=i, rng=torch.Generator(), backward=lambda loss: loss.backward())
+        values = method.climb(Batch(prompts), x[f"latents_init_{i}"], ctx)
+        for name, key in short.items():
+            loss = torch.tensor(-weights[name] * values[f"reward/{name}"])
+            yield compare(f"{key}_loss_{i}", loss, x[f"{key}_loss_{i}"], REWARDS)
+        yield compare(f"total_loss_{i}", torch.tensor(values["loss"]), x[f"total_loss_{i}"], REWARDS)
+        if i == 0:
+            for key in sorted(k for k in x if k.startswith("grad")):
+                kind, _, name = key.partition(".")
+                gradient = named[name].grad
+                assert gradient is not None
+                if kind == "gradnorm":
+                    yield compare(key, gradient.norm(), x[key], GRADIENTS)
+                else:
+                    yield distance(key, gradient, x[key])
+        optimizer.step()
+        optimizer.zero_grad()
+    for key in sorted(k for k in x if k.startswith("after.")):
+        got = named[key.removeprefix("after.")].detach()
+        yield Line(key, float((got - x[key]).abs().max()), 0.05 * lr)
+
+
 Check = Callable[[Path, dict[str, Any], dict[str, Tensor]], Iterator[Line]]
 CASES: dict[str, Check] = {
     "preprocess": check_preprocess,
     "eval_preprocess": check_eval_preprocess,
     "rewards": check_rewards,
+    "sampling": check_sampling,
+    "train_step": check_train_step,
 }
 KINDS = [Kind("textcraftor", lambda _, case: "reward_multipliers" in case, textcraftor)]

@@ -14,7 +14,7 @@ Letters: B prompts of this process, C h w latent.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import ClassVar, cast
 
@@ -30,6 +30,7 @@ from align_cli.methods.base import Batch, StepContext, encoded_text
 from align_cli.methods.textcraftor.config import TextCraftorConfig
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.tuning import FullTuning, LoraTuning, tuning_like
+from align_cli.rewards.base import Reward
 from align_cli.rewards.loading import load_reward
 from align_cli.rewards.weighted import WeightedRewards
 from align_cli.sampling import check_side
@@ -147,8 +148,13 @@ class TextCraftor:
                 for name, weight in c.rewards.items()
                 if weight
             }
-            self._rewards = WeightedRewards(found, c.rewards, c.pickscore_pairing)
+            self.use_rewards(found)
+        assert self._rewards is not None
         return self._rewards
+
+    def use_rewards(self, rewards: Mapping[str, Reward]) -> None:
+        """Train on these scorers, one for every name in the configuration, in place of the published ones."""
+        self._rewards = WeightedRewards(rewards, self.config.rewards, self.config.pickscore_pairing)
 
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """text: all tuned encoders. unet: the denoiser."""
@@ -163,22 +169,28 @@ class TextCraftor:
         return self.config.stage != "unet" or name == self.denoiser_name
 
     def step(self, batch: Batch, ctx: StepContext) -> dict[str, float]:
-        """Draw the prompts with gradient in the last steps, and climb the rewards.
-
-            L = -sum_k weight_k mean_b r_k(picture_b, prompt_b)
-
-        Logs: loss; reward/NAME, the mean of every reward as it is.
-        Source: paper eq. 7; train_textcraftor.py.
-        """
+        """Pictures of the batch's prompts from fresh noise; see `climb`."""
         count, model = len(batch.prompts), self.model
         side = (self.config.image_size or model.image_size) // model.vae_factor
         shape = (model.latent_channels, side, side)
         noise = ctx.rows(torch.randn(count * ctx.world_size, *shape, generator=ctx.rng)).to(model.device)
+        return self.climb(batch, noise, ctx)
+
+    def climb(self, batch: Batch, noise: Tensor, ctx: StepContext) -> dict[str, float]:
+        """Draw the prompts with gradient in the last steps, and climb the rewards.
+
+            L = -sum_k weight_k mean_b r_k(picture_b, prompt_b)
+
+        noise: (B, C, h, w), where the pictures start. Logs: loss; reward/NAME, the mean of every reward as it
+        is.
+        Source: paper eq. 7; train_textcraftor.py.
+        """
+        count, model = len(batch.prompts), self.model
         with torch.no_grad():
             frozen = encoded_text(model, batch), self._empty(count)
         with self._training():
             z = self._draw(batch.prompts, noise, *frozen)
-            loss, gradient, means = self._climb(z, batch.prompts, ctx)
+            loss, gradient, means = self._scored(z, batch.prompts, ctx)
             ctx.backward(with_gradient(loss, z, gradient))
         return {"loss": float(loss)} | {f"reward/{name}": float(mean) for name, mean in means.items()}
 
@@ -214,7 +226,7 @@ class TextCraftor:
             checkpoint=c.checkpoint,
         )
 
-    def _climb(
+    def _scored(
         self, z: Tensor, prompts: list[str], ctx: StepContext
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss (), its gradient with respect to the latents z, and the means of the rewards. `decode_chunk`
