@@ -217,7 +217,9 @@ class GuardSettings:
     that are reported.
     """
     keep: str = "last"
-    """What the adapter holds: last, the last step; or best, the step with the best held-out score."""
+    """What the adapter holds: last, the last step; or best, the step with the best held-out score. The run
+    folder has both, so that a run that goes on, or has ended, may be resumed with the other one.
+    """
 
     def __post_init__(self) -> None:
         one_of("guard.keep", self.keep, ("last", "best"))

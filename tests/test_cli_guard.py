@@ -13,10 +13,12 @@ import torch
 from training_helpers import make_coco, trace
 from typer.testing import CliRunner
 
+from align_cli import registry
 from align_cli.adapters import load_adapter
 from align_cli.cli import train as command
 from align_cli.cli.main import app
 from align_cli.methods.softrepa.method import SoftREPA
+from align_cli.rewards.base import Reward
 from align_cli.training.log import read_metrics
 
 STEPS = 5
@@ -126,6 +128,48 @@ def test_stop_and_resume_give_the_same_adapter(tmp_path, options, monkeypatch):
     assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
     first, second = (load_adapter(tmp_path / name / "adapter") for name in ("whole", "cut"))
     assert first.info.step == second.info.step and first.info.sha256 == second.info.sha256
+
+
+def test_real_hacking_is_cried_out(tmp_path, options, monkeypatch):
+    """The denoiser learns to draw bright pictures; the held-out scorer wants dark ones."""
+    monkeypatch.setitem(registry.REWARDS, "bright", f"{__name__}:bright")
+    monkeypatch.setitem(registry.REWARDS, "dark", f"{__name__}:dark")
+    sets = {
+        "textcraftor.rewards": "{bright = 100.0}", "textcraftor.stage": "unet", "textcraftor.grad_steps": 2,
+        "train.save_every": 4,
+    }  # fmt: skip
+    given = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+    more = [*settings_of("textcraftor"), *given, "--steps", "8", "--lr", "0.03", "--no-eval"]
+    guard = ["--guard", "dark", "--guard-every", "4", "--keep", "best"]
+    result = ok(*options, *more, *guard, "--out", tmp_path / "run", method="textcraftor")
+    assert "ALARM at step 8: reward hacking, training gains reward/bright 0." in result.stderr
+    assert "while held-out scorer falls: dark 0." in result.stderr
+    assert "stop (Ctrl-C) and train with a lower --lr" in result.stderr
+    numbers = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 8 in numbers["guard"]["alarms"] and numbers["adapter_step"] == 4 < numbers["step"]
+    assert "no step was better than the base model" in result.stdout
+    # a second stage may train on something else, but what the first was trained on is not held out from it
+    stage = [*options, *settings_of("textcraftor"), "--from", tmp_path / "run", "--guard", "bright"]
+    with pytest.warns(UserWarning, match="bright is not held out, this run trains on tiny-clip, bright"):
+        ok(*stage, "--guard-every", "4", "--dry-run", method="textcraftor")
+
+
+class Brightness(Reward):
+    def __init__(self, request, sign: float) -> None:
+        facts = {"version": "1", "source": "", "preprocessing": "none", "scale": "[0, 1]"}
+        super().__init__(name=request.name, **facts)
+        self.sign = sign
+
+    def score(self, images, prompts):
+        return 0.5 + self.sign * (images.mean((1, 2, 3)) - 0.5)
+
+
+def bright(request):
+    return Brightness(request, 1.0)
+
+
+def dark(request):
+    return Brightness(request, -1.0)
 
 
 @pytest.mark.filterwarnings("ignore:.*have no caption")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from training_helpers import LinearMap, Points, settings, trace
+from training_helpers import LinearMap, Points, scripted, settings, trace
 
 from align_cli.errors import UserError
 from align_cli.evaluation import watch as watching
@@ -27,8 +27,6 @@ from align_cli.training.log import read_metrics
 from align_cli.training.loop import train
 
 CONFIG = {"method": "linear", "train": {"lr": 0.05, "steps": 12}, "guard": {"every": 3, "keep": "last"}}
-SCORES = {3: 0.2, 6: 0.7, 9: 0.6, 12: 0.7, 11: 0.9}
-"""Step -> held-out score of a scripted guard; the base has 0.5."""
 
 
 # ------------------------------------------------------------------ what is measured, and the alarm
@@ -120,6 +118,8 @@ def test_a_held_out_fall_alone_and_pictures_that_move_are_alarms_of_their_own(mo
 
     text = Painter(stretched, monkeypatch).watch(*judges())(5).alarm
     assert text.startswith("ALARM at step 5: the pictures have moved: saturation 0.1")
+    few = Painter(lambda x, rng: np.where(rng.random(x.shape) < 0.008, 1.0, x), monkeypatch)
+    assert few.watch()(5).alarm == "" and few.watch()(5).values["clipped/low"] > 0
     burnt = Painter(lambda x, rng: np.where(rng.random(x.shape) < 0.1, 1.0, x), monkeypatch)
     assert "clipped 0.000 -> 0.09" in burnt.watch()(5).alarm
 
@@ -175,21 +175,6 @@ def test_pictures_and_numbers_that_are_none_end_the_run_in_words(monkeypatch):
 
 
 # ------------------------------------------------------------------ in the loop
-
-
-def scripted(scores=SCORES, *, seen=None, decides="apart", **options) -> Guard:
-    """A guard that gives these scores; `seen` gets what it was asked for."""
-
-    def watch(step):
-        if seen is not None:
-            seen.append(step)
-        if step == 0:
-            return Watched({"apart": 0.5}, "base")
-        x = scores[step]
-        values = {"apart": x, "apart/change": x - 0.5, "apart/low": x - 0.6, "apart/high": x - 0.4}
-        return Watched(values, f"look {step}", f"ALARM {step}" if x < 0.5 else "")
-
-    return Guard(watch, 3, decides=decides, **options)
 
 
 def by_weight(method: LinearMap, *, seen: dict | None = None, **options) -> Guard:

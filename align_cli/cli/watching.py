@@ -88,7 +88,7 @@ def check_guard(resolved: config.Resolved) -> None:
     if not guard.every:
         return
     known = trained_on(resolved)
-    apart = _held_out(resolved)
+    apart = _held_out(resolved, known)
     for name in guard.scorers:
         if name not in apart:
             warnings.warn(
@@ -105,16 +105,18 @@ def check_guard(resolved: config.Resolved) -> None:
 
 
 def trained_on(resolved: config.Resolved) -> tuple[str, ...]:
-    """Scorers that the run trains on."""
-    from align_cli.evaluation.arms import rewards_in
+    """Scorers that the run trains on, and those of the adapter that it starts from."""
+    from align_cli.adapters import read_adapter
+    from align_cli.evaluation.arms import rewards_in, rewards_of
 
-    return rewards_in(resolved.to_dict()[resolved.method])
+    own = rewards_in(resolved.to_dict()[resolved.method])
+    start = getattr(resolved.method_config, "from_adapter", "")
+    return tuple(dict.fromkeys([*own, *(rewards_of(read_adapter(start)[1]) if start else ())]))
 
 
-def _held_out(resolved: config.Resolved) -> list[str]:
+def _held_out(resolved: config.Resolved, known: Sequence[str]) -> list[str]:
     from align_cli.evaluation.guard import held_out
 
-    known = trained_on(resolved)
     return [name for name in resolved.guard.scorers if held_out(name, known)]
 
 
@@ -125,7 +127,7 @@ def make_guard(model: BaseModel, method: Method, dataset: Dataset, resolved: con
     from align_cli.training.distributed import is_main
     from align_cli.training.guard import Guard
 
-    chosen, apart = resolved.guard, _held_out(resolved)
+    chosen, apart = resolved.guard, _held_out(resolved, trained_on(resolved))
     prompts, clusters = _prompts(resolved, dataset)
     if len(set(clusters)) < MIN_CLUSTERS and is_main():
         typer.echo(
@@ -145,7 +147,7 @@ def make_guard(model: BaseModel, method: Method, dataset: Dataset, resolved: con
         clusters,
         resolved.sample,
         chosen.seed,
-        lambda: _judges(model, method, resolved),
+        lambda: _judges(model, method, resolved, apart),
         advice,
     )
     return Guard(watch, chosen.every, chosen.keep, apart[0] if apart else "")
@@ -164,13 +166,13 @@ def _prompts(resolved: config.Resolved, dataset: Dataset) -> tuple[list[str], Se
     return texts, texts
 
 
-def _judges(model: BaseModel, method: Method, resolved: config.Resolved) -> list[Judge]:
+def _judges(model: BaseModel, method: Method, resolved: config.Resolved, apart: Sequence[str]) -> list[Judge]:
     """The guard's scorers, and the rewards that the method trains on."""
     from align_cli.evaluation.watch import HELD_OUT, TRAINED, Judge
     from align_cli.rewards.loading import load_reward
     from align_cli.rewards.weighted import WeightedRewards
 
-    guard, apart = resolved.guard, _held_out(resolved)
+    guard = resolved.guard
     found = []
     for name in guard.scorers:
         reward = load_reward(name, source=guard.weights.get(name), device=model.device)

@@ -103,6 +103,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def is_loss(key: str) -> bool:
+    """Whether a reported number is a loss, which must be finite: "loss" or "<group>/loss"."""
+    return key.rpartition("/")[2] == "loss"
+
+
+def shown_loss(values: Mapping[str, float]) -> float:
+    """The loss for the display: the first that the method reports, else the first number."""
+    return next((v for k, v in values.items() if is_loss(k)), next(iter(values.values()), math.nan))
+
+
 def rate_text(speed: float) -> str:
     """ "3.2 steps/s" or "4.1 s/step"; "" if nothing is known yet."""
     if speed <= 0:

@@ -29,7 +29,7 @@ from align_cli.training.checkpoint import clean, load_newest, save_checkpoint
 from align_cli.training.distributed import Ranks
 from align_cli.training.ema import Ema
 from align_cli.training.guard import Guard, Guarded, Keeper
-from align_cli.training.log import Display, Meter, MetricsFile, duration_text
+from align_cli.training.log import Display, Meter, MetricsFile, duration_text, is_loss, shown_loss
 from align_cli.training.order import SliceOrder, batches, step_seed
 from align_cli.training.schedule import lr_at
 from align_cli.training.signals import StopSignals
@@ -481,16 +481,6 @@ class _Run:
         self.tracker = Accelerator(log_with=self.settings.tracker, project_dir=folder)
         values = {k: v for k, v in run_folder.flat(self.config).items() if isinstance(v, int | float | str)}
         self.tracker.init_trackers("t2ialign", config=values)
-
-
-def is_loss(key: str) -> bool:
-    """Whether a reported number is a loss, which must be finite: "loss" or "<group>/loss"."""
-    return key.rpartition("/")[2] == "loss"
-
-
-def shown_loss(values: Mapping[str, float]) -> float:
-    """The loss for the display: the first that the method reports, else the first number."""
-    return next((v for k, v in values.items() if is_loss(k)), next(iter(values.values()), math.nan))
 
 
 def tracker_available(name: str) -> None:
