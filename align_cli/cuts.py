@@ -20,25 +20,27 @@ class Cut:
     lost: str
 
 
-def cuts(tokenizer: Any, limit: int, prompts: Sequence[str]) -> list[Cut]:
+def cuts(tokenizer: Any, limit: int, prompts: Sequence[str], before: str = "") -> list[Cut]:
     """What a tokenizer cuts from each prompt.
 
     Args:
         tokenizer: a transformers tokenizer that knows the offsets of its tokens (`is_fast`).
         limit: tokens that the model reads, start and end included.
+        before: what the model reads in front of every prompt; it counts, but is never lost.
     """
-    return [_cut(tokenizer, limit, prompt) for prompt in prompts]
+    return [_cut(tokenizer, limit, prompt, before) for prompt in prompts]
 
 
-def _cut(tokenizer: Any, limit: int, prompt: str) -> Cut:
-    tokens = len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+def _cut(tokenizer: Any, limit: int, prompt: str, before: str) -> Cut:
+    text = before + prompt
+    tokens = len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
     if tokens <= limit:
         return Cut(limit, tokens, "")
-    kept = tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True)
+    kept = tokenizer(text, truncation=True, max_length=limit, return_offsets_mapping=True)
     seen = max((end for start, end in kept["offset_mapping"] if end > start), default=0)
-    while 0 < seen < len(prompt) and _in_word(prompt[seen - 1]) and _in_word(prompt[seen]):
+    while 0 < seen < len(text) and _in_word(text[seen - 1]) and _in_word(text[seen]):
         seen -= 1  # half a word is a lost word
-    return Cut(limit, tokens, prompt[seen:].strip())
+    return Cut(limit, tokens, prompt[max(seen - len(before), 0) :].strip())
 
 
 def _in_word(character: str) -> bool:

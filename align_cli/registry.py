@@ -37,9 +37,16 @@ METHOD_CONFIGS = Table(
 
 DATASETS = Table(
     "dataset",
-    {"coco": "align_cli.data.coco:CocoDataset", "shapes": "align_cli.shapes.dataset:ShapesDataset"},
+    {
+        "coco": "align_cli.data.coco:CocoDataset",
+        "prompts": "align_cli.data.prompt_lists:PromptDataset",
+        "shapes": "align_cli.shapes.dataset:ShapesDataset",
+    },
 )
 """Classes that follow `align_cli.data.base.Dataset`."""
+
+CAPTIONS_ONLY = frozenset({"prompts"})
+"""Datasets without pictures."""
 
 BENCHMARKS = Table(
     "benchmark",
@@ -124,3 +131,16 @@ def model_source(name: str) -> str:
     if name.count("/") == 1 and all(name.split("/")):
         return name
     raise unknown("model", name, MODELS)
+
+
+def no_pictures(dataset: str, wants: str) -> UserError:
+    """What is said of a dataset of captions alone. wants: who works with pictures, in words."""
+    others = ", ".join(sorted(DATASETS.keys() - CAPTIONS_ONLY))
+    return UserError(
+        f"{wants}, and the {dataset} dataset has captions only; name another with --data ({others})"
+    )
+
+
+def is_embedded(name: str) -> bool:
+    """Whether a model name leads to one of the models inside this package, which draw the shapes world."""
+    return model_source(name).startswith("embedded:")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from align_cli import registry
 from align_cli.errors import UserError
@@ -85,9 +86,15 @@ class DataSettings:
     """Training data."""
 
     name: str = "shapes"
-    """Registered dataset: shapes or coco."""
+    """Registered dataset: shapes, coco, or prompts (a list without pictures)."""
     path: str = ""
-    """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations); unused by shapes."""
+    """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations), or its file (prompts:
+    .txt, .csv, .tsv, .jsonl or .json); unused by shapes.
+    """
+    column: str = ""
+    """Prompts only: the column or key of the prompt; empty for prompt, text or caption, whichever is there,
+    else the first column of a table.
+    """
     image_size: int = 512
     """Pixels of the square training image (shapes: fixed by the world)."""
     interpolation: str = "bicubic"
@@ -370,6 +377,9 @@ class EvalSettings:
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """What the settings of every method have in common."""
+
+    pictures: ClassVar[bool] = True
+    """Whether it trains on pictures with captions; else captions alone are enough."""
 
     def check_train(self, train: TrainSettings) -> None:
         """UserError for settings of the training loop that the method cannot work with."""

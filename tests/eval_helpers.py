@@ -81,6 +81,7 @@ def measured(
     reds: Mapping[str, Sequence[float]],
     *,
     trained_on: Sequence[str] = (),
+    baseline_trained_on: Sequence[str] = (),
     rewards: Sequence[Reward] | None = None,
     interval: str = "bootstrap",
     per_prompt: int = 1,
@@ -93,7 +94,10 @@ def measured(
     names = list(reds)
     job = Evaluation(
         prompts=prompts,
-        arms=[Arm(name, trained_on=tuple(trained_on) if name != names[0] else ()) for name in names],
+        arms=[
+            Arm(name, trained_on=tuple(trained_on if name != names[0] else baseline_trained_on))
+            for name in names
+        ],
         baseline=names[0],
         rewards=[MeanRed()] if rewards is None else rewards,
         items=items,

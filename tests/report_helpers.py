@@ -84,6 +84,7 @@ def results_of(
         "model": {"id": "tiny-sd15", "family": "sd15", "dtype": "float32", "device": "cpu"},
         "seed": seed,
         "per_prompt": 1,
+        "unit": "prompts",
         "sample": {"sampler": "ddim", "steps": 20, "guidance": 4.0, "eta": 0.0},
         "seconds": {"draw": dict.fromkeys(arms, 12.5), "score": 1.25},
         "arms": [_arm(arm) for arm in arms],
@@ -146,7 +147,7 @@ def _mean(arm: str, metric: str, group: list[str] | None, values: np.ndarray) ->
         half = 1.96 * asked.std() / math.sqrt(max(1, len(asked)))
         low, high = asked.mean() - half, asked.mean() + half
     mean = float(asked.mean()) if len(asked) else None
-    numbers = {"mean": mean, "low": low, "high": high, "n": len(asked)}
+    numbers = {"mean": mean, "low": low, "high": high, "n": len(asked), "clusters": len(asked)}
     return {"arm": arm, "metric": metric, "group": group, **numbers}
 
 

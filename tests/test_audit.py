@@ -69,6 +69,12 @@ def test_half_a_word_is_a_lost_word():
     ]
 
 
+def test_what_stands_before_a_prompt_counts_but_is_not_lost():
+    assert cuts(Letters(), 9, ["red", "a red"], before="a ") == [Cut(9, 7, ""), Cut(9, 9, "")]
+    assert cuts(Letters(), 9, ["red circle"], before="a ") == [Cut(9, 14, "circle")]
+    assert cuts(Letters(), 9, ["red"], before="a very long beginning ") == [Cut(9, 27, "red")]
+
+
 def test_audit_counts_and_shows_the_worst():
     prompts = prompt_set(*("x" * n for n in (3, 20, 30, 12)))
     readers = {"text_encoder": cuts(Letters(), 10, prompts.texts), "shapes": [Cut(0, 0, "")] * 4}

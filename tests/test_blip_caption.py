@@ -85,6 +85,7 @@ def test_tied_and_untied_files_are_one_model(folder, reward):
 def test_long_prompt_is_cut(reward):
     (cut,) = reward.audit(["dog " * 11 + "cat fork"])
     assert (cut.limit, cut.tokens, cut.lost) == (16, 18, "cat fork")
+    assert reward.audit(["dog " * 10 + "cat,fork"])[0].lost == ",fork"
     image = torch.full((1, 3, 32, 32), 0.5)
     torch.testing.assert_close(reward.score(image, ["dog " * 10_000]), reward.score(image, ["dog " * 11]))
 

@@ -12,16 +12,17 @@ from eval_helpers import CPU, MeanRed, prompt_set, quiet
 
 from align_cli.errors import UserError
 from align_cli.evaluation.arms import Arm
-from align_cli.evaluation.by_protocol import draw_by_protocol
-from align_cli.evaluation.protocols import PROTOCOLS, averages, run
+from align_cli.evaluation.by_protocol import _Notes, draw_by_protocol
+from align_cli.evaluation.protocols import averages, protocol, run
 from align_cli.evaluation.store import Store, make_items
 from align_cli.models.loading import load_model
 from align_cli.settings import ModelSettings
 from align_cli.training.distributed import Ranks
 
+PARTI = protocol("textcraftor", "parti")
 CHOSEN = replace(
-    PROTOCOLS["textcraftor"],
-    sample=replace(PROTOCOLS["textcraftor"].sample, steps=2),
+    PARTI,
+    sample=replace(PARTI.sample, steps=2),
     scorers=("red", "other"),
     matrix=frozenset({"other"}),
 )
@@ -49,7 +50,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_stopped_and_resumed(model, tmp_path):
     whole, rewards = drawn(model, tmp_path / "a")
-    official = averages(run(CHOSEN, model, [i.row.text for i in ITEMS], rewards))
+    official = averages(CHOSEN, run(CHOSEN, model, [i.row.text for i in ITEMS], rewards))
     assert whole == {"base": official} and set(official) == {"red", "other"}
     assert len(files(tmp_path / "a")) == 11
     for name, lines, pictures in (("b", 2, 3), ("c", 3, 6), ("d", 4, 10)):
@@ -72,6 +73,13 @@ def test_other_scorers_are_asked_again(model, tmp_path):
     head["scorers"]["red"]["version"] = "0"
     notes.write_text("\n".join([json.dumps(head), *notes.read_text().splitlines()[1:]]) + "\n")
     assert drawn(model, tmp_path)[1]["red"].seen == 10
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_mean_that_is_none_names_the_pictures(tmp_path, value):
+    notes = _Notes(tmp_path / "base.jsonl", CHOSEN, {"red": MeanRed(), "other": MeanRed("other")})
+    with pytest.raises(UserError, match=f"scorer red gave {value} for one of the pictures a/4.png to 7.png"):
+        notes.add([Path(f"a/{i}.png") for i in range(4, 8)], {"other": 1.0, "red": value})
 
 
 def test_one_process_only(model, tmp_path):

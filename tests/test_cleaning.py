@@ -18,6 +18,7 @@ CASES = {
     "bread &amp; butter &lt;3": "bread & butter <3",
     "&amp;amp;": "&",
     "a\x1b[31mred\x1b[0m dog\ufeff": "ared dog",
+    "it\x92s \x93fine\x94 \x96 \x8d": 'it\'s "fine" \u2013 \x8d',
     "one\r\ntwo\u2028three": "one\ntwo\nthree",
     "  blanks \t inside  ": "blanks \t inside",
     "\u2026 \u2014 \u00bd \u5c71 \U0001f600": "\u2026 \u2014 \u00bd \u5c71 \U0001f600",
@@ -38,3 +39,12 @@ def test_as_ftfy_does_it(text):
     import ftfy
 
     assert clean(text) == unescape(unescape(ftfy.fix_text(text))).strip()
+
+
+@pytest.mark.hpsv2
+def test_every_character_as_ftfy_does_it():
+    import ftfy
+
+    for code in (*range(1, 0xD800), *range(0xE000, 0x10000), *range(0x1F000, 0x1FB00)):
+        text = f"a{chr(code)}b"
+        assert clean(text) == unescape(unescape(ftfy.fix_text(text))).strip(), hex(code)

@@ -111,9 +111,9 @@ def test_base_and_aligned_on_shapes(adapter):
         assert name in head
     for name in ("object", "color", "shape", "count", "relation", "background"):
         assert any(line.strip().startswith(name) for line in lines), name
-    for name in ("* all", "pair", "triple", "long"):
+    for name in ("* all", "Kind: pair", "Kind: triple", "Kind: long"):
         assert any(line.strip().startswith(name) for line in lines), name
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 110 and "\u2026" not in result.stdout
     assert "drawing aligned 12/12" in result.stderr
 
 
@@ -216,10 +216,52 @@ def test_bad_input(tiny_sd15_folder, adapter, tmp_path):
         (("shapes", *base, "--prompts", "x.txt"), ("--prompts",)),
         (("shapes", *base, "--reference"), ("--scorers hpsv2 or hpsv2.1",)),
         (("shapes", *base, "--protocol", "textcraftor"), ("of the benchmark parti",)),
+        (("shapes", *base, "--scorers", ","), ("names no scorer", "none")),
+        (("shapes", *base, "--weights", "shapes=a", "--weights", "shapes=b"), ("names shapes twice",)),
+        (("shapes", "--images", ".", "--guidance", "0"), ("--guidance is for drawing",)),
+        (("shapes", "--images", ".", "--dtype", "float16"), ("--dtype is for drawing",)),
+        (("shapes", *base, "--out", "/proc/none/e"), ("cannot write to /proc/none/e",)),
+        (("parti", "--protocol", "textcraftor", "--seed", "1"), ("--seed does not go with --protocol",)),
+        (("parti", "--protocol", "textcraftor", "--guidance", "0"), ("--guidance does not go with",)),
         (("parti", *base, "--protocol", "textcraftor"), ("--steps does not go with --protocol textcraftor",)),
     ):
         assert_one_line(call(*args), *parts)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
+
+
+def test_what_needs_no_model_is_refused_before_one_is_loaded(tiny_sd15_folder, adapter, tmp_path):
+    args = (words(tmp_path), "--model", tiny_sd15_folder, "--scorers", "tiny-clip", *QUICK)
+    ok(*args, "--out", "e")
+    for more, part in (
+        (("--steps", 3), "sample.steps is 2 there and 3 here"),
+        (("--seed", 1), "seed is 0 there and 1 here"),
+        (("--per-prompt", 2), "per_prompt is 1 there and 2 here"),
+        (("--adapter", adapter), "sample.guidance is 7.0 there and 2.5 here"),
+        (("--arm", f"x={adapter}", "--guidance", 7, "--batch-size", 4), "arms.x is 'not set' there"),
+    ):
+        result = call(*args, *more, "--out", "e", "--resume")
+        assert_one_line(result, "e holds another evaluation", part)
+        assert "loading" not in result.stderr
+    for more, part in (
+        (("--geneval-results", "x"), "for t2ialign eval geneval"),
+        (("--out", "/proc/none"), "/proc"),
+    ):
+        result = call(*args, *more)
+        assert_one_line(result, part)
+        assert "loading" not in result.stderr
+    (tmp_path / "words.csv").write_text("prompt\nanother\n")
+    assert_one_line(call(*args, "--out", "e", "--resume"), "benchmark.prompts is 5 there and 1 here")
+
+
+def test_given_pictures_of_another_size_in_the_shapes_world(tmp_path):
+    for i in range(6):
+        Image.new("RGB", (40, 40 + i % 2), (i, 9, 9)).save(tmp_path / f"{i:05d}.png")
+    args = ("--images", tmp_path, "--n", 6, "--device", "cpu", "--out", "e")
+    ok("shapes", *args, "--scorers", "tiny-clip")
+    assert read(tmp_path / "e")["floor"] == {}
+    assert_one_line(
+        call("geneval-shapes", *args, "--overwrite"), "judges 32 x 32 pictures", "00000.png is 40 x 40"
+    )
 
 
 def test_geneval_goes_to_its_evaluator_and_comes_back(tiny_sd15_folder, tmp_path):
@@ -247,3 +289,10 @@ def test_geneval_goes_to_its_evaluator_and_comes_back(tiny_sd15_folder, tmp_path
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
     refused = call(*args, "--resume", "--geneval-results", "r.jsonl")
     assert refused.exit_code == 2 and "says nothing about" in refused.stderr
+
+
+def test_results_with_other_scorers_are_not_replaced_in_silence(tiny_sd15_folder, tmp_path):
+    given = ["shapes", "--model", tiny_sd15_folder, "--n", 2, "--out", tmp_path / "r", *QUICK]
+    ok(*given)
+    again = ok(*given, "--scorers", "none", "--resume")
+    assert "is written anew without shapes" in again.stderr

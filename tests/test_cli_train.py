@@ -17,6 +17,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from training_helpers import FullDisk, make_coco, trace
 from typer.testing import CliRunner
 
+from align_cli import registry
 from align_cli.cli.main import app
 from align_cli.methods.softrepa.method import SoftREPA
 from align_cli.training import checkpoint
@@ -308,6 +309,17 @@ def test_training_on_coco(tmp_path, options):
         )  # fmt: skip
     assert len(trace(out)) == 2 and "no paired evaluation" in result.stderr
     assert json.loads((out / "result.json").read_text())["evaluation"] is None
+
+
+@pytest.mark.filterwarnings("ignore:.*have no caption")
+def test_a_model_of_the_shapes_world_is_measured_whatever_it_was_trained_on(tmp_path, options, monkeypatch):
+    assert registry.is_embedded("tiny-sd15") and not registry.is_embedded("sd15")
+    monkeypatch.setattr(registry, "is_embedded", lambda name: name == options[1])
+    root, out = make_coco(tmp_path / "coco"), tmp_path / "run"
+    coco = ["--data", "coco", "--data-path", root, "--set", "data.image_size=32"]
+    assert "no paired evaluation" not in ok(*options, "--out", out, *coco, "--steps", "1").stderr
+    found = json.loads((out / "result.json").read_text())["evaluation"]
+    assert found["scorers"][0]["headline"] == "shapes/all"
 
 
 # ------------------------------------------------------------------ bad input

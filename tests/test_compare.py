@@ -6,12 +6,16 @@ import csv
 import io
 import json
 
+import eval_helpers
 import numpy as np
 import pytest
 from eval_helpers import MeanRed, measured
 
+from align_cli.evaluation.drift import summary
 from align_cli.evaluation.guard import held_out
 from align_cli.evaluation.outcome import table, write
+from align_cli.evaluation.prompts import PromptRow, PromptSet
+from align_cli.rewards.preprocess import TEXTCRAFTOR
 
 N = 24
 LOW = list(np.linspace(0.2, 0.4, N))
@@ -84,6 +88,28 @@ def test_the_guard_sets_trained_scorers_apart(tmp_path):
     assert hacked["words"][2].startswith("reward hacking: aligned gains where it was trained (hpsv2)")
 
 
+def test_a_scorer_that_the_baseline_was_trained_on_is_not_held_out(tmp_path):
+    arms = {"tuned": LOW, "other": HIGH}
+    results = measured(
+        tmp_path, arms, baseline_trained_on=["clip"], rewards=[MeanRed("clip"), MeanRed("hpsv2")]
+    )
+    assert {r["metric"]: r["held_out"] for r in results["comparisons"]} == {
+        "clip": False, "clip/side": False, "hpsv2": True, "hpsv2/side": True,
+    }  # fmt: skip
+    assert results["words"][0].startswith("other against tuned, hpsv2 (held out): gain")
+    assert results["words"][1].startswith("other against tuned, clip (tuned was trained on it): gain")
+    assert not any("gains where it was trained" in line for line in results["words"])
+
+
+def test_only_the_scorers_that_rose_are_named(tmp_path):
+    scorers = [MeanRed("hpsv2"), Green("pickscore"), MeanRed("clip")]
+    results = measured(
+        tmp_path, {"base": LOW, "aligned": HIGH}, trained_on=["hpsv2", "pickscore"], rewards=scorers
+    )
+    (said,) = [line for line in results["words"] if "the gain is real" in line]
+    assert said.startswith("aligned gains where it was trained (hpsv2) and")
+
+
 def test_kin_are_not_held_out():
     assert not held_out("hpsv2.1", ["hpsv2"])
     assert not held_out("clip-b32", ["clip"])
@@ -111,6 +137,19 @@ def test_drift_by_hand(tmp_path):
     white = measured(tmp_path / "w", {"base": [0.5] * 12, "aligned": [1.0] * 12})
     assert white["drift"][0]["clipped"] == pytest.approx(1 / 3)
     assert white["drift"][0]["diversity"] is None
+
+
+def test_drift_is_of_the_pictures_that_both_arms_have():
+    nan = np.nan
+    values = {key: {"base": np.array([0.1, 0.3, nan, 0.9]), "a": np.array([0.2, 0.4, 0.8, nan])}
+              for key in ("saturation", "clipped", "feature_distance", "diversity")}  # fmt: skip
+    found = summary(values, "a", "base", None)
+    assert (found["saturation"], found["saturation_base"]) == pytest.approx((0.3, 0.2))
+    assert (found["diversity"], found["clipped_base"], found["of"]) == (
+        pytest.approx(0.3),
+        pytest.approx(0.2),
+        2,
+    )
 
 
 def test_several_pictures_of_a_prompt_are_one_piece_of_evidence(tmp_path):
@@ -155,3 +194,13 @@ def test_an_official_package_beside_our_scorer(tmp_path):
     results = measured(tmp_path, {"base": LOW}, rewards=[MeanRed("hpsv2"), Off("hpsv2-reference")])
     said = f"hpsv2 differs from the official package by 0.25 at most and 0.25 on average, over {N} pictures"
     assert results["words"] == [said]
+
+
+def test_the_official_table_is_of_the_official_preprocessing(tmp_path, monkeypatch):
+    rows = tuple(PromptRow(f"p{i}", f"prompt {i}", {"Style": "anime"}) for i in range(N))
+    monkeypatch.setattr(eval_helpers, "prompt_set", lambda _: PromptSet("hpsv2", "tests", rows))
+    results = measured(tmp_path / "a", {"base": LOW}, rewards=[MeanRed("hpsv2")])
+    assert [line["label"] for line in results["official"]] == ["anime", "Average"]
+    pooled = MeanRed("hpsv2")
+    pooled.preprocessing = TEXTCRAFTOR.words
+    assert measured(tmp_path / "b", {"base": LOW}, rewards=[pooled])["official"] == []

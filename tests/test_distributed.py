@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from training_helpers import LinearMap, Points, scripted, settings
-from two_processes import softrepa
+from two_processes import softrepa, textcraftor
 
 from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
 from align_cli.training.log import read_metrics
@@ -98,6 +98,20 @@ def test_softrepa_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_s
             assert b[key] == pytest.approx(a[key], abs=1e-6 if a["step"] == 1 else 1e-5)
     assert reports[0]["softrepa"] == reports[1]["softrepa"]
     for a, b in zip(alone, reports[0]["softrepa"], strict=True):
+        assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
+
+
+def test_textcraftor_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_folder):
+    """Also PickScore, whose mean goes over the prompts of both."""
+    out, reports = two
+    alone = textcraftor(str(tiny_sd15_folder), tmp_path / "one")
+    one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / "textcraftor"))
+    for a, b in zip(one, both, strict=True):
+        for key in ("loss", "reward/tiny-clip", "reward/pickscore"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] == 1 else 1e-4)
+    assert one[0]["grad_norm"] == pytest.approx(both[0]["grad_norm"], rel=1e-4)
+    assert reports[0]["textcraftor"] == reports[1]["textcraftor"]
+    for a, b in zip(alone, reports[0]["textcraftor"], strict=True):
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from align_cli.cli.main import app
 from align_cli.evaluation.drawing import my_share
 from align_cli.evaluation.engine import peak_memory
+from align_cli.evaluation.scoring import BATCH
 
 DRAWING = ("--steps", "3", "--guidance", "2", "--batch-size", "4", "--device", "cpu")
 NUM = 14
@@ -110,21 +112,52 @@ def test_kill_9_and_run_again(words, whole, tmp_path):
     assert_same(out, whole)
 
 
-def test_two_processes_share_the_work(words, whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_how_to_go_on(words, tmp_path, number):
+    out = tmp_path / "e"
+    process = start([*words, "--steps", "50"], out)
+    while process.poll() is None and not list(out.glob("images/base/*.png")):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 128 + number, said
+    again = shlex.join(["t2ialign", *words, "--steps", "50", "--out", str(out), "--resume"])
+    assert said.splitlines()[-1] == f"stopped; what is finished is kept, go on with: {again}"
+    assert not list(out.rglob("*.part"))
+
+
+def two_processes(words: list[str], out: Path) -> tuple[list[int | None], list[tuple[str, str]]]:
+    """Return codes, and what was said on stdout and stderr, of the command shared by two."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     both = [
         start(
-            words, tmp_path / "e", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+            words, out, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
             MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
         )
         for rank in range(2)
     ]  # fmt: skip
     said = [process.communicate(timeout=600) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    return [process.returncode for process in both], said
+
+
+def test_two_processes_share_the_work(words, whole, tmp_path):
+    codes, said = two_processes(words, tmp_path / "e")
+    assert codes == [0, 0], said
     assert "tiny-clip" in said[0][0] and said[1][0] == ""
     assert_same(tmp_path / "e", whole)
+
+
+def test_a_mistake_that_one_of_two_processes_meets_is_one_line_of_both(tiny_sd15_folder, tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("a red circle\n" * BATCH + "a photo of a bench\n")  # which the other process scores
+    words = ["eval", str(file), "--model", str(tiny_sd15_folder), "--scorers", "shapes", *DRAWING]
+    codes, said = two_processes(words, tmp_path / "e")
+    assert codes == [2, 2], said
+    for _, stderr in said:
+        assert "Traceback" not in stderr
+        assert "error: shapes cannot judge the prompt 'a photo of a bench'" in stderr
 
 
 def test_what_is_missing_is_made_again(words, whole, tmp_path):

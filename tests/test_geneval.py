@@ -82,6 +82,14 @@ def test_results_come_back(official: PromptSet, tmp_path: Path):
         read_results(path, official, per_prompt=4)
 
 
+def test_a_record_that_stands_twice_is_one_prompt(tmp_path: Path):
+    """As summary_scores.py groups by the record."""
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(map(json.dumps, [RECORDS[0], RECORDS[0], RECORDS[1]])))
+    table = official_results(geneval(SetOptions(prompts=path)), "geneval/correct", [0, 1, 2], np.eye(3)[1])
+    assert table[-1].label == "prompts" and table[-1].value == 0.5
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -155,6 +155,16 @@ def test_tokens(official, folder):
 
 
 @pytest.mark.hpsv2
+def test_audit(folder):
+    """What the official tokenizer cuts is what ours cuts."""
+    theirs = reference.load_reference("hpsv2", source=str(folder), layout=folder / "tiny-hps.json")
+    ours = load_reward("hpsv2", source=str(folder))
+    texts = [*PROMPTS, "red " * 74 + "supercalifragilistic dogs &amp; cats", "red " * 75, "red " * 76]
+    assert theirs.audit(texts) == ours.audit(texts)
+    assert [cut.lost for cut in theirs.audit(texts)[-3:]] == ["supercalifragilistic dogs & cats", "", "red"]
+
+
+@pytest.mark.hpsv2
 def test_vocabulary_from_either_place(official, folder, absent):
     """open_clip_torch's file and a tokenizer's folder give the same bytes; the package stays as it was."""
     shipped = reference._vocabulary([])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from align_cli.errors import UserError
 from align_cli.rewards.base import Cut
+from align_cli.rewards.imagereward_net import ImageRewardNet
 from align_cli.rewards.loading import load_reward
 
 CASE = Path(__file__).parent / "golden" / "imagereward" / "tiny"
@@ -47,7 +48,23 @@ def test_from_folder_and_file(folder, reward):
     for source in (folder, folder / "ImageReward.pt"):
         got = load_reward("imagereward", source=str(source)).score(picture, PROMPTS[:1])
         assert got.dtype == torch.float32 and got.tolist() == pytest.approx(expected()[:1], rel=1e-5)
-    assert reward.facts()["version"] == "ImageReward-v1.0" and reward.differentiable
+    assert reward.facts()["version"] == "other sizes than ImageReward-v1.0" and reward.differentiable
+
+
+def test_published_sizes():
+    """Shapes of the published file: BLIP's ViT-L/16 at 224 pixels, and BERT-base with two words more."""
+    shapes = {
+        "vision.embeddings.patch_embedding.weight": (1024, 3, 16, 16),
+        "vision.embeddings.position_embedding": (1, 197, 1024),
+        "text.embeddings.word_embeddings.weight": (30524, 768),
+        "text.embeddings.position_embeddings.weight": (512, 768),
+    }
+    shapes |= {f"vision.encoder.layers.{i}.mlp.fc1.weight": (4096, 1024) for i in range(24)}
+    shapes |= {f"text.encoder.layer.{i}.intermediate.dense.weight": (3072, 768) for i in range(12)}
+    with torch.device("meta"):
+        net = ImageRewardNet({k: torch.Size(v) for k, v in shapes.items()})
+    assert net.published and net.image_size == 224
+    assert net.vision.config.num_attention_heads == 16 and net.text.config.num_attention_heads == 12
 
 
 def test_pictures_are_scored_alone(reward):
@@ -81,6 +98,8 @@ def test_audit(reward):
     assert cut == Cut(35, 42, "pink dogs , and cats")
     (cut,) = reward.audit(["two " * 32 + "greenish cat"])  # "green" is read, "##ish" is not
     assert cut.lost == "greenish cat"
+    (cut,) = reward.audit(["two " * 32 + "dog,cat"])  # words end where no letter follows
+    assert cut.lost == ",cat"
 
 
 @pytest.mark.parametrize(

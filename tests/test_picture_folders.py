@@ -11,7 +11,8 @@ from PIL import Image
 from align_cli.errors import UserError
 from align_cli.evaluation.folders import match, parse_folders
 from align_cli.evaluation.prompts import PromptRow, PromptSet
-from align_cli.evaluation.store import Store, make_items, read_picture
+from align_cli.evaluation.store import Item, Store, make_items, read_picture
+from align_cli.pictures import save_png
 
 
 def names(found) -> list[str | None]:
@@ -43,7 +44,8 @@ def test_names_of_folders(tmp_path):
 def test_by_number_with_any_zeros(tmp_path):
     saved(tmp_path, "0", "00001", "002")
     found, notes = match(tmp_path, make_items(prompt_set(3), 1, 0), allow_missing=False)
-    assert names(found) == ["0.png", "00001.png", "002.png"] and notes == []
+    assert names(found) == ["0.png", "00001.png", "002.png"]
+    assert notes == [f"{tmp_path}: pictures belong to prompts by their numbers from 0"]
     saved(tmp_path, "1", suffix=".jpg")
     with pytest.raises(UserError, match="of the same prompt"):
         match(tmp_path, make_items(prompt_set(3), 1, 0), allow_missing=False)
@@ -62,13 +64,55 @@ def test_by_id_in_folders_and_in_a_part_of_a_set(tmp_path):
     part = PromptSet("styles", "tests", (rows[1], rows[5]))
     found, notes = match(tmp_path, make_items(part, 1, 0), allow_missing=False)
     assert [p.relative_to(tmp_path).as_posix() for p in found] == ["anime/00001.jpg", "photo/00002.jpg"]
-    assert "4 pictures belong to no prompt" in notes[0]
+    assert "by their ids" in notes[0] and "4 pictures belong to no prompt" in notes[1]
     numbered = PromptSet("some", "tests", (PromptRow("7", "x"), PromptRow("40", "y")))
     saved(tmp_path / "n", "007", "040", "000", "001")
     assert names(match(tmp_path / "n", make_items(numbered, 1, 0), allow_missing=False)[0]) == [
         "007.png",
         "040.png",
     ]
+
+
+def test_numbers_of_a_whole_set_are_not_taken_for_those_of_a_part(tmp_path):
+    whole = prompt_set(6)
+    saved(tmp_path, *(f"{i:05d}" for i in range(6)))
+    part = make_items(whole.limited(2), 1, 0)
+    with pytest.raises(UserError, match="00002.png is of a larger set of prompts than the 2 that --limit"):
+        match(tmp_path, part, allow_missing=False, limited=True)
+    saved(tmp_path / "part", "0", "1")
+    assert names(match(tmp_path / "part", part, allow_missing=False, limited=True)[0]) == ["0.png", "1.png"]
+
+
+def test_ids_that_are_numbers(tmp_path):
+    """One way for all files: that which leaves none over; never a guess."""
+
+    def rows(*ids: str) -> list[Item]:
+        return make_items(PromptSet("some", "tests", tuple(PromptRow(i, f"p{i}") for i in ids)), 1, 0)
+
+    saved(tmp_path / "a", "00000", "00001", "00002")
+    found, notes = match(tmp_path / "a", rows("1", "2", "3"), allow_missing=False)
+    assert names(found) == ["00000.png", "00001.png", "00002.png"] and "by their numbers" in notes[0]
+    saved(tmp_path / "b", "1", "2", "3")
+    found, notes = match(tmp_path / "b", rows("1", "2", "3"), allow_missing=False)
+    assert names(found) == ["1.png", "2.png", "3.png"] and "by their ids" in notes[0]
+    found, _ = match(tmp_path / "a", rows("0", "1", "2"), allow_missing=False)
+    assert names(found) == ["00000.png", "00001.png", "00002.png"]
+    for ids in (("2", "0", "1"), ("1", "2", "7")):
+        with pytest.raises(UserError, match="the id of one prompt and the number .* of another"):
+            match(tmp_path / ("a" if ids[0] == "2" else "c"), rows(*ids), allow_missing=True)
+        saved(tmp_path / "c", "1", "2", "9")
+
+
+def test_pictures_with_and_without_metadata_in_one_folder(tmp_path):
+    items = make_items(prompt_set(4), 1, 0)
+    store = Store(tmp_path, {})
+    for item in items:
+        store.save("base", item, flat(0.5), {})
+    folder = tmp_path / "images" / "base"
+    for name in ("00001", "00003"):  # opened and saved again by another program
+        save_png(flat(0.2), folder / f"{name}.png")
+    found, _ = match(folder, items, allow_missing=False)
+    assert names(found) == [f"{i:05d}.png" for i in range(4)]
 
 
 def test_the_folders_of_geneval(tmp_path):
@@ -111,7 +155,7 @@ def test_missing_and_broken_pictures_are_named_or_counted(tmp_path):
         match(tmp_path, items, allow_missing=False)
     found, notes = match(tmp_path, items, allow_missing=True)
     assert [path is None for path in found] == [False, True, False, True, True, False]
-    assert "2 of 6 pictures are missing" in notes[0] and "left out" in notes[0]
+    assert "2 of 6 pictures are missing" in notes[1] and "left out" in notes[1]
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(UserError, match="no picture in .* belongs to a prompt"):

@@ -15,7 +15,9 @@ PRESETS = config.list_presets()
 
 def test_the_presets_of_this_version_are_there():
     wanted = {f"softrepa/{name}" for m in ("sd15", "sdxl", "sd3") for name in (m, f"{m}-dist")}
-    wanted.add("softrepa/tiny-sd15")
+    wanted |= {f"softrepa/tiny-{m}" for m in ("sd15", "sdxl", "sd3")}
+    own = ("sd15-paper", "sd15-script", "sdxl", "sd3", "tiny-sd15", "tiny-sdxl", "tiny-sd3")
+    wanted |= {f"textcraftor/{name}" for name in own}
     assert wanted <= set(PRESETS)
 
 

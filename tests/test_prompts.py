@@ -64,6 +64,21 @@ def test_tables_keep_quotes_in_tsv_and_blanks_around_prompts(tmp_path: Path):
     assert [row.id for row in quoted.rows] == ["x", "y"]
 
 
+def test_rows_without_an_id_have_their_numbers(tmp_path: Path):
+    """A trailing comma makes a column without a name; it holds no ids. Nor does pandas' own index."""
+    for name, text in {
+        "a.csv": "prompt,category,\na cat,x,\na dog,y,\n",
+        "b.tsv": "prompt\tcategory\t\na cat\tx\t\na dog\ty\t\n",
+        "c.csv": ",prompt\n7,a cat\n8,a dog\n",
+        "d.csv": "id,prompt\n,a cat\n,a dog\n",
+        "e.json": '[{"prompt": "a cat", "id": null}, {"prompt": "a dog", "id": ""}]',
+    }.items():
+        assert [row.id for row in read_prompts(write(tmp_path / name, text)).rows] == ["0", "1"], name
+    path = write(tmp_path / "f.csv", "id,prompt\n1,a cat\n,a dog\n")
+    with pytest.raises(UserError, match="two prompts have the id '1'"):
+        read_prompts(path)
+
+
 @pytest.mark.parametrize("name", ["p.txt", "p.tsv", "p.csv", "p.json"])
 def test_a_prompt_of_ten_thousand_words(tmp_path: Path, name: str):
     long = "a red circle and " * 15_000  # more characters than the csv module takes by itself
@@ -100,6 +115,8 @@ def test_the_column_can_be_named(tmp_path: Path):
         ("p.json", '{"prompt": "a"}', "is no list"),
         ("p.json", "[1]", "entry 1: neither a text nor an object"),
         ("p.jsonl", '"a"\n{"b": 1}\n', "line 2: no 'prompt' or 'text' or 'caption' among 'b'"),
+        ("p.json", '["a", "b \\ud83d"]', "entry 2: the prompt holds '\\ud83d', half of a character"),
+        ("p.jsonl", '{"prompt": "\\ude00 b"}', "line 1: the prompt holds '\\ude00', half of a character"),
         ("p.jsonl", '{"prompt": 3}\n', "line 1: the prompt is no text but 3"),
     ],
 )  # fmt: skip

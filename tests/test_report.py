@@ -265,6 +265,22 @@ def test_one_arm_alone(example, tmp_path):
     assert number(row["mean"], 4) in page.text
 
 
+def test_memory_has_a_unit_and_weights_a_hash(example, tmp_path):
+    scorers = [s | {"weights": "ab" * 32} for s in example[1]["scorers"]]
+    memory = {"process": 3 * 2**29, "gpu": 0}
+    text = report(example, tmp_path, memory=memory, scorers=scorers).text
+    assert "process 1,536 MiB; gpu 0 MiB" in text and "1610612736" not in text
+    assert "ab" * 32 in text
+
+
+def test_pictures_without_a_score_are_not_called_measured(example, tmp_path):
+    results = copy.deepcopy(example[1])
+    results |= {"scorers": [], "comparisons": [], "means": [], "drift": []}
+    for item in results["items"]:
+        item["scores"] = {}
+    assert "base, aligned: drawn, not scored." in report(example, tmp_path, **results).text
+
+
 def test_many_arms(tmp_path):
     results = drawn(tmp_path, 12, ("base", "aligned", "b", "c"))
     write_report(results, tmp_path, tmp_path / "report.html")

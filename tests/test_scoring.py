@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pytest
+import torch
 from eval_helpers import CPU, MeanRed, flat, prompt_set, quiet, write_pictures
 
 from align_cli.errors import UserError
@@ -57,7 +59,7 @@ def test_what_a_killed_process_left(tmp_path, pictures, items):
     left.mkdir(parents=True)
     # batch 1 whole, batch 0 in part with a line that is cut off; the file of a process of a larger run
     kept = [text[0], *text[1 + BATCH : 1 + 2 * BATCH], text[1], text[2][:30]]
-    (left / "red.7.jsonl").write_text("\n".join(kept))
+    (left / "red.part-7.jsonl").write_text("\n".join(kept))
     reward = MeanRed()
     found = scored(reward, tmp_path / "b", pictures, items)
     assert reward.seen == N - BATCH
@@ -78,12 +80,40 @@ def test_a_changed_picture_and_another_version_are_scored_again(tmp_path, pictur
     assert other.seen == N
 
 
+def test_other_weights_under_the_same_name_are_scored_again(tmp_path, pictures, items):
+    first = MeanRed()
+    first.net = torch.nn.Linear(2, 2)
+    scored(first, tmp_path, pictures, items)
+    same, other = MeanRed(), MeanRed()
+    same.net, other.net = copy.deepcopy(first.net), copy.deepcopy(first.net)
+    with torch.no_grad():
+        other.net.bias[0] += 1
+    assert len(RewardScorer(same).facts()["weights"]) == 64
+    for reward, seen in ((same, 0), (other, N)):
+        scored(reward, tmp_path, pictures, items)
+        assert reward.seen == seen
+
+
+def test_numbers_that_another_process_took_away_are_missed(tmp_path, pictures, items, monkeypatch):
+    """Never a mean over what happens to be left."""
+    join = Scores.join
+
+    def lose(scores):
+        join(scores)
+        scores.path.write_text("".join(scores.path.read_text().splitlines(True)[:-1]))
+
+    monkeypatch.setattr(Scores, "join", lose)
+    with pytest.raises(UserError, match=f"the numbers of red for .*{N - 1:05d}.png are gone from"):
+        scored(MeanRed(), tmp_path, pictures, items)
+
+
 def test_names_that_begin_alike_do_not_mix(tmp_path, pictures, items):
     scored(MeanRed("red"), tmp_path, pictures, items)
     scored(MeanRed("red.1"), tmp_path, pictures, items)
-    reward = MeanRed("red")
-    scored(reward, tmp_path, pictures, items)
-    assert reward.seen == 0
+    for name in ("red", "red.1"):  # as hpsv2 and hpsv2.1: the 1 is no number of a process
+        reward = MeanRed(name)
+        scored(reward, tmp_path, pictures, items)
+        assert reward.seen == 0
 
 
 def test_missing_pictures_have_no_number(tmp_path, pictures, items):
@@ -121,6 +151,9 @@ def test_the_judge_of_a_set(tmp_path, items, pictures):
     prompts = prompt_set(N, judge=judge, headline="made/lit")
     found = score(tmp_path, SetJudge(prompts), pictures, items, Ranks.alone(CPU), quiet)
     assert found["made/lit"]["base"].sum() == N - 10
+    small = SetJudge(prompt_set(N, judge=judge, headline="made/lit", image_size=9))
+    with pytest.raises(UserError, match="judges 9 x 9 pictures .*00000.png is 8 x 8"):
+        score(tmp_path / "small", small, pictures, items, Ranks.alone(CPU), quiet)
     with pytest.raises(ValueError):
         SetJudge(prompt_set())
 

@@ -57,7 +57,11 @@ def test_a_changed_run_is_refused_with_the_reason(tmp_path):
     begin(Store(tmp_path / "e", ABOUT_RUN))
     saved = json.loads((tmp_path / "e" / ABOUT).read_text())
     assert saved["identity"] == ABOUT_RUN and saved["command"] == ["t2ialign", "eval"]
+    torn = tmp_path / "e" / "images" / "base" / ".00003.png.abc.part"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"half")
     begin(Store(tmp_path / "e", ABOUT_RUN), resume=True)
+    assert not torn.exists()
     changed = Store(tmp_path / "e", ABOUT_RUN | {"sample": {"steps": 4}})
     with pytest.raises(UserError, match="sample.steps is 3 there and 4 here"):
         begin(changed, resume=True)

@@ -46,13 +46,24 @@ def test_gain_is_called_a_gain(results):
     assert text.startswith("aligned against base, red: gain")
     assert row(text, "* red").rstrip().endswith("gain")
     assert row(text, "side").rstrip().endswith("too few prompts")
-    assert row(text, "a ") and row(text, "b ")
+    assert row(text, "Kind: a") and row(text, "Kind: b")
     assert "0.300" in row(text, "* red") and "+0.1" in row(text, "* red")
     flat = " ".join(text.split())
-    assert "drift of aligned: saturation" in flat and "needs --per-prompt 2" in flat
+    assert "drift of aligned: saturation" in flat and "it needs --per-prompt 2" in flat
     assert "corrected for 1 headline and 2 other comparisons (Holm)" in flat
     assert "peak memory" in flat
     assert "no significant change" in row(printed(with_gain(results, "no significant change")), "* red")
+
+
+def test_a_protocol_reports_its_numbers(results):
+    """Beside the benchmark's own table, not in its place."""
+    row = {"arm": "base", "metric": "hpsv2", "label": "anime", "value": 27.21, "std": 0.1}
+    averages = {"base": {"pickscore": 18.834, "hpsv2": 0.2703}, "aligned": {"pickscore": 19.157}}
+    held = {"name": "textcraftor", "source": "there", "averages": averages}
+    flat = " ".join(printed(results | {"protocol": held, "official": [row]}, 200).split())
+    assert "base, protocol textcraftor: pickscore 18.8340, hpsv2 0.2703" in flat
+    assert "aligned, protocol textcraftor: pickscore 19.1570" in flat
+    assert "base, hpsv2 as officially reported: anime" in flat
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])
@@ -77,6 +88,13 @@ def test_a_model_alone(tmp_path):
     text = printed(measured(tmp_path, {"base": LOW}))
     assert "0.300" in row(text, "* red") and "score" in text and "difference" not in text
     assert "too few prompts" in row(text, "side")
+    assert "95 % intervals clustered" in " ".join(text.split())  # the bootstrap is of differences
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[red]b"])
+def test_names_of_groups_are_no_markup(results, name):
+    rows = [r | {"group": r["group"] and ["Kind", name]} for r in results["comparisons"]]
+    assert row(printed(results | {"comparisons": rows}), f"Kind: {name}")
 
 
 def test_a_table_in_a_pipe_has_no_blank_lines(results, capsys):

@@ -134,7 +134,16 @@ def test_steps_of_the_optimiser_raise_the_reward(sd15):
     assert run(method)["reward/clip"] > first + 0.01
 
 
-@pytest.mark.parametrize("change", [{"decode_chunk": 0}, {"decode_chunk": 2}, {"checkpoint": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decode_chunk": 0},
+        {"decode_chunk": 2},
+        {"kept_steps": 0},
+        {"kept_steps": 2},
+        {"checkpoint_vae": True},
+    ],
+)
 def test_memory_settings_do_not_change_the_gradient(model, change):
     plain, other = make(model), make(model, **change)
     assert run(plain)["loss"] == pytest.approx(run(other)["loss"], rel=1e-5)

@@ -143,6 +143,14 @@ def test_clipping_and_groups(tmp_path):
     assert read_metrics(tmp_path / "b" / "metrics.jsonl")[0]["grad_norm"] == row["map/grad_norm"]
 
 
+def test_a_group_has_a_learning_rate_of_its_own(tmp_path):
+    """AdamW's first step is the learning rate (times a sign), whatever the gradient."""
+    method = LinearMap(groups=2)
+    method.options = {"bias": {"lr": 0.003, "weight_decay": 0.0}}
+    run(tmp_path, method=method, changes={"steps": 1, "lr": 0.05, "weight_decay": 0.5})
+    torch.testing.assert_close(method.bias.abs(), torch.full_like(method.bias, 0.003), rtol=1e-4, atol=0)
+
+
 def test_ema_ends_in_the_method_and_in_the_grid(tmp_path):
     drawn = []
     method = LinearMap()

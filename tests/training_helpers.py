@@ -38,13 +38,14 @@ class LinearMap:
         self.bias = nn.Parameter(torch.zeros(OUT))
         self.truth = torch.randn(WIDTH, OUT, generator=g)
         self.hook, self.groups = hook, groups
+        self.options: dict[str, dict[str, float]] = {}
         self.seen: list[list[int]] = []
 
     def trainables(self):
         return {"map": [self.weight]} | ({"bias": [self.bias]} if self.groups == 2 else {})
 
     def group_options(self):
-        return {}
+        return self.options
 
     def step(self, batch, ctx):
         self.seen.append(list(batch.ids))

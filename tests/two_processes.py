@@ -68,6 +68,33 @@ def softrepa(model_folder: str, out: Path) -> list[list[float]]:
     return [value.flatten().tolist() for value in method.state().values()]
 
 
+def textcraftor(model_folder: str, out: Path) -> list[list[float]]:
+    """Three steps on two rewards, one of them over the whole batch; returns the trained tensors."""
+    from reward_helpers import save_clip, tiny_clip
+
+    from align_cli.methods.textcraftor.config import TextCraftorConfig
+    from align_cli.methods.textcraftor.method import TextCraftor
+    from align_cli.models.loading import load_model
+    from align_cli.settings import DataSettings, ModelSettings
+    from align_cli.shapes.dataset import ShapesDataset
+
+    rank = "0" if is_main() else "1"
+    folder = save_clip(out.parent / f"pick-{out.name}-{rank}", tiny_clip(), safe=False)
+    config = TextCraftorConfig(
+        rewards={"tiny-clip": 10.0, "pickscore": 1.0},
+        reward_weights={"pickscore": str(folder)},
+        pickscore_pairing="batch",
+        steps=4,
+        grad_steps=2,
+        lora_rank=2,
+    )
+    model = load_model(ModelSettings(name=model_folder, device="cpu"))
+    method = TextCraftor(model, config, seed=3)
+    data = ShapesDataset(DataSettings(num_examples=16), seed=3)
+    train(method, data, settings(steps=3, lr=1e-3), out, config={"method": "textcraftor"})
+    return [value.flatten().tolist() for value in method.state().values()]
+
+
 def main(out: Path, model_folder: str) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(torch.device(rank_device("cpu")))
@@ -102,6 +129,7 @@ def main(out: Path, model_folder: str) -> None:
         found["bad"] = str(error)
     found["guarded"] = guarded(out / "guarded")
     found["softrepa"] = softrepa(model_folder, out / "softrepa")
+    found["textcraftor"] = textcraftor(model_folder, out / "textcraftor")
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
     leave_group()
 

@@ -70,6 +70,9 @@ def plan_text(request: Request, shapes: Shapes, index: Index, items: int) -> str
 
 
 def _dataset(request: Request) -> Dataset:
+    """UserError for a dataset without pictures."""
+    if request.data.name in registry.CAPTIONS_ONLY:
+        raise registry.no_pictures(request.data.name, "encode stores pictures with their captions")
     dataset: Dataset = registry.load(registry.DATASETS, request.data.name)(
         replace(request.data, cache=""), seed=request.seed, split="train"
     )
@@ -77,12 +80,11 @@ def _dataset(request: Request) -> Dataset:
 
 
 def _first_picture(dataset: Dataset, request: Request) -> Tensor:
-    """Pixels (3, H, W): of the size that all have. UserError for a dataset without pictures."""
+    """Pixels (3, H, W): of the size that all have."""
     from align_cli.training.order import item_rng
 
     pixels = dataset.get(0, item_rng(request.seed, 0, 0)).pixels
-    if pixels is None:
-        raise UserError(f"{request.data.name} has captions only; there is nothing to encode for training")
+    assert pixels is not None
     return pixels
 
 

@@ -93,13 +93,14 @@ def evaluate(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", metavar="NAME", help="parti: textcraftor, as its authors ran it."),
+        typer.Option("--protocol", metavar="NAME", help="parti, hpsv2: textcraftor, as its authors ran it."),
     ] = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="Let the official hpsv2 package score, too (extra hpsv2).")
     ] = False,
     interval: Annotated[
-        str | None, typer.Option("--interval", metavar="NAME", help="bootstrap or t.")
+        str | None,
+        typer.Option("--interval", metavar="NAME", help="bootstrap, or t (default in the shapes world)."),
     ] = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,

@@ -18,10 +18,12 @@ from align_cli.evaluation import folders
 from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.prompts import PromptSet
 from align_cli.evaluation.sets import SetOptions, load_set
-from align_cli.evaluation.store import ABOUT, check_folder, identity, identity_of_prompts
+from align_cli.evaluation.store import ABOUT, check_folder, identity, identity_of_prompts, refuse_other_run
+from align_cli.rewards.spec import parse_places
 
 if TYPE_CHECKING:
     from align_cli.evaluation.protocols import Protocol
+    from align_cli.evaluation.verdicts import GenevalVerdicts
 
 REFERENCED = ("hpsv2", "hpsv2.1")
 """Scorers that have an official package beside ours."""
@@ -75,7 +77,8 @@ class ScorerChoice:
 @dataclass(frozen=True, kw_only=True)
 class Decided:
     """What follows from it. plan: how pictures are drawn, None where they are given. identity: of `store`, as
-    far as it is known. folder: to write to; resume: go on with what lies there.
+    far as it is known. verdicts: of --geneval-results. folder: to write to; resume: go on with what lies
+    there.
     """
 
     prompts: PromptSet
@@ -87,6 +90,7 @@ class Decided:
     scorers: list[ScorerChoice]
     interval: str
     identity: dict[str, Any]
+    verdicts: GenevalVerdicts | None
     folder: Path
     resume: bool
 
@@ -111,6 +115,9 @@ def decide(asked: Asked) -> Decided:
     # a folder that is named by what fixes the run is this run's: the same command goes on
     resume = asked.resume or (asked.out is None and not asked.overwrite and (folder / ABOUT).exists())
     check_folder(folder, resume=resume, overwrite=asked.overwrite)
+    if resume:
+        refuse_other_run(folder, _certain(about, plan))
+    verdicts = _verdicts(asked, prompts, arms)
     return Decided(
         prompts=prompts,
         per_prompt=per_prompt,
@@ -121,9 +128,30 @@ def decide(asked: Asked) -> Decided:
         scorers=scorer_choices(asked, prompts, plan, chosen),
         interval=asked.interval or ("t" if prompts.scenes is not None else "bootstrap"),
         identity=about,
+        verdicts=verdicts,
         folder=folder,
         resume=resume,
     )
+
+
+def _certain(about: dict[str, Any], plan: Plan | None) -> dict[str, Any]:
+    """What of `about` loading the model will not change: not its dtype, nor what it chooses by itself."""
+    if plan is None:
+        return about
+    model = {key: value for key, value in about["model"].items() if key != "dtype"}
+    sample = {key: value for key, value in about["sample"].items() if key not in plan.open_keys}
+    return about | {"model": model, "sample": sample}
+
+
+def _verdicts(asked: Asked, prompts: PromptSet, arms: Sequence[Arm]) -> GenevalVerdicts | None:
+    """GenEval's own verdicts, read and checked."""
+    if not asked.geneval_results:
+        return None
+    if prompts.name != "geneval":
+        raise UserError("--geneval-results is for t2ialign eval geneval")
+    from align_cli.evaluation.verdicts import read_verdicts
+
+    return read_verdicts(asked.geneval_results, prompts, [arm.name for arm in arms])
 
 
 def _identity(
@@ -143,10 +171,17 @@ def _check_options(asked: Asked) -> None:
             raise UserError("--allow-missing is for pictures that are given with --images")
         return
     drawing = {"--model": asked.model, "--adapter": asked.adapters, "--arm": asked.arms}
-    drawing |= {f"--{key.replace('_', '-')}": value for key, value in asked.sample_flags.items()}
+    settings = {**asked.sample_flags, **asked.model_flags}
+    settings.pop("device")  # that of the scorers
+    drawing |= {f"--{key.replace('_', '-')}": value for key, value in settings.items()}
     for flag, value in drawing.items():
-        if value:
+        if _given(value):
             raise UserError(f"{flag} is for drawing, --images gives pictures that are drawn already")
+
+
+def _given(value: object) -> bool:
+    """Whether an option was typed; 0 is a value."""
+    return value is not None and value != []
 
 
 def _arms(asked: Asked) -> list[Arm]:
@@ -185,8 +220,9 @@ def _protocol(asked: Asked) -> Protocol | None:
     fixed = {"--scorers": asked.scorers, "--per-prompt": asked.per_prompt, "--images": asked.images}
     fixed |= {f"--{key.replace('_', '-')}": value for key, value in asked.sample_flags.items()}
     fixed |= {"--dtype": asked.model_flags["dtype"]}
+    fixed |= {"--seed": asked.seed or None}  # 0 where it is not given
     for flag, value in fixed.items():
-        if value:
+        if _given(value):
             raise UserError(f"{flag} does not go with --protocol {found.name}, which fixes it")
     return found
 
@@ -204,15 +240,13 @@ def check_scorers(asked: Asked) -> None:
     than NAME=PATH.
     """
     names = [name for name, _ in _pairs(asked.scorers or "")]
+    if asked.scorers is not None and not names and asked.scorers.strip() != "none":
+        raise UserError("--scorers names no scorer; write --scorers none to draw only")
     for name in [*names, *asked.trained_on]:
         registry.path_of(registry.REWARDS, name)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--scorers names {twice} twice")
-    for text in asked.weights:
-        name, _, path = text.partition("=")
-        if not path:
-            raise UserError(f"--weights {text}: write --weights NAME=PATH")
-        registry.path_of(registry.REWARDS, name)
+    parse_places(asked.weights)
 
 
 def scorer_choices(
@@ -233,19 +267,17 @@ def scorer_choices(
     elif prompts.scenes is not None:
         pairs = [("shapes", "")]
     else:
-        tiny = plan is not None and registry.model_source(plan.model.name).startswith("embedded:")
+        tiny = plan is not None and registry.is_embedded(plan.model.name)
         pairs = [("tiny-clip" if tiny else "clip", "")]
     names = [name for name, _ in pairs]
     if asked.reference and not any(name in REFERENCED for name in names):
         raise UserError(f"--reference needs a scorer that it is of: --scorers {' or '.join(REFERENCED)}")
-    sources = {}
-    for text in asked.weights:
-        name, _, path = text.partition("=")
+    sources = parse_places(asked.weights)
+    for name, path in sources.items():
         if name not in names:
             raise UserError(
-                f"--weights {text}: {name} is not among the scorers ({', '.join(names) or 'none'})"
+                f"--weights {name}={path}: {name} is not among the scorers ({', '.join(names) or 'none'})"
             )
-        sources[name] = path
     return [ScorerChoice(name, way or "official", sources.get(name)) for name, way in pairs]
 
 

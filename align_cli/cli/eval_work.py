@@ -16,13 +16,11 @@ import typer
 from align_cli.cli.eval_plan import REFERENCED, Asked, Decided, ScorerChoice
 from align_cli.cli.measuring import measure
 from align_cli.cli.text import say_loading
-from align_cli.errors import UserError
 from align_cli.evaluation import folders
 from align_cli.evaluation.store import GENEVAL, REPORT, RESULTS, Item, Store, identity, make_items
 
 if TYPE_CHECKING:
     from align_cli.evaluation.engine import Evaluation
-    from align_cli.evaluation.scoring import Scorer
     from align_cli.models.base import BaseModel
     from align_cli.rewards.base import Reward
 
@@ -34,14 +32,17 @@ def evaluate(asked: Asked, decided: Decided) -> None:
     from align_cli.devices import pick_device
     from align_cli.evaluation import engine
     from align_cli.training.distributed import Ranks, leave_group, on_rank, rank_device
+    from align_cli.training.signals import Stopped, stopped_at_once
 
     device = rank_device(str(asked.model_flags["device"] or "auto"))
     ranks = Ranks(pick_device(device))
+    items = make_items(prompts, decided.per_prompt, asked.seed)
+    if decided.protocol is not None:  # all its noise comes from one generator
+        items = [replace(item, seed=decided.protocol.seed) for item in items]
+    given, notes = _given(asked, items)
     rewards = _rewards(
         decided.scorers, device, reference=asked.reference
-    )  # first: missing weights are told before minutes of drawing
-    items = make_items(prompts, decided.per_prompt, asked.seed)
-    given, notes = _given(asked, items)
+    )  # before the model: missing weights are told before minutes of drawing
     model: BaseModel | None = None
     about = decided.identity
     if plan is not None:
@@ -57,28 +58,31 @@ def evaluate(asked: Asked, decided: Decided) -> None:
         baseline=decided.baseline,
         rewards=rewards,
         items=items,
-        seed=asked.seed,
+        seed=asked.seed if decided.protocol is None else decided.protocol.seed,
         per_prompt=decided.per_prompt,
         interval=decided.interval,
         given=given,
-        extra=_geneval(asked, decided),
+        extra=[] if decided.verdicts is None else [decided.verdicts],
         protocol=decided.protocol,
         command=["t2ialign", *sys.argv[1:]],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=notes,
     )
     store = Store(decided.folder, about)
-    ranks.on_main(
-        lambda: store.begin(job.command, job.created, resume=decided.resume, overwrite=asked.overwrite)
-    )
+    sample, words = (plan.sample, plan.describe()) if plan is not None else (None, "")
     try:
-        sample, words = (plan.sample, plan.describe()) if plan is not None else (None, "")
-        results = measure(job, store, ranks, model, sample, words)
-    except KeyboardInterrupt:
+        with stopped_at_once():
+            ranks.on_main(
+                lambda: store.begin(
+                    job.command, job.created, resume=decided.resume, overwrite=asked.overwrite
+                )
+            )
+            results = measure(job, store, ranks, model, sample, words)
+            ranks.on_main(lambda: _write(store, job, results, asked.as_json))
+    except Stopped as stop:
         if ranks.main:
             typer.echo(f"stopped; what is finished is kept, go on with: {_again(store.folder)}", err=True)
-        raise typer.Exit(130) from None
-    ranks.on_main(lambda: _write(store, job, results, asked.as_json))
+        raise typer.Exit(128 + stop.number) from None
     leave_group()
 
 
@@ -89,6 +93,7 @@ def _write(store: Store, job: Evaluation, results: dict[str, Any], as_json: bool
     from align_cli.evaluation.tables import print_results
 
     folder = store.folder
+    _note_replaced(folder / RESULTS, results)
     write(folder, results)
     write_report(results, folder, folder / REPORT)
     written = [f"numbers: {folder / RESULTS}", f"report: {folder / REPORT}", *_geneval_folders(store, job)]
@@ -97,6 +102,22 @@ def _write(store: Store, job: Evaluation, results: dict[str, Any], as_json: bool
         return
     print_results(results)
     typer.echo("\n".join(written))
+
+
+def _note_replaced(path: Path, results: dict[str, Any]) -> None:
+    """Earlier results of the same pictures by other scorers do not go without a word."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["scorers"]
+        names = [scorer["name"] for scorer in before]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    gone = [name for name in names if name not in [scorer["name"] for scorer in results["scorers"]]]
+    if gone:
+        typer.echo(
+            f"note: {path} is written anew without {', '.join(gone)}, whose scores are kept; name them in "
+            "--scorers to have them in it again",
+            err=True,
+        )
 
 
 def _again(folder: Path) -> str:
@@ -124,20 +145,11 @@ def _given(asked: Asked, items: Sequence[Item]) -> tuple[dict[str, list[Path | N
     found: dict[str, list[Path | None]] = {}
     notes: list[str] = []
     for name, folder in folders.parse_folders(asked.images).items():
-        found[name], said = folders.match(folder, items, allow_missing=asked.allow_missing)
+        found[name], said = folders.match(
+            folder, items, allow_missing=asked.allow_missing, limited=asked.limit is not None
+        )
         notes += said
     return found, notes
-
-
-def _geneval(asked: Asked, decided: Decided) -> list[Scorer]:
-    """GenEval's own verdicts as a scorer."""
-    if not asked.geneval_results:
-        return []
-    if decided.prompts.name != "geneval":
-        raise UserError("--geneval-results is for t2ialign eval geneval")
-    from align_cli.evaluation.verdicts import read_verdicts
-
-    return [read_verdicts(asked.geneval_results, decided.prompts, [arm.name for arm in decided.arms])]
 
 
 def _geneval_folders(store: Store, job: Evaluation) -> list[str]:

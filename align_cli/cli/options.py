@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from align_cli import registry
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -55,9 +57,13 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="One setting, section.key=value; repeatable."),
 ]
-Data = Annotated[str | None, typer.Option("--data", metavar="NAME", help="Dataset: shapes or coco.")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="NAME", help=f"Dataset: {', '.join(registry.DATASETS)}."),
+]
 DataPath = Annotated[
-    Path | None, typer.Option("--data-path", metavar="FOLDER", help="Folder of the dataset.")
+    Path | None,
+    typer.Option("--data-path", metavar="PATH", help="Folder of the dataset; of prompts the file."),
 ]
 Overwrite = Annotated[
     bool,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import typer
+
+LARGE_FILE = 100_000_000
+"""Bytes above which reading a file takes seconds."""
 
 
 def columns(rows: Iterable[Sequence[str]], gap: int = 2) -> str:
@@ -25,5 +29,20 @@ def columns(rows: Iterable[Sequence[str]], gap: int = 2) -> str:
 
 def say_loading(model: str) -> None:
     """Tell on stderr what takes the first seconds: to be called before torch is imported."""
-    if os.environ.get("RANK", "0") == "0":  # the first of several processes
+    if _first():
         typer.echo(f"loading {model} ...", err=True)
+
+
+def say_reading(path: str) -> None:
+    """Tell on stderr that a large file is about to be read; says nothing of any other path."""
+    from align_cli.data.filling import size_text
+
+    file = Path(path).expanduser()
+    size = file.stat().st_size if file.is_file() else 0
+    if size >= LARGE_FILE and _first():
+        typer.echo(f"reading {path} ({size_text(size)}) ...", err=True)
+
+
+def _first() -> bool:
+    """Whether this is the first of several processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"

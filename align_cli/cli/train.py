@@ -16,12 +16,12 @@ import typer
 
 from align_cli import config, registry
 from align_cli.cli import options
-from align_cli.cli.text import columns, say_loading
+from align_cli.cli.text import columns, say_loading, say_reading
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
 from align_cli.rewards.spec import parse_places, parse_weights
 from align_cli.training import run_folder
-from align_cli.training.signals import Terminated, sigterm_as_ctrl_c
+from align_cli.training.signals import Stopped, stopped_at_once
 
 if TYPE_CHECKING:
     from align_cli.data.base import Dataset
@@ -142,19 +142,20 @@ def train(
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
     resolved.method_config.check_train(resolved.train)
+    _check_data(resolved)
     check_guard(resolved)
     if dry_run:
         typer.echo(describe(resolved))
         typer.echo(f"\noutput folder: {folder}")
         return
     try:
-        with sigterm_as_ctrl_c():
+        with stopped_at_once():
             _run(resolved, folder, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Stopped) as stop:
         known = (folder / run_folder.RUN).exists()
         hint = f"; go on with: {run_folder.resume_command(method, folder)}" if known else ""
         typer.echo(f"stopped at once{hint}", err=True)
-        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+        raise typer.Exit(128 + stop.number if isinstance(stop, Stopped) else 130) from None
 
 
 def _method_flags(
@@ -244,6 +245,12 @@ def describe(resolved: config.Resolved) -> str:
     return f"method: {resolved.method}\n\n{columns(rows)}"
 
 
+def _check_data(resolved: config.Resolved) -> None:
+    """UserError for captions alone where the method needs pictures."""
+    if resolved.method_config.pictures and resolved.data.name in registry.CAPTIONS_ONLY:
+        raise registry.no_pictures(resolved.data.name, f"{resolved.method} trains on pictures with captions")
+
+
 def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Load, train, save, evaluate."""
     say_loading(resolved.model.name)
@@ -268,7 +275,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
             f"{resolved.method} does not train models of the family {model.family} ({resolved.model.name}); "
             f"it trains {', '.join(sorted(method_class.families))}"
         )
-    if resolved.data.name != "shapes":
+    if resolved.method_config.pictures and resolved.data.name != "shapes":
         check_side(model, resolved.data.image_size, "data.image_size")
     if resolved.train.gradient_checkpointing:
         denoiser: Any = model.denoiser
@@ -308,6 +315,7 @@ def _dataset(resolved: config.Resolved) -> Dataset:
     from align_cli.data.cached import CachedDataset
 
     named = registry.load(registry.DATASETS, resolved.data.name)
+    say_reading(resolved.data.path)
     kind = CachedDataset if resolved.data.cache else named
     dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train")
     return dataset
@@ -437,7 +445,8 @@ def _evaluate(
     options = SetOptions(num=chosen.num_prompts, seed=chosen.seed, split=chosen.split)
     prompts = load_set("shapes", options)
     side = resolved.sample.image_size or model.image_size
-    if resolved.data.name != "shapes" or side != prompts.image_size:
+    knows = resolved.data.name == "shapes" or registry.is_embedded(resolved.model.name)
+    if not knows or side != prompts.image_size:
         typer.echo("note: no paired evaluation, it measures pictures of the shapes world only", err=True)
         return None
     place = folder / run_folder.EVALUATION

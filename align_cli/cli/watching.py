@@ -156,7 +156,7 @@ def make_guard(model: BaseModel, method: Method, dataset: Dataset, resolved: con
 def _prompts(resolved: config.Resolved, dataset: Dataset) -> tuple[list[str], Sequence[Hashable]]:
     """Held-out prompts, and what each of them is evidence of."""
     num, seed = resolved.guard.num_prompts, resolved.guard.seed
-    if resolved.data.name == "shapes":
+    if resolved.data.name == "shapes" or registry.is_embedded(resolved.model.name):
         from align_cli.evaluation.benchmarks import compositions
         from align_cli.shapes.dataset import eval_prompts
 

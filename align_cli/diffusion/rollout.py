@@ -31,7 +31,7 @@ def rollout(
     eta: float = 0.0,
     grad_steps: frozenset[int] | None = None,
     detach_input: bool = False,
-    checkpoint: bool = False,
+    checkpoint: bool | frozenset[int] = False,
     noise_fn: Callable[[], Tensor] | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -51,7 +51,7 @@ def rollout(
             the same).
         detach_input: cut the model's input from the path in every step: gradient reaches earlier predictions
         only through the step arithmetic (CoMat's official SDXL loop).
-        checkpoint: recompute the activations of gradient steps in the backward pass.
+        checkpoint: recompute the activations of gradient steps, all or those named, in the backward pass.
         noise_fn: standard normal noise like z, once per step that needs it (ddpm, or eta > 0).
         callback: called with the index of each finished step.
     Returns:
@@ -79,7 +79,7 @@ def rollout(
         if grad_steps is not None and i not in grad_steps:
             with torch.no_grad():
                 pred = model(*inputs)
-        elif checkpoint and torch.is_grad_enabled():
+        elif torch.is_grad_enabled() and (checkpoint is True or (checkpoint and i in checkpoint)):
             pred = recompute(model, *inputs, use_reentrant=False)
         else:
             pred = model(*inputs)

@@ -7,6 +7,7 @@ compared like any others.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from align_cli.errors import UserError
 from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.drawing import Progress, picture_facts
 from align_cli.evaluation.protocols import Protocol, averages, run
+from align_cli.evaluation.scoring import RewardScorer
 from align_cli.evaluation.store import PROTOCOL, Item, Store
 from align_cli.files import file_errors, write_text
 from align_cli.models.base import BaseModel
@@ -39,14 +41,14 @@ def draw_by_protocol(
 
     Args: as of `drawing.draw`; rewards: the protocol's scorers by name.
     Returns:
-        arm -> scorer -> the average that the protocol reports.
+        arm -> name -> number, what the protocol reports: see `averages`.
     Raises:
         UserError: several processes (the noise of a batch follows from all batches before it).
     """
     if ranks.world_size > 1:
         raise UserError(f"--protocol {chosen.name} draws all noise from one generator: use one process")
     size = chosen.sample.batch_size
-    texts = [item.row.text for item in items]
+    texts, groups = [item.row.text for item in items], [item.row.groups for item in items]
     found: dict[str, dict[str, float]] = {}
     for arm in arms:
         gone = set(missing[arm.name])
@@ -65,9 +67,10 @@ def draw_by_protocol(
         with arm.at_work(model):
             for count, means in run(chosen, model, texts, rewards, done=done, save=save):
                 first = len(notes.batches) * size
-                notes.add(count, means)
+                drawn = [store.path(arm.name, item) for item in items[first : first + count]]
+                notes.add(drawn, means)
                 progress(f"drawing {arm.name}", sum(i in gone for i in range(first, first + count)))
-        found[arm.name] = averages(notes.batches)
+        found[arm.name] = averages(chosen, notes.batches, groups)
     return found
 
 
@@ -76,7 +79,7 @@ class _Notes:
 
     def __init__(self, path: Path, chosen: Protocol, rewards: Mapping[str, Reward]) -> None:
         self.path = path
-        scorers = {name: rewards[name].facts() for name in chosen.scorers}
+        scorers = {name: RewardScorer(rewards[name]).facts() for name in chosen.scorers}
         self.head = json.dumps({"protocol": chosen.name, "scorers": scorers}, sort_keys=True)
         self.batches: list[tuple[int, dict[str, float]]] = []
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -97,11 +100,14 @@ class _Notes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, "\n".join(lines) + "\n")
 
-    def add(self, pictures: int, means: Mapping[str, float]) -> None:
-        """Note one more batch. UserError for a mean that is no number, or a full disk."""
-        if bad := [name for name, value in means.items() if value != value]:
-            raise UserError(f"scorer {bad[0]} gave nan for a picture of batch {len(self.batches)}")
-        self.batches.append((pictures, dict(means)))
+    def add(self, pictures: Sequence[Path], means: Mapping[str, float]) -> None:
+        """Note one more batch, of these pictures. UserError for a mean that is no number, or a full disk."""
+        if bad := next((name for name, value in means.items() if not math.isfinite(value)), None):
+            raise UserError(
+                f"scorer {bad} gave {means[bad]} for one of the pictures {pictures[0]} to {pictures[-1].name}"
+                "; look at them and at the weights of the scorer"
+            )
+        self.batches.append((len(pictures), dict(means)))
         doing, advice = f"cannot write {self.path}", "make room, then go on with --resume"
         with file_errors(doing, advice), self.path.open("a", encoding="utf-8") as file:
             file.write(self._line(len(self.batches) - 1) + "\n")

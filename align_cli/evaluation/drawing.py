@@ -64,22 +64,25 @@ def draw(
         UserError: an adapter does not fit, or a picture cannot be written.
     """
     size = settings.batch_size
-    for arm in arms:
-        wanted = set(missing[arm.name])
-        own = picture_facts(model, arm, settings)
-        with arm.at_work(model):
-            for b in my_share(missing[arm.name], size, ranks):
-                batch = items[b * size : (b + 1) * size]
-                drawn = sample(
-                    model, [item.row.text for item in batch], settings, [item.seed for item in batch]
-                )
-                new = 0
-                for i, (item, picture) in enumerate(zip(batch, to_uint8(drawn), strict=True)):
-                    if b * size + i in wanted:
-                        store.save(arm.name, item, picture, own)
-                        new += 1
-                progress(f"drawing {arm.name}", new * ranks.world_size)
-    ranks.objects(None)  # nobody goes on before all are done
+
+    def mine() -> None:
+        for arm in arms:
+            wanted = set(missing[arm.name])
+            own = picture_facts(model, arm, settings)
+            with arm.at_work(model):
+                for b in my_share(missing[arm.name], size, ranks):
+                    batch = items[b * size : (b + 1) * size]
+                    drawn = sample(
+                        model, [item.row.text for item in batch], settings, [item.seed for item in batch]
+                    )
+                    new = 0
+                    for i, (item, picture) in enumerate(zip(batch, to_uint8(drawn), strict=True)):
+                        if b * size + i in wanted:
+                            store.save(arm.name, item, picture, own)
+                            new += 1
+                    progress(f"drawing {arm.name}", new * ranks.world_size)
+
+    ranks.on_all(mine)  # nobody goes on before all are done
 
 
 def picture_facts(model: BaseModel, arm: Arm, settings: SampleSettings) -> dict[str, object]:

@@ -5,7 +5,7 @@ Letters: B pictures, D width of the features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align_cli.evaluation.scoring import Shown, alike, as_tensor
+from align_cli.evaluation.scoring import Shown, alike, as_tensor, weights_sha256
 from align_cli.evaluation.store import Item, read_picture
 
 
 @runtime_checkable
-class HasFeatures(Protocol):
+class HasFeatures(Hashable, Protocol):
     """A scorer with an image tower."""
 
     name: str
@@ -58,7 +58,8 @@ class Drift:
         self.tower, self.pictures, self.baseline, self.per_prompt = tower, pictures, baseline, per_prompt
 
     def facts(self) -> dict[str, str]:
-        tower = {f"tower {key}": value for key, value in self.tower.facts().items()} if self.tower else {}
+        facts = self.tower.facts() | {"weights": weights_sha256(self.tower)} if self.tower else {}
+        tower = {f"tower {key}": value for key, value in facts.items()}
         return {"name": self.name, "baseline": self.baseline, "per prompt": str(self.per_prompt), **tower}
 
     def looks_at(self, arm: str, item: int) -> Sequence[Path]:
@@ -124,10 +125,13 @@ def features(tower: HasFeatures, pictures: Sequence[np.ndarray]) -> np.ndarray:
 def summary(
     values: Mapping[str, Mapping[str, np.ndarray]], arm: str, baseline: str, tower: HasFeatures | None
 ) -> dict[str, object]:
-    """One entry of "drift" in results.json: means over pictures, None where there is no number."""
+    """One entry of "drift" in results.json: means over the pictures that both arms have, None where there is
+    no number.
+    """
+    both = ~(np.isnan(values["saturation"][arm]) | np.isnan(values["saturation"][baseline]))
 
     def mean(key: str, of: str) -> float | None:
-        x = values[key][of]
+        x = values[key][of][both]
         return None if np.isnan(x).all() else float(np.nanmean(x))
 
     return {
@@ -140,5 +144,5 @@ def summary(
         "clipped_base": mean("clipped", baseline),
         "diversity": mean("diversity", arm),
         "diversity_base": mean("diversity", baseline),
-        "of": int((~np.isnan(values["saturation"][arm])).sum()),
+        "of": int(both.sum()),
     }

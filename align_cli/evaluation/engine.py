@@ -206,6 +206,8 @@ def floor_of(job: Evaluation, pictures: Mapping[str, Sequence[Path | None]]) -> 
     if job.prompts.scenes is None or len(paths) < len(job.items):
         return {}
     shown = [read_picture(path) for path in paths]
+    if any(picture.shape[:2] != (job.prompts.image_size,) * 2 for picture in shown):
+        return {}  # given pictures of another size, which the oracle cannot read
     bench = ShapesBenchmark()
     scenes = [job.prompts.scenes[item.number] for item in job.items]
     found = bench.floor(np.stack(shown), scenes, seed=job.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +47,35 @@ def parse_folders(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def match(folder: Path, items: Sequence[Item], *, allow_missing: bool) -> tuple[list[Path | None], list[str]]:
+def match(
+    folder: Path, items: Sequence[Item], *, allow_missing: bool, limited: bool = False
+) -> tuple[list[Path | None], list[str]]:
     """The picture of every item in a folder.
 
-    A picture that an evaluation drew says in its metadata which prompt it is of. Any other belongs to a
-    prompt by its path without the suffix: the prompt's id (which may name a folder: anime/00012), or else the
-    prompt's number from 0; "-K" or "_K" behind either is the K-th picture of the prompt, from 0 (as
-    GenEval has it: "/samples/K"). Numbers may have leading zeros.
+    A picture that an evaluation drew says in its metadata which prompt it is of. All others belong to prompts
+    by their paths without the suffix, all in the same way: by the prompt's id (which may name a folder:
+    anime/00012), or by its number from 0; "-K" or "_K" behind either is the K-th picture of the prompt, from
+    0 (as GenEval has it: "/samples/K"). Numbers may have leading zeros. Where ids are numbers, the way is the
+    one that leaves no file or no prompt over.
 
+    Args:
+        limited: the items are a part of the prompts. Pictures that are called by numbers which only the whole
+            set has are refused then: 00001.png is of the set's prompt 1, not of the part's.
     Returns:
         a path or None for each item, and what the user should know, in words.
     Raises:
         UserError: missing or broken pictures (the first are named) unless `allow_missing`; not one picture
-            that fits; two files for one item; a picture that was drawn for other words.
+            that fits; two files for one item; a picture that was drawn for other words; names that are ids
+            as well as numbers, of other prompts; see `limited`.
     """
     with file_errors(f"cannot look into {folder}"):
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    found = next((f for f in (_told(files, items), _named(folder, files, items)) if any(f)), [])
-    if not found:
+    told, plain = _told(files, items)
+    way, named = _named(folder, plain, items, limited)
+    found = [a or b for a, b in zip(told, named, strict=True)]
+    if not any(found):
         raise UserError(f"no picture in {folder} belongs to a prompt; {RULE}")
-    notes = []
+    notes = [f"{folder}: pictures belong to prompts by their {way}"] if way else []
     broken: dict[int, str] = {}
     for i, path in enumerate(found):
         if path is not None:
@@ -100,8 +109,8 @@ def _trouble(folder: Path, items: Sequence[Item], missing: Sequence[int], broken
     return "; ".join(parts)
 
 
-def _told(files: Sequence[Path], items: Sequence[Item]) -> list[Path | None]:
-    """By what the metadata of pictures of an evaluation say."""
+def _told(files: Sequence[Path], items: Sequence[Item]) -> tuple[list[Path | None], list[Path]]:
+    """By what the metadata of pictures of an evaluation say; and the files that say nothing."""
     table: dict[tuple[str, str], Path] = {}
     texts: dict[Path, str] = {}
     for path in files:
@@ -113,7 +122,7 @@ def _told(files: Sequence[Path], items: Sequence[Item]) -> list[Path | None]:
     for item, drawn in zip(items, found, strict=True):
         if drawn is not None and texts[drawn] != item.row.text:
             raise UserError(f"{drawn} was drawn for {texts[drawn]!r}, not for {item.row.text!r}")
-    return found
+    return found, [path for path in files if path not in texts]
 
 
 def _facts(path: Path) -> dict[str, str]:
@@ -125,20 +134,55 @@ def _facts(path: Path) -> dict[str, str]:
         return {}
 
 
-def _named(folder: Path, files: Sequence[Path], items: Sequence[Item]) -> list[Path | None]:
-    """By names: ids of prompts, or else their numbers."""
+def _named(
+    folder: Path, files: Sequence[Path], items: Sequence[Item], limited: bool
+) -> tuple[str, list[Path | None]]:
+    """By names: ids of prompts, or their numbers. The way in words ("" for none), and the pictures."""
     table: dict[str, Path] = {}
     for path in files:
         _put(table, _plain(path.relative_to(folder).with_suffix("").as_posix()), path)
-    for own in (lambda item: item.row.id, lambda item: str(item.number)):
-        found = []
-        for item in items:
-            names = [f"{own(item)}-{item.k}", f"{own(item)}/samples/{item.k}"]
-            names += [own(item)] if item.k == 0 else []
-            found.append(next((table[_plain(name)] for name in names if _plain(name) in table), None))
-        if any(found):
-            return found
-    return []
+    ways = {
+        "ids": _by(lambda item: item.row.id, table, items),
+        "numbers from 0": _by(lambda item: str(item.number), table, items),
+    }
+    last = items[-1].number
+    beyond = next(
+        (p for name, p in table.items() if (n := name.partition("-")[0]).isdigit() and int(n) > last), None
+    )
+    if limited and beyond is not None and any(ways.pop("numbers from 0")) and not any(ways["ids"]):
+        raise UserError(
+            f"{beyond} is of a larger set of prompts than the {last + 1} that --limit leaves, whose numbers "
+            "are others; name the pictures by the ids of their prompts, or leave --limit away"
+        )
+    if beyond is not None and None not in ways["ids"]:
+        ways.pop("numbers from 0", None)
+    ways = {way: found for way, found in ways.items() if any(found)}
+    if len(ways) == 2 and ways["ids"] != ways["numbers from 0"]:
+        for all_used in (
+            lambda found: sum(path is not None for path in found) == len(files),
+            lambda found: None not in found,
+        ):
+            if sum(map(all_used, ways.values())) == 1:
+                ways = {way: found for way, found in ways.items() if all_used(found)}
+        if len(ways) == 2:
+            clash = next(p for p in ways["ids"] if p is not None)
+            raise UserError(
+                f"{clash}: its name is the id of one prompt and the number (from 0) of another, and so are "
+                "others; give the prompts ids that are no numbers, and name the pictures by them"
+            )
+    if not ways:
+        return "", [None] * len(items)
+    return next(iter(ways.items()))
+
+
+def _by(own: Callable[[Item], str], table: Mapping[str, Path], items: Sequence[Item]) -> list[Path | None]:
+    """The picture of every item whose prompt is called `own` of it."""
+    found: list[Path | None] = []
+    for item in items:
+        names = [f"{own(item)}-{item.k}", f"{own(item)}/samples/{item.k}"]
+        names += [own(item)] if item.k == 0 else []
+        found.append(next((table[_plain(name)] for name in names if _plain(name) in table), None))
+    return found
 
 
 def _plain(name: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from align_cli.evaluation.compare import Comparison
-from align_cli.evaluation.stats import GAIN, LOSS, TOO_FEW, Paired
+from align_cli.evaluation.stats import GAIN, LOSS, NO_CHANGE, TOO_FEW, Paired
 
 KIN = (
     frozenset({"hpsv2", "hpsv2.1", "hpsv2-reference", "hpsv2.1-reference"}),
@@ -14,6 +14,7 @@ KIN = (
     frozenset({"shapes", "geneval-shapes"}),
 )
 """Scorers that are one kind of judge with other weights: trained on one, none of them is held out."""
+HELD_OUT = " (held out)"
 CHANGED = 0.1
 """Relative change of saturation, clipping or diversity that is spoken of."""
 
@@ -29,35 +30,53 @@ def in_words(
     baseline: str,
     trained_on: Mapping[str, Sequence[str]],
     drift: Sequence[Mapping[str, object]],
+    unit: str = "prompts",
 ) -> list[str]:
     """The answer, a line each: every scorer's headline for every arm, held-out scorers first; what that means
-    for an arm that was trained on a scorer; how far its pictures have moved.
+    for an arm that was trained on a scorer; how far its pictures have moved. unit: what is counted.
     """
     lines: list[str] = []
     for arm in dict.fromkeys(c.arm for c in comparisons):
         own = [c for c in comparisons if c.arm == arm and c.group is None and c.metric.headline]
-        apart = [c for c in own if held_out(c.metric.scorer, trained_on[arm])]
+        marks = {c.metric.scorer: _mark(c.metric.scorer, arm, baseline, trained_on) for c in own}
+        apart = [c for c in own if marks[c.metric.scorer] in ("", HELD_OUT)]
         known = [c for c in own if c not in apart]
-        lines += [f"{arm} against {baseline}, {_line(c, bool(trained_on[arm]), True)}" for c in apart]
-        lines += [f"{arm} against {baseline}, {_line(c, True, False)}" for c in known]
+        lines += [
+            f"{arm} against {baseline}, {_line(c, marks[c.metric.scorer], unit)}" for c in [*apart, *known]
+        ]
+        if known and not trained_on[arm]:
+            continue  # the baseline alone was trained: what it gained there says nothing about this arm
         if warning := _warning(arm, apart, known):
             lines.append(warning)
         lines += [_moved(entry) for entry in drift if entry["arm"] == arm and _moved(entry)]
     return lines
 
 
-def _line(c: Comparison, say: bool, apart: bool) -> str:
-    mark = (" (held out)" if apart else " (trained on it)") if say else ""
+def _mark(scorer: str, arm: str, baseline: str, trained_on: Mapping[str, Sequence[str]]) -> str:
+    """Behind the scorer's name: who was trained on it; nothing where nobody was trained on any."""
+    if not held_out(scorer, trained_on[arm]):
+        return " (trained on it)"
+    if not held_out(scorer, trained_on[baseline]):
+        return f" ({baseline} was trained on it)"
+    return HELD_OUT if trained_on[arm] or trained_on[baseline] else ""
+
+
+def _line(c: Comparison, mark: str, unit: str) -> str:
     row = c.row
     if row.n == 0:
         return f"{c.metric.name}{mark}: no pictures to compare"
     text = (
         f"{c.metric.name}{mark}: {c.verdict}, {number(row.base)} -> {number(row.aligned)}, "
-        f"{signed(row.difference)} {interval(row)}; better on {row.up} prompts, worse on {row.down}"
+        f"{signed(row.difference)} {interval(row)}; better on {row.up} {unit}, worse on {row.down}"
     )
     if c.verdict == TOO_FEW:
-        return f"{text} ({row.clusters} prompts; an interval is trusted from 10 on)"
-    return f"{text} (sign test p = {p_text(row.sign_p)}, corrected p of the mean {p_text(c.p_adjusted)})"
+        return f"{text} ({row.clusters} {unit}; an interval is trusted from 10 on)"
+    mean = f"t test of the mean p = {p_text(row.p)}"
+    if c.p_adjusted != row.p:
+        mean += f", corrected {p_text(c.p_adjusted)}"
+    apart = c.verdict == NO_CHANGE and (row.low > 0 or row.high < 0)
+    also = "; the interval excludes 0, the test does not" if apart else ""
+    return f"{text} (sign test p = {p_text(row.sign_p)}, {mean}{also})"
 
 
 def _warning(arm: str, apart: Sequence[Comparison], known: Sequence[Comparison]) -> str:
@@ -71,6 +90,7 @@ def _warning(arm: str, apart: Sequence[Comparison], known: Sequence[Comparison])
             "that it was not trained on with --scorers"
         )
     rose = [c for c in known if c.verdict == GAIN]
+    names = ", ".join(dict.fromkeys(c.metric.scorer for c in rose))
     fell = ", ".join(c.metric.scorer for c in apart if c.verdict == LOSS)
     gained = ", ".join(c.metric.scorer for c in apart if c.verdict == GAIN)
     if rose and fell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,9 @@ def official_results(
         return hpsv2_table(values[kept], [prompts.rows[rows[i]].groups["Style"] for i in kept])
     if metric in ("geneval/correct", "geneval-shapes/correct"):
         return geneval_table(
-            values[kept], [prompts.rows[rows[i]].groups[TASK] for i in kept], [rows[i] for i in kept]
+            values[kept],
+            [prompts.rows[rows[i]].groups[TASK] for i in kept],
+            [json.dumps(prompts.rows[rows[i]].extra) for i in kept],
         )
     return []
 
@@ -67,12 +70,13 @@ def hpsv2_table(scores: np.ndarray, styles: Sequence[str]) -> list[Official]:
     return table
 
 
-def geneval_table(correct: np.ndarray, tasks: Sequence[str], prompts: Sequence[int]) -> list[Official]:
+def geneval_table(correct: np.ndarray, tasks: Sequence[str], prompts: Sequence[str]) -> list[Official]:
     """Share of correct pictures of each task, the unweighted mean of the tasks, the share of all pictures,
     and the share of prompts with at least one correct picture.
 
     Args:
-        correct: (N,) 0 or 1. tasks, prompts: N, of each picture.
+        correct: (N,) 0 or 1. tasks, prompts: N, of each picture; a prompt by its record, as there: two with
+        the same record are one.
     Source: GenEval, summary_scores.py.
     """
     table = []

@@ -78,6 +78,7 @@ def outcome(
     compared = compare(values, metrics, design)
     trained = {arm.name: arm.trained_on for arm in arms}
     notes = [*prompts.notes, *facts.notes]
+    unit = "prompts" if prompts.scenes is None else "compositions"
     return plain({
         "format": FORMAT,
         "command": facts.command,
@@ -107,6 +108,7 @@ def outcome(
         ],
         "baseline": baseline,
         "interval": design.interval,
+        "unit": unit,
         "scorers": [
             {
                 **scorer.facts(),
@@ -117,12 +119,14 @@ def outcome(
         ],
         "audit": list(audit),
         "means": [_mean(mean) for mean in means(values, metrics, design)],
-        "comparisons": [_comparison(c, trained[c.arm]) for c in compared],
+        "comparisons": [_comparison(c, (*trained[c.arm], *trained[baseline])) for c in compared],
         "drift": list(drift),
         "floor": dict(floor),
-        "official": _official(prompts, items, arms, values),
+        "official": _official(prompts, items, arms, scored),
         "protocol": facts.protocol,
-        "words": [*in_words(compared, baseline, trained, drift), *audit_words(audit), *agreement(values)],
+        "words": [
+            *in_words(compared, baseline, trained, drift, unit), *audit_words(audit), *agreement(values),
+        ],
         "notes": notes,
         "items": [
             _item(i, item, folder, pictures, values, drawn=bool(facts.sample)) for i, item in enumerate(items)
@@ -149,12 +153,16 @@ def _official(
     prompts: PromptSet,
     items: Sequence[Item],
     arms: Sequence[Arm],
-    values: Mapping[str, Mapping[str, Any]],
+    scored: Sequence[tuple[Scorer, Mapping[str, Mapping[str, Any]]]],
 ) -> list[dict[str, Any]]:
-    """The benchmark's own table for every arm, where it has one."""
+    """The benchmark's own table for every arm, where it has one: not of scorers that see the pictures in
+    another way than the benchmark's do.
+    """
     rows = [item.number for item in items]
     return [
         {"arm": arm.name, "metric": key, **asdict(line)}
+        for scorer, values in scored
+        if not scorer.facts().get("preprocessing", "").startswith("textcraftor")
         for key, of in values.items()
         for arm in arms
         for line in official_results(prompts, key, rows, of[arm.name])
@@ -170,6 +178,7 @@ def _mean(mean: Mean) -> dict[str, Any]:
 
 
 def _comparison(c: Comparison, trained_on: Sequence[str]) -> dict[str, Any]:
+    """trained_on: scorers that either of the two arms was trained on."""
     row = c.row
     return {
         "arm": c.arm, "metric": c.metric.name, "headline": c.metric.headline, "group": _group(c.group),

@@ -15,16 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from align_cli.data.prompts import read_utf8
+from align_cli.data.prompts import (
+    FORMATS,
+    parse_json,
+    parse_list,
+    prompt_of,
+    read_utf8,
+    table_rows,
+    too_many_cells,
+)
 from align_cli.errors import UserError
 from align_cli.shapes.captions import Prompt
 
-TEXT_COLUMNS = ("prompt", "text", "caption")
-"""Names, in any case, of the column or key that holds the prompt; the first that is there counts."""
 GROUP_COLUMNS = ("category", "challenge", "style", "task", "tag", "kind", "group")
 """Columns and keys by which results are also reported; the other ones are kept in `extra`."""
 ID_COLUMN = "id"
-FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,9 @@ def read_prompts(path: Path, *, name: str = "", column: str | None = None) -> Pr
     of texts or objects) or .jsonl (a text or an object per line).
 
     A table needs a header that names the prompts' column: `column`, or one of TEXT_COLUMNS. A column of
-    GROUP_COLUMNS groups the results, one called id names the rows (else they are numbered from 0). A
-    byte-order mark and CRLF are understood; rows without a prompt are left out; duplicates and blanks around
-    a prompt of a table are kept. `notes` tells of the former two.
+    GROUP_COLUMNS groups the results, one called id names the rows; where there is none, or it is empty, their
+    numbers from 0 do. A byte-order mark and CRLF are understood; rows without a prompt are left out;
+    duplicates and blanks around a prompt of a table are kept. `notes` tells of the former two.
 
     Raises:
         UserError: missing, no such format, not UTF-8, no prompts, no column of prompts, a broken row.
@@ -153,53 +158,34 @@ def read_records(path: Path) -> list[tuple[str, Any]]:
     if suffix == ".txt":
         return [(f"line {i}", line.strip()) for i, line in _lines(text)]
     if suffix == ".jsonl":
-        return [(f"line {i}", _json(line, path, f"line {i}")) for i, line in _lines(text) if line.strip()]
+        found = ((f"line {i}", line) for i, line in _lines(text) if line.strip())
+        return [(where, parse_json(line, f"{path}, {where}")) for where, line in found]
     if suffix != ".json":
         return list(_table(text, path, quoted=suffix == ".csv"))
-    content = _json(text, path, "")
-    if not isinstance(content, list):
-        raise UserError(
-            f'{path} is no list; write ["a red circle", ...] or [{{"prompt": "a red circle"}}, ...]'
-        )
-    return [(f"entry {i + 1}", entry) for i, entry in enumerate(content)]
+    return [(f"entry {i}", entry) for i, entry in enumerate(parse_list(text, path), 1)]
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     return ((i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), 1))
 
 
-def _json(text: str, path: Path, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{path}{', ' if where else ''}{where}: not valid JSON: {reason}") from None
-
-
 def _table(text: str, path: Path, *, quoted: bool) -> Iterator[tuple[str, dict[str, str]]]:
-    """(where, column -> cell) of every row. quoted: comma-separated with quotes; else tabs and no quotes."""
-    before = csv.field_size_limit(len(text) + 1)
-    try:
-        if quoted:
-            reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        else:
-            reader = csv.reader((line for _, line in _lines(text)), delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = next(reader, [])
-        if duplicate := next((cell for cell in header if header.count(cell) > 1), None):
-            raise UserError(f"{path}: two columns are called {duplicate!r}")
-        for cells in reader:
-            if len(cells) > len(header):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells but the header has {len(header)}"
-                    + ("; put a prompt with a comma in double quotes" if quoted else "")
-                )
-            if cells:
-                missing = [""] * (len(header) - len(cells))
-                yield f"line {reader.line_num}", dict(zip(header, cells + missing, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-    finally:
-        csv.field_size_limit(before)
+    """(where, column -> cell) of every row. quoted: see `table_rows`."""
+    lines = io.StringIO(text, newline="") if quoted else (line for _, line in _lines(text))
+    with table_rows(lines, quoted=quoted, longest=len(text) + 1) as reader:
+        try:
+            header: list[str] = next(reader, [])
+            if duplicate := next((cell for cell in header if header.count(cell) > 1), None):
+                raise UserError(f"{path}: two columns are called {duplicate!r}")
+            for cells in reader:
+                where = f"line {reader.line_num}"
+                if len(cells) > len(header):
+                    raise too_many_cells(f"{path}, {where}", len(cells), len(header), quoted=quoted)
+                if cells:
+                    missing = [""] * (len(header) - len(cells))
+                    yield where, dict(zip(header, cells + missing, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
 
 
 def _prompt_set(path: Path, name: str, records: list[tuple[str, Any]], column: str | None) -> PromptSet:
@@ -214,7 +200,8 @@ def _prompt_set(path: Path, name: str, records: list[tuple[str, Any]], column: s
     if not rows:
         raise UserError(f"{path} holds no prompt")
     ids = [row.id for row in rows]
-    if double := next((own for own, count in Counter(ids).items() if count > 1), None):
+    if twice := [own for own, count in Counter(ids).items() if count > 1]:
+        double = twice[0]
         raise UserError(f"{path}: two prompts have the id {double!r}")
     notes = []
     if path.suffix.lower() not in (".txt", ".jsonl") and blank:
@@ -227,25 +214,17 @@ def _prompt_set(path: Path, name: str, records: list[tuple[str, Any]], column: s
 
 def _row(record: Any, number: int, where: str, column: str | None) -> PromptRow | None:
     """A row of a file; None if it has no prompt."""
-    if isinstance(record, str):
-        return PromptRow(str(number), record) if record.strip() else None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: neither a text nor an object with a prompt")
-    lower = {str(key).strip().lower(): key for key in record}
-    key = column if column is not None else next((lower[c] for c in TEXT_COLUMNS if c in lower), None)
-    if key is None or key not in record:
-        wanted = repr(column) if column is not None else " or ".join(map(repr, TEXT_COLUMNS))
-        raise UserError(f"{where}: no {wanted} among {', '.join(map(repr, record)) or 'no columns'}")
-    text = record[key]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: the prompt is no text but {text!r}"[:200])
+    text, key = prompt_of(record, where, column)
     if not text.strip():
         return None
+    if key is None:
+        return PromptRow(str(number), text)
     groups = {
         str(k): str(v)
         for k, v in record.items()
         if k != key and str(k).strip().lower() in GROUP_COLUMNS and v
     }
-    own = record.get(lower.get(ID_COLUMN, ""), number)
+    names = {str(k).strip().lower(): k for k in record}
+    own = record[names[ID_COLUMN]] if ID_COLUMN in names else None
     extra = {str(k): v for k, v in record.items() if k != key and k not in groups}
-    return PromptRow(str(own), text, groups, extra)
+    return PromptRow(str(number if own in (None, "") else own), text, groups, extra)

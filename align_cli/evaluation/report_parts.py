@@ -31,6 +31,7 @@ from align_cli.evaluation.report_words import (
     verdict_kind,
     verdict_text,
 )
+from align_cli.evaluation.stats import MIN_CLUSTERS
 
 LOST = 240
 """Characters of lost words that are shown."""
@@ -99,9 +100,9 @@ def _compared(results: Mapping[str, Any], decimals: Mapping[str, int]) -> Html:
     words = tag(
         "p",
         f"Difference: arm minus {results['baseline']}, mean over the same prompts, seeds and initial noise. "
-        "Better / worse: prompts that rose and fell; p sign: their sign test; p adjusted: of the difference, "
-        "corrected for the number of comparisons in this run. Each interval around 0 has its own scale."
-        + _floor(results, decimals),
+        f"Better / worse: {results['unit']} that rose and fell; p sign: their sign test; p adjusted: of a t "
+        "test of the difference, corrected for the number of comparisons in this run; a verdict needs it and "
+        "the interval. Each interval around 0 has its own scale." + _floor(results, decimals),
         class_="small",
     )
     more = _comparison_table(results, overall(results, others), decimals, "Other metrics") if others else None
@@ -242,7 +243,7 @@ def groups(results: Mapping[str, Any], decimals: Mapping[str, int]) -> Html | No
     words = tag(
         "p",
         f"{what} with its 95 % interval. A bar whose verdict is no gain and no loss is grey; "
-        "small groups have wide intervals.",
+        f"intervals of fewer than {MIN_CLUSTERS} {results['unit']} (n in brackets) are not to be trusted.",
         class_="small",
     )
     return section("groups", "By group", words, pick, figures)
@@ -295,6 +296,7 @@ def _bar_row(
     kind = verdict_kind(row["verdict"]) if compared else "plain"
     means = nums(number(row["base"], d), number(row["aligned"], d)) if compared else None
     note = tag("span", f" ({row['verdict']})", class_="sr") if compared else None
+    n = count(row["n"]) if row["clusters"] >= MIN_CLUSTERS else f"({count(row['n'])})"
     return tag(
         "tr",
         first,
@@ -303,7 +305,7 @@ def _bar_row(
         tag("td", (signed if compared else number)(row[value], d), note, class_="num value"),
         nums(interval(row["low"], row["high"], d, sign=compared)),
         means,
-        nums(count(row["n"])),
+        nums(n),
         class_="first" if first is not None else None,
     )
 
@@ -405,7 +407,7 @@ def provenance(results: Mapping[str, Any]) -> Html:
     command = shlex.join(str(word) for word in results["command"])
     copy = tag("button", "Copy", type="button", class_="js", id="copy", data_copies="command")
     facts = [
-        tag("tr", row_head(key.replace("_", " ")), tag("td", _value(held), class_="fact"))
+        tag("tr", row_head(key.replace("_", " ")), tag("td", _value(_readable(key, held)), class_="fact"))
         for key, held in results.items()
         if key not in SHOWN
     ]
@@ -419,7 +421,7 @@ def provenance(results: Mapping[str, Any]) -> Html:
         )
         for arm in results["arms"]
     ]
-    keys = ("name", "version", "source", "preprocessing", "scale", "dtype")
+    keys = ("name", "version", "source", "preprocessing", "scale", "dtype", "weights")
     scorers = [
         tag("tr", row_head(s["name"]), [tag("td", s.get(key) or NONE, class_="fact") for key in keys[1:]])
         for s in results["scorers"]
@@ -441,6 +443,13 @@ def provenance(results: Mapping[str, Any]) -> Html:
 def _lines(texts: Iterable[object]) -> list[Html]:
     """One line each."""
     return [tag("div", str(text)) for text in texts]
+
+
+def _readable(key: str, held: Any) -> Any:
+    """Peak memory with a unit; all else as it is."""
+    if key != "memory":
+        return held
+    return {name: f"{number(size / 2**20, 0)} MiB" for name, size in held.items()}
 
 
 def _value(held: object) -> str:

@@ -33,6 +33,8 @@ def overall(results: Mapping[str, Any], metrics: Iterable[str]) -> list[Mapping[
 
 def headlines(results: Mapping[str, Any]) -> list[str]:
     """One sentence per compared arm; held-out scorers alone decide."""
+    if not results["scorers"]:
+        return [f"{', '.join(arm['name'] for arm in results['arms'])}: drawn, not scored."]
     rows = overall(results, headline_metrics(results))
     baseline = results["baseline"]
     return [

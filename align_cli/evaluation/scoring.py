@@ -3,9 +3,9 @@
     scores/ARM/SCORER.jsonl    first line: the scorer's facts; then one line per picture:
                                {"item": 3, "picture": "sha256", "values": {"clip": 0.31}}
 
-While several processes score, each appends to a file of its own (SCORER.RANK.jsonl); the main process joins
-them. A batch counts as scored once all its lines are there and are of the pictures as they are now; batches
-depend on the order of items alone, as in drawing.py.
+While several processes score, each appends to a file of its own (SCORER.part-RANK.jsonl); the main process
+joins them. A batch counts as scored once all its lines are there and are of the pictures as they are now;
+batches depend on the order of items alone, as in drawing.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from align_cli.data.cache import module_sha256
 from align_cli.data.shards import file_sha256
 from align_cli.errors import UserError
 from align_cli.evaluation.drawing import Progress
@@ -76,7 +77,7 @@ class RewardScorer:
         self.name, self.headline, self.fraction = reward.name, reward.headline, reward.fraction
 
     def facts(self) -> dict[str, str]:
-        return self.reward.facts()
+        return self.reward.facts() | {"weights": weights_sha256(self.reward)}
 
     def looks_at(self, arm: str, item: int) -> Sequence[Path]:
         return ()
@@ -103,6 +104,7 @@ class SetJudge:
         if prompts.judge is None:
             raise ValueError(f"{prompts.name} has no judge")
         self.judge, self.name, self.headline = prompts.judge, prompts.name, prompts.headline
+        self.side = prompts.image_size
 
     def facts(self) -> dict[str, str]:
         return {
@@ -114,8 +116,24 @@ class SetJudge:
         return ()
 
     def values(self, arm: str, pictures: Sequence[Shown], items: Sequence[Item]) -> dict[str, np.ndarray]:
+        if odd := next((p for p in pictures if self.side and p.pixels.shape[:2] != (self.side,) * 2), None):
+            height, width = odd.pixels.shape[:2]
+            raise UserError(
+                f"{self.name} judges {self.side} x {self.side} pictures of the shapes world, {odd.path} is "
+                f"{height} x {width}"
+            )
         found = self.judge(np.stack([p.pixels for p in pictures]), [item.row for item in items])
         return {key: np.asarray(x, float) for key, x in found.items()}
+
+
+@lru_cache(maxsize=32)
+def weights_sha256(reward: object) -> str:
+    """Hash of all modules of a reward, so that numbers of other weights of the same name are never taken for
+    its own; "" for a reward without any.
+    """
+    modules = [part for _, part in sorted(vars(reward).items()) if isinstance(part, torch.nn.Module)]
+    hashes = [module_sha256(module) for module in modules]
+    return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest() if hashes else ""
 
 
 def alike(pictures: Sequence[np.ndarray]) -> list[list[int]]:
@@ -138,6 +156,7 @@ class Scores:
         self.folder, self.arm, self.scorer = folder / SCORES / arm, arm, scorer
         self.path = self.folder / f"{scorer.name}.jsonl"
         self.head = json.dumps({"scorer": scorer.facts()}, sort_keys=True)
+        self._stem = f"{scorer.name}.part-"  # a bare number would be a version: hpsv2.1 is no part of hpsv2
 
     def read(self) -> dict[int, tuple[str, dict[str, float]]]:
         """item -> (sha256 of the picture, metric -> value). Lines that are cut off, and files of another
@@ -162,7 +181,7 @@ class Scores:
 
     def part(self, rank: int) -> Part:
         """Where process `rank` writes."""
-        return Part(self.folder / f"{self.scorer.name}.{rank}.jsonl", self.head)
+        return Part(self.folder / f"{self._stem}{rank}.jsonl", self.head)
 
     def join(self) -> None:
         """Write all numbers into the one file and remove the parts."""
@@ -181,11 +200,10 @@ class Scores:
                 path.unlink()
 
     def _parts(self) -> list[Path]:
-        stem = self.scorer.name
+        files = self.folder.glob("*.jsonl")
         return sorted(
-            p for p in self.folder.glob("*.jsonl")
-            if p.name.startswith(f"{stem}.") and p.name[len(stem) + 1 : -6].isdigit()
-        )  # fmt: skip
+            p for p in files if p.name.startswith(self._stem) and p.stem[len(self._stem) :].isdigit()
+        )
 
 
 class Part:
@@ -238,21 +256,33 @@ def score(
             paths[i] is not None for b in todo for i in range(b * BATCH, min((b + 1) * BATCH, len(items)))
         )
         progress(f"scoring {scorer.name}", sum(path is not None for path in paths) - left)
-        part = scores.part(ranks.rank)
-        for b in todo[ranks.rank :: ranks.world_size]:
-            shown = [
-                Shown(i, path, identity(scorer, arm, i, path), read_picture(path))
-                for i in range(b * BATCH, min((b + 1) * BATCH, len(items)))
-                if (path := paths[i]) is not None
-            ]
-            of = [items[s.item] for s in shown]
-            values = scorer.values(arm, shown, of)
-            check_numbers(scorer, shown, of, values)
-            part.add(shown, values)
-            progress(f"scoring {scorer.name}", len(shown) * ranks.world_size)
-        ranks.objects(None)
+        mine = todo[ranks.rank :: ranks.world_size]
+        ranks.on_all(partial(_score_batches, scores, mine, paths, items, ranks, progress))
         ranks.on_main(scores.join)
     return _table(folder, scorer, pictures, len(items))
+
+
+def _score_batches(
+    scores: Scores,
+    batches: Sequence[int],
+    paths: Sequence[Path | None],
+    items: Sequence[Item],
+    ranks: Ranks,
+    progress: Progress,
+) -> None:
+    """This process's share: score the batches of these numbers and append what comes out."""
+    scorer, arm, part = scores.scorer, scores.arm, scores.part(ranks.rank)
+    for b in batches:
+        shown = [
+            Shown(i, path, identity(scorer, arm, i, path), read_picture(path))
+            for i in range(b * BATCH, min((b + 1) * BATCH, len(items)))
+            if (path := paths[i]) is not None
+        ]
+        of = [items[s.item] for s in shown]
+        values = scorer.values(arm, shown, of)
+        check_numbers(scorer, shown, of, values)
+        part.add(shown, values)
+        progress(f"scoring {scorer.name}", len(shown) * ranks.world_size)
 
 
 def _find_unscored(scores: Scores, paths: Sequence[Path | None], todo: list[int]) -> None:
@@ -295,7 +325,13 @@ def _table(
 ) -> dict[str, dict[str, np.ndarray]]:
     found: dict[str, dict[str, np.ndarray]] = {}
     for arm, paths in pictures.items():
-        for i, (_, values) in Scores(folder, arm, scorer).read().items():
+        rows = Scores(folder, arm, scorer).read()
+        if lost := next((path for i, path in enumerate(paths) if path is not None and i not in rows), None):
+            raise UserError(
+                f"the numbers of {scorer.name} for {lost} are gone from {folder / SCORES / arm} (does "
+                "another process work in this folder?); go on with --resume"
+            )
+        for i, (_, values) in rows.items():
             if i < n and paths[i] is not None:
                 for key, value in values.items():
                     found.setdefault(key, {a: np.full(n, np.nan) for a in pictures})[arm][i] = value

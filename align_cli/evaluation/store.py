@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,7 +129,10 @@ class Store:
             if overwrite:
                 _remove(self.folder)
             if resume:
-                self._compare()
+                refuse_other_run(self.folder, self.identity, whole=True)
+                for place in (IMAGES, SCORES):  # what a killed process was about to write
+                    for part in (self.folder / place).rglob(".*.part"):
+                        part.unlink()
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {
@@ -140,14 +144,6 @@ class Store:
                 "identity": self.identity,
             }
             write_text(self.folder / ABOUT, json.dumps(about, indent=2, allow_nan=False) + "\n")
-
-    def _compare(self) -> None:
-        saved = read_about(self.folder)["identity"]
-        if why := differences(saved, json.loads(json.dumps(self.identity))):
-            raise UserError(
-                f"{self.folder} holds another evaluation: {why}; choose another --out, or replace it with "
-                "--overwrite"
-            )
 
     def path(self, arm: str, item: Item) -> Path:
         """Where the picture of an item lies."""
@@ -227,12 +223,30 @@ def read_about(folder: Path) -> dict[str, Any]:
     return found
 
 
+def refuse_other_run(folder: Path, identity: Mapping[str, Any], *, whole: bool = False) -> None:
+    """UserError with the first place where the evaluation in `folder` is another one. whole: `identity` is
+    all that fixes the run; else what it does not name is passed over.
+    """
+    saved, now = read_about(folder)["identity"], json.loads(json.dumps(identity))
+    if why := differences(saved if whole else _named(saved, now), now):
+        raise UserError(
+            f"{folder} holds another evaluation: {why}; choose another --out, or replace it with --overwrite"
+        )
+
+
+def _named(saved: Any, now: Any) -> Any:
+    """`saved` without the keys that `now` has not got."""
+    if not (isinstance(saved, dict) and isinstance(now, dict)):
+        return saved
+    return {key: _named(value, now[key]) for key, value in saved.items() if key in now}
+
+
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse an output folder before anything is loaded.
 
     Raises:
         UserError: it holds an evaluation and neither `resume` nor `overwrite` is given, it holds none to
-            resume, it holds other things and `overwrite` is not given, it is a file.
+            resume, it holds other things and `overwrite` is not given, it is a file, it cannot be written to.
     """
     if resume and overwrite:
         raise UserError("--resume goes on with an evaluation and --overwrite removes it; give one of them")
@@ -241,8 +255,10 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{blocked} is a file, not a folder; choose another folder with --out")
     if resume:
         read_about(folder)
-        return
-    if overwrite or not folder.exists():
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    with file_errors(f"cannot write to {folder}", "choose another folder with --out"):
+        TemporaryFile(dir=place).close()  # now, and not after minutes of loading
+    if resume or overwrite or not folder.exists():
         return
     with file_errors(f"cannot look into {folder}", "choose another folder with --out"):
         names = {path.name for path in folder.iterdir()}

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from rich import box
 from rich.console import Console, Group
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -21,8 +22,10 @@ FLOOR_COLUMN = 100
 """Columns of text from which the floor has a column of its own."""
 GROUPS_SHOWN = 8
 """Groups of a grouping up to which they are printed; more are in the report."""
+LABEL = 12
+"""Columns that the name of a metric has at least."""
 PLAIN_WIDTH = 100
-"""Columns of a table that goes to a file or a pipe."""
+"""Columns of text that goes to a file or a pipe; more where a table needs them."""
 
 
 def print_results(results: Mapping[str, Any]) -> None:
@@ -31,9 +34,13 @@ def print_results(results: Mapping[str, Any]) -> None:
     if console.is_terminal:
         console.print(results_table(results, console.width))
         return
-    plain = Console(width=PLAIN_WIDTH)
+    content = results_table(results, PLAIN_WIDTH)
+    tables = [part for part in content.renderables if isinstance(part, Table)]
+    whole = Console(width=10 * PLAIN_WIDTH)  # no number is cut where nothing sets the width
+    natural = max((Measurement.get(whole, whole.options, table).maximum for table in tables), default=0)
+    plain = Console(width=max(PLAIN_WIDTH, natural))
     with plain.capture() as captured:
-        plain.print(results_table(results, PLAIN_WIDTH))
+        plain.print(content)
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))
 
 
@@ -57,7 +64,7 @@ def _style(line: str) -> str:
 
 def _table(width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0) if width >= WIDE else 0)
-    table.add_column("metric", overflow="ellipsis")
+    table.add_column("metric", overflow="ellipsis", min_width=LABEL)
     return table
 
 
@@ -65,7 +72,7 @@ def _compared(results: Mapping[str, Any], width: int) -> Table:
     """Base against aligned. A column names the arm where there are several."""
     arms = list(dict.fromkeys(row["arm"] for row in results["comparisons"]))
     table = _table(width)
-    floor = width >= FLOOR_COLUMN and bool(results["floor"])
+    floor = _floor_column(results, width)
     if len(arms) > 1:
         table.add_column("arm", no_wrap=True)
     other = "arm" if len(arms) > 1 else arms[0]
@@ -82,8 +89,15 @@ def _compared(results: Mapping[str, Any], width: int) -> Table:
         verdict = (
             Text(row["verdict"] + trained, STYLES[row["verdict"]]) if row["n"] else Text("not asked", "dim")
         )
-        table.add_row(label, *cells, verdict, style=style)
+        table.add_row(Text(label), *cells, verdict, style=style)
     return table
+
+
+def _floor_column(results: Mapping[str, Any], width: int) -> bool:
+    """Does the floor have a column? Else it stands below the table."""
+    arms = {row["arm"] for row in results["comparisons"]}
+    own = any(row["metric"] in results["floor"] for row in results["comparisons"])
+    return own and len(arms) == 1 and width >= FLOOR_COLUMN
 
 
 def _alone(results: Mapping[str, Any], width: int) -> Table:
@@ -97,7 +111,9 @@ def _alone(results: Mapping[str, Any], width: int) -> Table:
         few = "not asked" if not row["n"] else TOO_FEW if row["clusters"] < MIN_CLUSTERS else ""
         floor = [_number(results["floor"].get(row["metric"]) if row["group"] is None else None)]
         cells = [_number(row["mean"]), _interval(row["low"], row["high"], _number), str(row["n"])]
-        table.add_row(label, *cells, *(floor if results["floor"] else []), Text(few, "dim"), style=style)
+        table.add_row(
+            Text(label), *cells, *(floor if results["floor"] else []), Text(few, "dim"), style=style
+        )
     return table
 
 
@@ -117,7 +133,7 @@ def _rows(results: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, 
                     label = short if not head else f"* {short if alone else metric}"
                     found.append((label, row, "bold" if head else ""))
                 elif head and row["group"][0] in shown:
-                    found.append((f"    {row['group'][1]}", row, ""))
+                    found.append((f"    {row['group'][0]}: {row['group'][1]}", row, ""))
     return found
 
 
@@ -127,7 +143,7 @@ def _few(results: Mapping[str, Any], name: str) -> bool:
 
 
 def _official(results: Mapping[str, Any]) -> list[Text]:
-    """The benchmark's own table, a line per arm and metric."""
+    """A protocol's numbers, a line per arm; the benchmark's own table, a line per arm and metric."""
     found: list[str] = []
     if results["protocol"]:
         for arm, numbers in results["protocol"]["averages"].items():
@@ -138,8 +154,9 @@ def _official(results: Mapping[str, Any]) -> list[Text]:
         spread = "" if row["std"] is None else f" +- {row['std']:.4f}"
         text = f"{row['label']} {_number(row['value'])}{spread}"
         lines.setdefault((row["arm"], row["metric"]), []).append(text)
-    return [Text(f"{arm}, {metric} as officially reported: {', '.join(parts)}")
-            for (arm, metric), parts in lines.items()]  # fmt: skip
+    found += [f"{arm}, {metric} as officially reported: {', '.join(parts)}"
+              for (arm, metric), parts in lines.items()]  # fmt: skip
+    return [Text(line) for line in found]
 
 
 def _footer(results: Mapping[str, Any], width: int) -> list[Text]:
@@ -151,12 +168,15 @@ def _footer(results: Mapping[str, Any], width: int) -> list[Text]:
         lines.append("* headline of its scorer, fixed before the run." + _meaning(results))
     if results["floor"]:
         scores = ", ".join(f"{k} {_number(v)}" for k, v in results["floor"].items() if v is not None)
-        column = width >= FLOOR_COLUMN or not results["comparisons"]
+        column = _floor_column(results, width) or not results["comparisons"]
         lines.append(
             f"floor: pictures of {results['baseline']} judged against other prompts of their kind (no "
             f"alignment at all){'' if column else ': ' + scores}."
         )
     lines += [_drift(row) for row in results["drift"]]
+    if results["drift"] and all(row["diversity"] is None for row in results["drift"]):
+        need = "" if several else "--per-prompt 2 and "
+        lines.append(f"diversity between seeds is not measured: it needs {need}a scorer with an image tower.")
     each = f", {results['per_prompt']} pictures each" if several else ""
     same = ", same prompts and noise for every arm" if len(results["arms"]) > 1 and results["sample"] else ""
     lines.append(
@@ -180,8 +200,9 @@ def _meaning(results: Mapping[str, Any]) -> str:
 
 
 def _intervals(results: Mapping[str, Any]) -> str:
-    by = "composition" if results["floor"] else "prompt"
-    kind = f"95 % {results['interval']} intervals clustered by {by}, trusted from {MIN_CLUSTERS} of them"
+    by = results["unit"].removesuffix("s")
+    sort = f"{results['interval']} " if results["comparisons"] else ""  # means have a t or Wilson's interval
+    kind = f"95 % {sort}intervals clustered by {by}, trusted from {MIN_CLUSTERS} of them"
     judged = [row for row in results["comparisons"] if row["verdict"] != TOO_FEW]
     heads = sum(row["headline"] and row["group"] is None for row in judged)
     rest = len(judged) - heads
@@ -199,8 +220,6 @@ def _drift(row: Mapping[str, Any]) -> str:
         parts.append(
             f"diversity between seeds {_number(row['diversity_base'])} -> {_number(row['diversity'])}"
         )
-    else:
-        parts.append("diversity between seeds needs --per-prompt 2 and a scorer with an image tower")
     return f"drift of {row['arm']}: {', '.join(parts)}."
 
 

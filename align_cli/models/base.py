@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from align_cli.cuts import Cut
 from align_cli.diffusion.process import Process
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 @dataclass
@@ -112,6 +115,8 @@ class BaseModel(Protocol):
     """What adapters that are at work make of the text; `models.conditioning.StepText` mixes it in."""
     encoders: list[nn.Module]
     """The text encoders, in the pipeline's order."""
+    vae: AutoencoderKL
+    """The autoencoder."""
     device: torch.device
     """Of the denoiser, and of every tensor that a method here returns."""
     encoder_device: torch.device

@@ -1,14 +1,12 @@
-"""BLIP's text side: the WordPiece tokenizer of uncased BERT, and what it cuts."""
+"""BLIP's text side: the WordPiece tokenizer of uncased BERT."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import BertTokenizer
 
 from align_cli.errors import UserError, first_line
-from align_cli.rewards.base import Cut
 from align_cli.rewards.places import Place, option
 from align_cli.rewards.weights import read_json
 
@@ -51,18 +49,3 @@ def _vocabulary(path: Path, reward: str) -> dict[str, int]:
     except (OSError, ValueError) as error:
         raise UserError(f"{reward}: {path} cannot be read: {first_line(error)}") from error
     return {piece: number for number, piece in enumerate(pieces)}
-
-
-def bert_cuts(tokenizer: BertTokenizer, prompts: Sequence[str], limit: int, before: str = "") -> list[Cut]:
-    """What is lost of each prompt when `before` + prompt is cut to `limit` tokens, [CLS] and [SEP] among
-    them.
-    """
-    cuts = []
-    for prompt in prompts:
-        spans = tokenizer(before + prompt, return_offsets_mapping=True)["offset_mapping"]
-        lost = ""
-        if len(spans) > limit:
-            start = max(spans[limit - 1][0] - len(before), 0)  # the last position that is read is [SEP]
-            lost = prompt[prompt.rfind(" ", 0, start) + 1 :]  # from the start of the word
-        cuts.append(Cut(limit, len(spans), lost))
-    return cuts

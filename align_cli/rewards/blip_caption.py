@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 
+from align_cli.cuts import Cut, cuts
 from align_cli.errors import UserError, first_line
-from align_cli.rewards.base import Cut, Request, Reward, choose_preprocessing, rgb
-from align_cli.rewards.bert import bert_cuts, bert_tokenizer
+from align_cli.rewards.base import Request, Reward, choose_preprocessing, rgb
+from align_cli.rewards.bert import bert_tokenizer
 from align_cli.rewards.places import place
 from align_cli.rewards.preprocess import Preprocess
 from align_cli.rewards.weights import fill, read_json, read_tensors
@@ -105,7 +106,7 @@ class BlipCaption(Reward):
         return int(self.model.config.text_config.max_position_embeddings)
 
     def audit(self, prompts: Sequence[str]) -> list[Cut]:
-        return bert_cuts(self.tokenizer, prompts, self.max_tokens, before=f"{PREFIX} ")
+        return cuts(self.tokenizer, self.max_tokens, prompts, before=f"{PREFIX} ")
 
 
 def smoothed_losses(logits_BLV: Tensor, labels_BL: Tensor, smoothing: float = LABEL_SMOOTHING) -> Tensor:

@@ -15,7 +15,10 @@ _WIDTHS = {c: wide for c in (0x3000, *range(0xFF01, 0xFFF0)) if (wide := normali
 _CONTROLS = dict.fromkeys(
     (*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)), ""
 )
-_TABLE = _QUOTES | _LIGATURES | _WIDTHS | _CONTROLS
+_LATIN = {c: bytes([c]).decode("cp1252", "ignore") for c in range(0x80, 0xA0)}
+_WINDOWS = {c: x.translate(_QUOTES) for c, x in _LATIN.items() if x}
+"""Controls that nobody writes: characters of Windows-1252 that were read as Latin-1."""
+_TABLE = _QUOTES | _LIGATURES | _WIDTHS | _CONTROLS | _WINDOWS
 _TERMINAL = re.compile("\x1b\\[((?:\\d|;)*)([a-zA-Z])")
 _BREAKS = re.compile("\r\n|[\r\u2028\u2029]")
 
@@ -24,8 +27,10 @@ def clean(text: str) -> str:
     """The text with straight quotes, plain ligatures and widths, composed accents, without control characters
     and HTML entities.
 
-    Source: open_clip, basic_clean: ftfy.fix_text, then html.unescape twice. Deviation: text that was decoded
-    with a wrong alphabet ("caf\u00c3\u00a9") is not repaired; 12 of the 1,632 PartiPrompts change here.
+    Source: open_clip, basic_clean: ftfy.fix_text, then html.unescape twice. Deviation: UTF-8 that was
+    decoded with a wrong alphabet ("caf\u00c3\u00a9") is not repaired.
+
+    12 of the 1,632 PartiPrompts change here.
     """
     if "<" not in text:
         text = unescape(text)

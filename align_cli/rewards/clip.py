@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPConfig, CLIPTokenizer
 
 from align_cli import registry
 from align_cli.cuts import Cut, cuts
@@ -191,7 +191,6 @@ def build_kind(request: Request, kind: Kind, cls: type[ClipReward]) -> ClipRewar
     _refuse_other_version(home, kind)
     config, state = read_clip(home, kind.layout, kind.files)
     where = f"{request.name}: {home.label}"
-    own = not kind.layout or published(config, kind.layout)
     return cls(
         model=build(config, state, where, device=request.device, dtype=request.dtype),
         tokenizer=tokenizer_of(CLIPTokenizer, home, TOKENIZERS, CLIP_TOKENIZER_FILES),
@@ -199,12 +198,24 @@ def build_kind(request: Request, kind: Kind, cls: type[ClipReward]) -> ClipRewar
         scaled=kind.scaled,
         unescape=kind.unescape,
         name=request.name,
-        version=kind.version if own else f"other sizes than {kind.version}",
+        version=_version(request, kind, home, config),
         source=request.source or published_source(kind.source),
         scale=kind.scale,
         device=request.device,
         dtype=request.dtype,
     )
+
+
+def _version(request: Request, kind: Kind, home: Place, config: CLIPConfig) -> str:
+    """What is known of the weights: those of the published place, or of a file with a published name that no
+    other weights have, are the published ones; of all others only the sizes are known.
+    """
+    if not kind.layout:
+        return f"other weights than {kind.version}" if request.source else kind.version
+    if not published(config, kind.layout):
+        return f"other sizes than {kind.version}"
+    named = kind.files != WEIGHT_FILES and (home.file is None or home.file.name in kind.files)
+    return kind.version if named or home.label == kind.source else f"{kind.version} by its sizes"
 
 
 def published_source(source: str) -> str:

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from align_cli.cuts import Cut
 from align_cli.errors import UserError, first_line
 from align_cli.pictures import to_uint8
 from align_cli.rewards.base import Reward, rgb
@@ -35,6 +36,8 @@ from align_cli.rewards.weights import read_tensors
 
 PACKAGE = "hpsv2.src.open_clip"
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+LIMIT = 77
+"""Tokens that are read, start and end included. Source: the package's `tokenize`."""
 MERGES = 48894
 """Lines of the file, after its first, that CLIP's tokenizer reads."""
 MERGES_HASH = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
@@ -74,6 +77,21 @@ class HPSv2Reference(Reward):
             out = self.model(pixels, self.tokenize(list(prompts)).to(self.device))
             score = (out["image_features"] * out["text_features"]).sum(-1).float()
         return score.masked_fill(images.isnan().flatten(1).any(1).to(self.device), float("nan"))
+
+    def audit(self, prompts: Sequence[str]) -> list[Cut]:
+        """The lost words are lower case, as the official tokenizer makes them."""
+        return [_cut(sys.modules[f"{PACKAGE}.tokenizer"]._tokenizer, prompt) for prompt in prompts]
+
+
+def _cut(words: Any, prompt: str) -> Cut:
+    """What the official `tokenize` leaves out of a prompt, from the start of the first word that is cut."""
+    ids = words.encode(prompt)
+    seen = LIMIT - 2
+    if len(ids) <= seen:
+        return Cut(LIMIT, len(ids) + 2, "")
+    while seen and not words.decoder[ids[seen - 1]].endswith("</w>"):
+        seen -= 1
+    return Cut(LIMIT, len(ids) + 2, words.decode(ids[seen:]).strip())
 
 
 def load_reference(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import BertTokenizer
 
-from align_cli.rewards.base import Cut, Request, Reward, choose_preprocessing, rgb
-from align_cli.rewards.bert import bert_cuts, bert_tokenizer
+from align_cli.cuts import Cut, cuts
+from align_cli.rewards.base import Request, Reward, choose_preprocessing, rgb
+from align_cli.rewards.bert import bert_tokenizer
 from align_cli.rewards.imagereward_net import ImageRewardNet, build
 from align_cli.rewards.places import place
 from align_cli.rewards.preprocess import SHORTEST
@@ -29,7 +30,7 @@ class ImageReward(Reward):
     def __init__(self, net: ImageRewardNet, tokenizer: BertTokenizer, request: Request) -> None:
         super().__init__(
             name=request.name,
-            version="ImageReward-v1.0",
+            version="ImageReward-v1.0" if net.published else "other sizes than ImageReward-v1.0",
             source=request.source or HUB,
             preprocessing=SHORTEST.words,
             scale="standardised reward: (r - 0.167) / 1.033",
@@ -52,7 +53,7 @@ class ImageReward(Reward):
         return {name: text[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def audit(self, prompts: Sequence[str]) -> list[Cut]:
-        return bert_cuts(self.tokenizer, prompts, MAX_TOKENS)
+        return cuts(self.tokenizer, MAX_TOKENS, prompts)
 
 
 def build_imagereward(request: Request) -> ImageReward:

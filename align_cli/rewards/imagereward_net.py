@@ -25,6 +25,9 @@ VISION_EPS, TEXT_EPS = 1e-6, 1e-12
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Mean and standard deviation of the raw reward on the validation set. Source: official ImageReward.py."""
 
+PUBLISHED = (1024, 24, 768, 12)
+"""Width and layers of the published image tower and text encoder. Source: ImageReward.py, med_config.json."""
+
 DROPPED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 """Keys of the published file that take no part in the score."""
 
@@ -90,6 +93,13 @@ class ImageRewardNet(nn.Module):
     def image_size(self) -> int:
         """Side of the pictures that it takes, in pixels."""
         return int(self.vision.config.image_size)
+
+    @property
+    def published(self) -> bool:
+        """Has it the sizes of the published network?"""
+        vision, text = self.vision.config, self.text.config
+        sizes = (vision.hidden_size, vision.num_hidden_layers, text.hidden_size, text.num_hidden_layers)
+        return sizes == PUBLISHED
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Rewards.

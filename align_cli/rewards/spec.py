@@ -40,6 +40,8 @@ def parse_places(texts: Sequence[str], option: str = "--weights") -> dict[str, s
                 f"{option} {text}: write {option} NAME=PATH, for example {option} clip=clip-folder"
             )
         registry.path_of(registry.REWARDS, name)
+        if name in found:
+            raise UserError(f"{option} names {name} twice")
         found[name] = place
     return found
 

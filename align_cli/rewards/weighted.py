@@ -51,8 +51,8 @@ class WeightedRewards:
             if bad.any():
                 prompt = prompts[int(bad.nonzero()[0])]
                 raise UserError(
-                    f"the reward {name} is {float(r.detach()[bad][0])} for a picture of {prompt!r}; train with other "
-                    "rewards, a lower --lr, or --set train.max_grad_norm=1"
+                    f"the reward {name} is {float(r.detach()[bad][0])} for a picture of {prompt!r}; try "
+                    "other rewards, a lower --lr, or --set train.max_grad_norm=1"
                 )
         return found
 

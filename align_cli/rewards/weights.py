@@ -6,6 +6,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_tensors(path: Path, reward: str, home: Place | None = None) -> dict[str
     """
     if path.suffix == ".json":
         shards = sorted(set(read_json(path, reward).get("weight_map", {}).values()))
-        beside = home or Place(reward, str(path.parent), folder=path.parent)
+        beside = replace(home, file=None) if home else Place(reward, str(path.parent), folder=path.parent)
         return {k: x for s in shards for k, x in read_tensors(beside.weights([s]), reward).items()}
     try:
         if path.suffix == ".safetensors":

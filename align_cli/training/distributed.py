@@ -134,6 +134,20 @@ class Ranks:
             if box[0] is not None:
                 raise UserError(box[0])
 
+    def on_all(self, work: Callable[[], None]) -> None:
+        """Every rank does its share of `work`; a `UserError` of any of them is raised on all, once all are
+        done, so that none waits for one that is gone.
+        """
+        message: str | None = None
+        try:
+            work()
+        except UserError as error:
+            if self.world_size == 1:
+                raise
+            message = str(error)
+        if found := next((m for m in self.objects(message) if m is not None), None):
+            raise UserError(found)
+
 
 def leave_group() -> None:
     """Leave the process group, after all ranks are done with it; nothing if there is none."""

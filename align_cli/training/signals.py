@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM. While training: finish the step, save, then stop; else: stop at once, in good order."""
+"""Ctrl-C and SIGTERM: a training finishes its step, saves, then stops; an evaluation, which keeps what is
+finished anyway, stops at once.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,32 @@ from types import FrameType, TracebackType
 
 _ASKED = b"\nstopping: this step is finished and saved first (again: stop at once, losing it)\n"
 REPEAT_SECONDS = 0.5
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM was received. number: of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM raise `Stopped`."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignals:
@@ -44,24 +72,3 @@ class StopSignals:
         self.received, self.when = number, time.monotonic()
         if os.environ.get("RANK", "0") == "0":
             os.write(2, _ASKED)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise Terminated
-
-
-@contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated`, so that what is to be cleaned up and said is."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

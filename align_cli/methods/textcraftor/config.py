@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from align_cli.rewards.spec import check_weights
 from align_cli.settings import MethodConfig, one_of, require
@@ -15,6 +16,8 @@ OFFICIAL_STEPS = 25
 @dataclass(frozen=True, kw_only=True)
 class TextCraftorConfig(MethodConfig):
     """What is trained, on which rewards, through how many sampling steps. The learning rate is train.lr."""
+
+    pictures: ClassVar[bool] = False
 
     stage: str = "text"
     """text: the text encoders. unet: the denoiser, under the frozen tuned text encoders of from_adapter (the
@@ -60,11 +63,19 @@ class TextCraftorConfig(MethodConfig):
     """Train LoRA of this rank on the attention layers; 0 trains all weights, as in the paper."""
     lora_alpha: float = 0.0
     """LoRA is scaled by lora_alpha / lora_rank; 0 takes lora_rank."""
-    checkpoint: bool = True
-    """Compute the activations of a gradient step again in the backward pass: less memory, more time, the same
-    gradient. Source: official pipeline."""
+    detach_input: bool = False
+    """Cut the denoiser's input from the path: gradient reaches a step through the arithmetic of the later
+    steps alone. Steadier for a large grad_steps; not the official gradient."""
+    kept_steps: int = 1
+    """Of the gradient steps, the last ones whose activations are kept; those of the others are computed again
+    in the backward pass: less memory, more time, the same gradient. Source: the official pipeline keeps none.
+    """
     decode_chunk: int = 1
     """Pictures that are decoded and scored in one graph: sets memory, not the gradient. 0: all at once."""
+
+    checkpoint_vae: bool = False
+    """Compute the activations of the autoencoder's blocks again in the backward pass: less memory for large
+    pictures, more time, the same gradient."""
 
     def __post_init__(self) -> None:
         one_of("textcraftor.stage", self.stage, STAGES)
@@ -97,7 +108,7 @@ class TextCraftorConfig(MethodConfig):
         require(self.guidance >= 0, f"textcraftor.guidance must be >= 0, got {self.guidance}")
         for name in self.encoders:
             one_of("textcraftor.encoders", name, ("text_encoder", "text_encoder_2", "text_encoder_3"))
-        for key in ("lr_unet", "lora_rank", "lora_alpha", "decode_chunk", "image_size"):
+        for key in ("lr_unet", "lora_rank", "lora_alpha", "decode_chunk", "image_size", "kept_steps"):
             require(getattr(self, key) >= 0, f"textcraftor.{key} must be >= 0, got {getattr(self, key)}")
 
     def first_tuned(self, steps: int, tuned: int) -> int:

@@ -203,7 +203,9 @@ class TextCraftor:
         """Clean latents (B, C, h, w) with the gradient of the last K steps, the model being in training."""
         c, model = self.config, self.model
         first = c.first_tuned(c.steps, c.grad_steps)
-        tuned, tuned_empty = model.encode_text(prompts), self._empty(len(prompts))
+        tuned, tuned_empty = frozen, frozen_empty
+        if list(self.tunings) != [self.denoiser_name]:
+            tuned, tuned_empty = model.encode_text(prompts), self._empty(len(prompts))
 
         def cond(i: int) -> TextCond:
             return tuned if i >= first else frozen
@@ -223,7 +225,8 @@ class TextCraftor:
             cond=cond,
             uncond=None if frozen_empty is None else uncond,
             grad_steps=frozenset(range(first, c.steps)),
-            checkpoint=c.checkpoint,
+            detach_input=c.detach_input,
+            checkpoint=frozenset(range(first, c.steps - c.kept_steps)),
         )
 
     def _scored(
@@ -255,6 +258,9 @@ class TextCraftor:
         with ExitStack() as stack:
             for name, tuning in self.tunings.items():
                 stack.enter_context(self.standing_in(name, tuning))
+            if self.config.checkpoint_vae:
+                self.model.vae.enable_gradient_checkpointing()
+                stack.callback(self.model.vae.disable_gradient_checkpointing)
             yield
 
     @contextmanager

@@ -1,0 +1,122 @@
+"""What the benchmarks share: denoisers of several sizes with random weights, peak memory, versions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from torch.profiler import ProfilerActivity, profile
+
+from align_cli.shapes.build import components
+
+DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+UNETS: dict[str, dict[str, Any]] = {
+    "medium": {
+        "sample_size": 16,
+        "down_block_types": (DOWN, DOWN, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", UP, UP),
+        "block_out_channels": (96, 192, 192),
+        "layers_per_block": 2,
+        "cross_attention_dim": 256,
+        "attention_head_dim": 8,
+    },
+    "real": {
+        "sample_size": 64,
+        "down_block_types": (DOWN, DOWN, DOWN, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", UP, UP, UP),
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+}
+"""SD1.5's UNet; real is that of stable-diffusion-v1-5."""
+XL: dict[str, dict[str, Any]] = {
+    "medium": {**UNETS["medium"], "cross_attention_dim": 512, "transformer_layers_per_block": (1, 2, 2)},
+    "real": {
+        "sample_size": 64,
+        "down_block_types": ("DownBlock2D", DOWN, DOWN),
+        "up_block_types": (UP, UP, "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+    },
+}
+POOLED = {"medium": 256, "real": 1280}
+MMDITS: dict[str, dict[str, Any]] = {
+    "medium": {
+        "sample_size": 16,
+        "num_layers": 8,
+        "num_attention_heads": 4,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 256,
+        "joint_attention_dim": 512,
+        "pooled_projection_dim": 512,
+        "pos_embed_max_size": 32,
+    },
+    "real": {
+        "sample_size": 64,
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192,
+    },
+}
+"""SD3's transformer; real is that of stable-diffusion-3-medium, at the 512 pixels of training."""
+SMALL = {"sd15": components.unet, "sdxl": components.sdxl_unet, "sd3": components.transformer}
+"""The embedded models."""
+TEXT_ROWS = {"small": 32, "medium": 77, "real": 77}
+T5_ROWS = {"small": 32, "medium": 77, "real": 512}
+
+
+def denoiser(family: str, size: str) -> Any:
+    """A denoiser with random weights."""
+    torch.manual_seed(0)
+    if size == "small":
+        return SMALL[family]()
+    if family == "sd3":
+        channels = 16 if size == "real" else 4
+        return SD3Transformer2DModel(
+            patch_size=2, in_channels=channels, out_channels=channels, **MMDITS[size]
+        )
+    if family == "sd15":
+        return UNet2DConditionModel(**UNETS[size])
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+    width = POOLED[size] + 6 * 256
+    return UNet2DConditionModel(**XL[size], **added, projection_class_embeddings_input_dim=width)
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that `run` holds at its fullest, on top of what is there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    held = peak = 0
+    events = found.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def facts(device: str, threads: int) -> dict[str, object]:
+    """Versions and machine."""
+    machine = platform.machine() if device == "cpu" else torch.cuda.get_device_name()
+    found: dict[str, object] = {name: version(name) for name in ("torch", "diffusers")}
+    return found | {"machine": machine, "threads": threads}
