@@ -217,6 +217,10 @@ class GuardSettings:
     """Registered scorers. The first one that the run is not trained on decides which step is the best."""
     weights: dict[str, str] = field(default_factory=dict)
     """Scorer -> hub id, folder or file of its weights, where it is not the published place."""
+    prompts: str = ""
+    """Benchmark or file of held-out prompts, as t2ialign eval takes them; empty for the validation split of
+    the data (models of the shapes world: of that world).
+    """
     num_prompts: int = 32
     """Held-out prompts."""
     seed: int = 1

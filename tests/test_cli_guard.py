@@ -179,6 +179,14 @@ def test_a_guard_on_captions_of_coco(tmp_path, options):
     result = ok(*own, "--data", "coco", "--data-path", root, "--out", tmp_path / "run")
     assert "note: the guard has 4 independent prompts, too few" in result.stderr
     assert "4 held-out prompts, 4 of them independent" in result.stderr
+    (root / "annotations" / "captions_val2017.json").unlink()
+    more = [*own, "--data", "coco", "--data-path", root, "--steps", "1"]
+    text = ok(*more, "--out", tmp_path / "without").stderr
+    assert "note: the guard measures training captions" in text and "--set guard.prompts=FILE" in text
+    (tmp_path / "held-out.txt").write_text("\n".join(f"a picture of {i} things" for i in range(30)))
+    named = ["--set", f"guard.prompts={tmp_path / 'held-out.txt'}", "--out", tmp_path / "named"]
+    text = ok(*more, *named).stderr
+    assert "note:" not in text and "12 held-out prompts, 12 of them independent" in text
 
 
 # ------------------------------------------------------------------ bad input
@@ -205,6 +213,7 @@ def test_user_errors_leave_nothing_behind(tmp_path, options):
     assert "names clip, which is not among guard.scorers" in error("--set", 'guard.weights={clip = "x"}')
     text = error(*GUARD, "--guard", "clip", "--weights", f"clip={tmp_path}")
     assert "clip" in text and str(tmp_path) in text and "--weights clip=PATH" in text
+    assert "none.txt" in error(*GUARD, "--set", f"guard.prompts={tmp_path / 'none.txt'}")
     text = error(*GUARD, "--keep", "best", method="textcraftor")
     assert "needs a held-out scorer, but this run trains on tiny-clip and guard.scorers is tiny-clip" in text
     text = error("--dry-run", *GUARD, "--keep", "best", method="textcraftor")

@@ -27,10 +27,12 @@ GRID_PROMPTS = 4
 """Rows of a sample grid."""
 
 
-def val_prompts(resolved: config.Resolved, dataset: Dataset, num: int, seed: int, what: str) -> list[str]:
+def val_prompts(
+    resolved: config.Resolved, dataset: Dataset, num: int, seed: int, what: str, advice: str = ""
+) -> list[str]:
     """Up to `num` captions of the dataset's validation split; of `dataset` itself, aloud, if it has none.
 
-    what: "sample grids show", for that note.
+    what: "sample grids show", for that note, which ends in the advice.
     """
     from align_cli.training.distributed import is_main
     from align_cli.training.order import item_rng
@@ -40,7 +42,7 @@ def val_prompts(resolved: config.Resolved, dataset: Dataset, num: int, seed: int
         dataset = registry.load(registry.DATASETS, few.name)(few, seed=seed, split="val")
     except UserError as error:
         if is_main():
-            typer.echo(f"note: {what} training captions, there are no others: {error}", err=True)
+            typer.echo(f"note: {what} training captions, there are no others: {error}{advice}", err=True)
     count = min(num, len(dataset))
     return [dataset.get(i, item_rng(seed, 0, i)).prompt for i in range(count)]
 
@@ -155,15 +157,19 @@ def make_guard(model: BaseModel, method: Method, dataset: Dataset, resolved: con
 
 def _prompts(resolved: config.Resolved, dataset: Dataset) -> tuple[list[str], Sequence[Hashable]]:
     """Held-out prompts, and what each of them is evidence of."""
-    num, seed = resolved.guard.num_prompts, resolved.guard.seed
-    if resolved.data.name == "shapes" or registry.is_embedded(resolved.model.name):
-        from align_cli.evaluation.benchmarks import compositions
-        from align_cli.shapes.dataset import eval_prompts
+    from align_cli.evaluation.benchmarks import compositions
+    from align_cli.evaluation.sets import SetOptions, load_set
 
-        scenes = eval_prompts(num, seed, split="val")
-        return [scene.text for scene in scenes], compositions(scenes)
-    texts = val_prompts(resolved, dataset, num, seed, "the guard measures")
-    return texts, texts
+    guard = resolved.guard
+    own = resolved.data.name == "shapes" or registry.is_embedded(resolved.model.name)
+    name = guard.prompts or ("shapes" if own else "")
+    if not name:
+        advice = "; name others with --set guard.prompts=FILE"
+        texts = val_prompts(resolved, dataset, guard.num_prompts, guard.seed, "the guard measures", advice)
+        return texts, texts
+    made = SetOptions(num=guard.num_prompts, seed=guard.seed, split="val")
+    found = load_set(name, made if name == "shapes" else SetOptions()).limited(guard.num_prompts)
+    return found.texts, found.texts if found.scenes is None else compositions(found.scenes)
 
 
 def _judges(model: BaseModel, method: Method, resolved: config.Resolved, apart: Sequence[str]) -> list[Judge]:
