@@ -22,6 +22,7 @@ from align_cli.settings import (
     DataSettings,
     EditSettings,
     EvalSettings,
+    GuardSettings,
     MethodConfig,
     ModelSettings,
     SampleSettings,
@@ -32,6 +33,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelSettings,
     "data": DataSettings,
     "train": TrainSettings,
+    "guard": GuardSettings,
     "sample": SampleSettings,
     "edit": EditSettings,
     "eval": EvalSettings,
@@ -43,6 +45,9 @@ FLAGS = {
     "data.name": "--data",
     "data.path": "--data-path",
     "data.cache": "--cache",
+    "guard.scorers": "--guard",
+    "guard.every": "--guard-every",
+    "guard.weights": "--weights",
     "eval.num_prompts": "--no-eval",
 }
 """Named flags whose spelling is not `--` plus the key's last part."""
@@ -114,6 +119,7 @@ class Resolved:
     model: ModelSettings
     data: DataSettings
     train: TrainSettings
+    guard: GuardSettings
     sample: SampleSettings
     edit: EditSettings
     eval: EvalSettings
@@ -235,6 +241,8 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Resolved], bool], str], ...] = (
     (("data.column",), lambda r: r.data.name != "prompts", "data.name is not prompts"),
     (("data.path",), lambda r: bool(r.data.cache) and r.data.name != "shapes", "data.cache is read instead"),
     (("data.mixture",), lambda r: r.data.name != "shapes", "data.name is not shapes"),
+    (("guard.scorers", "guard.weights", "guard.prompts", "guard.num_prompts", "guard.seed"),
+     lambda r: not r.guard.every, "guard.every is 0"),
     (("sample.eta",), lambda r: r.sample.sampler != "ddim", "sample.sampler is not ddim"),
     (("sample.spacing",), lambda r: r.sample.sampler == "euler", "sample.sampler is euler"),
 )  # fmt: skip

@@ -3,15 +3,16 @@
 One TOML layout serves presets, `--config` files and `config.toml` beside every artefact:
 
     method = "softrepa"      # which method; its own section has the method's name
-    [model]  [data]  [train]  [sample]  [edit]  [eval]  [softrepa]
+    [model]  [data]  [train]  [guard]  [sample]  [edit]  [eval]  [softrepa]
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from align_cli import registry
 from align_cli.errors import UserError
 
 
@@ -201,6 +202,55 @@ class TrainSettings:
         require(self.adam_eps > 0, f"train.adam_eps must be > 0, got {self.adam_eps}")
         for key in ("adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, key) < 1, f"train.{key} must be in [0, 1), got {getattr(self, key)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    """What is measured while a method trains: does it get better, or only better at pleasing its reward?
+
+    Base and aligned model draw the same held-out prompts from the same noise, with the settings of [sample].
+    """
+
+    every: int = 0
+    """Optimiser steps between measurements, the last step is measured besides; 0: none at all."""
+    scorers: tuple[str, ...] = ()
+    """Registered scorers. The first one that the run is not trained on decides which step is the best."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """Scorer -> hub id, folder or file of its weights, where it is not the published place."""
+    prompts: str = ""
+    """Benchmark or file of held-out prompts, as t2ialign eval takes them; empty for the validation split of
+    the data (models of the shapes world: of that world).
+    """
+    num_prompts: int = 32
+    """Held-out prompts."""
+    seed: int = 1
+    """Seed of prompts and start noise; not eval.seed, so that the step to keep is not chosen on the pictures
+    that are reported.
+    """
+    keep: str = "last"
+    """What the adapter holds: last, the last step; or best, the step with the best held-out score. The run
+    folder has both, so that a run that goes on, or has ended, may be resumed with the other one.
+    """
+
+    def __post_init__(self) -> None:
+        one_of("guard.keep", self.keep, ("last", "best"))
+        for name in self.scorers:
+            registry.path_of(registry.REWARDS, name)
+            require(self.scorers.count(name) == 1, f"guard.scorers names {name} twice")
+        for name in self.weights:
+            require(name in self.scorers, f"guard.weights names {name}, which is not among guard.scorers")
+        require(self.every >= 0, f"guard.every must be >= 0, got {self.every}")
+        require(self.seed >= 0, f"guard.seed must be >= 0, got {self.seed}")
+        require(
+            self.num_prompts >= 10,
+            f"guard.num_prompts must be >= 10 (fewer tell nothing from chance), got {self.num_prompts}",
+        )
+        if self.keep == "best":
+            require(
+                self.every > 0 and bool(self.scorers),
+                "guard.keep best needs measurements by a held-out scorer: give --guard NAME and "
+                "--guard-every N, or --keep last",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

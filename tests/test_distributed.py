@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import LinearMap, Points, settings
+from training_helpers import LinearMap, Points, scripted, settings
 from two_processes import softrepa, textcraftor
 
 from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
@@ -62,6 +63,7 @@ def test_two_processes_give_the_result_of_one(two, tmp_path):
     """Also after a Ctrl-C that reached the second process only, and a resume."""
     out, reports = two
     assert [r["stopped"] for r in reports] == [7, 7] and [r["step"] for r in reports] == [12, 12]
+    assert [r["signal"] for r in reports] == [signal.SIGINT] * 2
     method = LinearMap()
     changes = {"log_every": 5, "accumulation": 2}
     train(method, Points(), settings(**changes), tmp_path / "one", config={"method": "linear"})
@@ -74,6 +76,15 @@ def test_two_processes_give_the_result_of_one(two, tmp_path):
     for report in reports:
         torch.testing.assert_close(torch.tensor(report["weight"]), method.weight.detach(), rtol=0, atol=1e-6)
     assert reports[0]["weight"] == reports[1]["weight"]
+
+
+def test_the_best_step_reaches_every_process(two, tmp_path):
+    first, second = (report["guarded"] for report in two[1])
+    assert first["kept"] == second["kept"] == 6 and first["weight"] == second["weight"]
+    assert first["asked"] == 5 and second["asked"] == 0  # one process measures
+    method = LinearMap()
+    train(method, Points(), settings(), tmp_path, config={"method": "linear"}, guard=scripted(keep="best"))
+    torch.testing.assert_close(torch.tensor(first["weight"]), method.weight.detach(), rtol=0, atol=1e-6)
 
 
 def test_softrepa_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_folder):

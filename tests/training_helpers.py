@@ -17,9 +17,12 @@ from torch import nn
 from align_cli.data.base import Example
 from align_cli.errors import UserError
 from align_cli.settings import TrainSettings
+from align_cli.training.guard import Guard, Watched
 
 SIDE, OUT = 2, 3
 WIDTH = 3 * SIDE * SIDE
+SCORES = {3: 0.2, 6: 0.7, 9: 0.6, 12: 0.7, 11: 0.9}
+"""Step -> held-out score of a scripted guard; the base has 0.5."""
 
 
 class LinearMap:
@@ -89,6 +92,21 @@ class Points:
 
     def fingerprint(self) -> str:
         return f"points-{self.n}"
+
+
+def scripted(scores=SCORES, *, seen=None, decides="apart", **options) -> Guard:
+    """A guard that gives these scores; `seen` gets what it was asked for."""
+
+    def watch(step):
+        if seen is not None:
+            seen.append(step)
+        if step == 0:
+            return Watched({"apart": 0.5}, "base")
+        x = scores[step]
+        values = {"apart": x, "apart/change": x - 0.5, "apart/low": x - 0.6, "apart/high": x - 0.4}
+        return Watched(values, f"look {step}", f"ALARM {step}" if x < 0.5 else "")
+
+    return Guard(watch, 3, decides=decides, **options)
 
 
 def settings(**changes) -> TrainSettings:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from training_helpers import LinearMap, Points, settings
+from training_helpers import LinearMap, Points, scripted, settings
 
 from align_cli.errors import UserError
 from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
@@ -43,6 +43,14 @@ def failing(ranks: Ranks) -> str:
     except UserError as error:
         return str(error)
     return "no error"
+
+
+def guarded(out: Path) -> dict[str, object]:
+    """A run that keeps its best step, 6 of 12; what this process holds afterwards."""
+    method, asked = LinearMap(), []
+    guard = scripted(seen=asked, keep="best")
+    result = train(method, Points(), settings(), out, config=CONFIG, guard=guard)
+    return {"kept": result.kept_step, "weight": method.weight.tolist(), "asked": len(asked)}
 
 
 def softrepa(model_folder: str, out: Path) -> list[list[float]]:
@@ -104,7 +112,13 @@ def main(out: Path, model_folder: str) -> None:
     first = train(LinearMap(hook=stop), Points(), settings(**changes), out / "two", config=CONFIG)
     method = LinearMap()
     last = train(method, Points(), settings(**changes), out / "two", config=CONFIG, resume=True)
-    found |= {"stopped": first.step, "step": last.step, "weight": method.weight.tolist(), "main": is_main()}
+    found |= {
+        "stopped": first.step,
+        "signal": first.signal,
+        "step": last.step,
+        "weight": method.weight.tolist(),
+        "main": is_main(),
+    }
 
     def bad(ctx, loss):
         return loss * float("nan") if ctx.step == 1 and ranks.rank == 1 else loss
@@ -113,6 +127,7 @@ def main(out: Path, model_folder: str) -> None:
         train(LinearMap(hook=bad), Points(), settings(), out / "bad", config=CONFIG)
     except UserError as error:
         found["bad"] = str(error)
+    found["guarded"] = guarded(out / "guarded")
     found["softrepa"] = softrepa(model_folder, out / "softrepa")
     found["textcraftor"] = textcraftor(model_folder, out / "textcraftor")
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))

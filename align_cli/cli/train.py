@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,18 +17,17 @@ import typer
 from align_cli import config, registry
 from align_cli.cli import options
 from align_cli.cli.text import columns, say_loading, say_reading
+from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
 from align_cli.rewards.spec import parse_places, parse_weights
 from align_cli.training import run_folder
+from align_cli.training.signals import Stopped, stopped_at_once
 
 if TYPE_CHECKING:
     from align_cli.data.base import Dataset
     from align_cli.methods.base import Method
     from align_cli.models.base import BaseModel
-    from align_cli.training.loop import Grid, TrainResult
-
-GRID_PROMPTS = 4
-"""Rows of a sample grid."""
+    from align_cli.training.loop import TrainResult
 
 
 def train(
@@ -72,10 +71,12 @@ def train(
             help="Reward to train on, in place of the preset's; repeatable.",
         ),
     ] = None,
-    reward_weights: Annotated[
+    weights: Annotated[
         list[str] | None,
         typer.Option(
-            "--weights", metavar="NAME=PATH", help="Hub id, folder or file of a reward's weights; repeatable."
+            "--weights",
+            metavar="NAME=PATH",
+            help="Hub id, folder or file of the weights of a reward, or of a scorer of --guard; repeatable.",
         ),
     ] = None,
     start: Annotated[
@@ -102,6 +103,22 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every setting with its origin; touch nothing.")
     ] = False,
+    guard: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--guard", metavar="SCORER", help="Held-out scorer that watches the training; repeatable."
+        ),
+    ] = None,
+    guard_every: Annotated[
+        int | None,
+        typer.Option("--guard-every", metavar="N", help="Steps between the guard's measurements; 0 is off."),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep", metavar="WHICH", help="The adapter's step: last, or best by the held-out scorer."
+        ),
+    ] = None,
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Skip the paired evaluation at the end.")
     ] = False,
@@ -110,42 +127,49 @@ def train(
 
     Settings come in layers: class defaults, preset, --config, --set, named flags. Resumed runs keep theirs.
     """
+    rewards, places = parse_weights(reward or []), parse_places(weights or [])
+    watching = {name: place for name, place in places.items() if name in (guard or [])}
+    places = {name: place for name, place in places.items() if name not in watching or name in rewards}
     flags: dict[str, object] = {
         "model.name": model, "model.device": device, "model.encoder_device": encoder_device,
         "data.name": data, "data.path": data_path, "data.cache": cache, "train.steps": steps,
         "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
+        "guard.scorers": guard or None, "guard.every": guard_every, "guard.keep": keep,
+        "guard.weights": watching or None,
         "eval.num_prompts": 0 if no_eval else None,
     }  # fmt: skip
-    flags |= _method_flags(method, stage, reward, reward_weights, start)
+    flags |= _method_flags(method, stage, rewards, places, start)
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
     resolved.method_config.check_train(resolved.train)
     _check_data(resolved)
+    check_guard(resolved)
     if dry_run:
         typer.echo(describe(resolved))
         typer.echo(f"\noutput folder: {folder}")
         return
     try:
-        _run(resolved, folder, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt:
+        with stopped_at_once():
+            _run(resolved, folder, resume=resume, overwrite=overwrite)
+    except (KeyboardInterrupt, Stopped) as stop:
         known = (folder / run_folder.RUN).exists()
         hint = f"; go on with: {run_folder.resume_command(method, folder)}" if known else ""
         typer.echo(f"stopped at once{hint}", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + stop.number if isinstance(stop, Stopped) else 130) from None
 
 
 def _method_flags(
     method: str,
     stage: str | None,
-    reward: list[str] | None,
-    reward_weights: list[str] | None,
+    rewards: dict[str, float],
+    places: dict[str, str],
     start: Path | None,
 ) -> dict[str, object]:
     """The flags that are settings of some methods. UserError for one that this method does not have."""
     given: dict[str, object] = {
         "stage": stage,
-        "rewards": parse_weights(reward) if reward else None,
-        "reward_weights": parse_places(reward_weights) if reward_weights else None,
+        "rewards": rewards or None,
+        "reward_weights": places or None,
         "from_adapter": start,
     }
     known = {f.name for f in fields(registry.load(registry.METHOD_CONFIGS, method))}
@@ -272,7 +296,8 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         resume=resume,
         overwrite=overwrite,
         num_workers=resolved.data.num_workers,
-        grid=_grid(model, method, dataset, resolved) if resolved.train.grid_every else None,
+        grid=make_grid(model, method, dataset, resolved) if resolved.train.grid_every else None,
+        guard=make_guard(model, method, dataset, resolved) if resolved.guard.every else None,
         console=Console(stderr=True),
     )
     leave_group()
@@ -335,40 +360,6 @@ def _with_own_sampling(resolved: config.Resolved, model: BaseModel) -> config.Re
     return replace(resolved, sample=drawing, origin=origin)
 
 
-def _grid(model: BaseModel, method: Method, dataset: Dataset, resolved: config.Resolved) -> Grid:
-    """Draws base beside aligned for the first validation prompts, always from the same noise."""
-    from align_cli.pictures import contact_sheet
-    from align_cli.sampling import picture_seeds, sample
-    from align_cli.training.distributed import is_main
-    from align_cli.training.order import item_rng
-
-    seed = resolved.train.seed
-    few = replace(resolved.data, num_examples=GRID_PROMPTS)
-    try:
-        dataset = registry.load(registry.DATASETS, few.name)(few, seed=seed, split="val")
-    except UserError as error:
-        if is_main():
-            typer.echo(f"note: sample grids show training captions, there are no others: {error}", err=True)
-    count = min(GRID_PROMPTS, len(dataset))
-    prompts = [dataset.get(i, item_rng(seed, 0, i)).prompt for i in range(count)]
-
-    def draw() -> Any:
-        return sample(model, prompts, resolved.sample, picture_seeds(seed, count))
-
-    base: list[Any] = []
-
-    def grid(step: int, path: Path) -> None:
-        if not base:
-            base.append(draw())
-        with method.attach(model, 1.0):
-            aligned = draw()
-        rows = [list(pair) for pair in zip(base[0], aligned, strict=True)]
-        title = f"{resolved.method} on {resolved.model.name}, step {step}"
-        contact_sheet(rows, prompts, path, headers=["base", "aligned"], title=title)
-
-    return grid
-
-
 def _conclude(
     resolved: config.Resolved,
     folder: Path,
@@ -390,12 +381,13 @@ def _conclude(
         method,
         config=resolved.to_dict(),
         origin=resolved.origin,
-        step=result.step,
+        step=result.kept_step,
         seed=resolved.train.seed,
         stage=stage_of(resolved),
         data_fingerprint=dataset.fingerprint(),
     )
     typer.echo(f"trained {result.step} steps in {duration_text(result.seconds)}: {adapter}", err=True)
+    watched = guard_words(result.guarded, resolved, folder) if result.guarded else []
     memory, gpu = peak_memory()
     numbers: dict[str, Any] = {
         "method": resolved.method,
@@ -406,6 +398,8 @@ def _conclude(
         "train_peak_gpu_memory_bytes": gpu,
         "last_metrics": result.metrics,
         "adapter": run_folder.ADAPTER,
+        "adapter_step": result.kept_step,
+        "guard": asdict(result.guarded) if result.guarded else None,
         "evaluation": None,
     }
     show = _evaluate(resolved, folder, model) if resolved.eval.num_prompts else None
@@ -421,6 +415,8 @@ def _conclude(
         f"training: {result.step} steps, {result.seconds:.1f} s, peak memory {memory / 2**20:,.0f} "
         f"MiB{gpu_text}"
     )
+    for line in watched:
+        typer.echo(line)
     typer.echo(f"adapter: {adapter}")
     if show is not None:
         typer.echo(f"picture: {folder / run_folder.PICTURE}")

@@ -102,7 +102,11 @@ def rewards_of(info: AdapterInfo) -> tuple[str, ...]:
     """Scorers that an adapter's own configuration says it was trained on: `rewards` in the section of its
     method, a table of name -> weight or a list of names. A weight of 0 is none.
     """
-    section = info.config.get(info.method, {})
+    return rewards_in(info.config.get(info.method, {}))
+
+
+def rewards_in(section: object) -> tuple[str, ...]:
+    """The same of the section of a method itself, as plain dicts and lists."""
     found = section.get("rewards", ()) if isinstance(section, Mapping) else ()
     if isinstance(found, Mapping):
         return tuple(str(name) for name, weight in found.items() if weight)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -68,10 +68,7 @@ class Drift:
         return [path for path in files if path is not None]
 
     def values(self, arm: str, pictures: Sequence[Shown], items: Sequence[Item]) -> dict[str, np.ndarray]:
-        wide = [p.pixels.astype(float) for p in pictures]
-        found = {
-            "saturation": np.array([float((x.max(2) - x.min(2)).mean()) / 255 for x in wide]),
-            "clipped": np.array([float(((x == 0) | (x == 255)).mean()) for x in wide]),
+        found = colours([p.pixels for p in pictures]) | {
             "feature_distance": np.full(len(pictures), np.nan),
             "diversity": np.full(len(pictures), np.nan),
         }
@@ -94,22 +91,35 @@ class Drift:
             if others:
                 found["diversity"][row] = 1 - float(np.mean([own @ features[p] for p in others]))
 
-    @torch.no_grad()
     def _features(self, pictures: Mapping[Path, np.ndarray]) -> dict[Path, np.ndarray]:
         """(D,) float64 of length 1 for every picture."""
-        tower: Any = self.tower
-        paths, found = list(pictures), {}
+        assert self.tower is not None
+        paths, found = list(pictures), dict[Path, np.ndarray]()
         for places in alike([pictures[p] for p in paths]):
-            images = as_tensor([pictures[paths[i]] for i in places]).to(tower.device)
-            rows = tower.image_vectors(images).double().cpu().numpy()
-            for i, row in zip(places, rows, strict=True):
-                found[paths[i]] = row / np.linalg.norm(row)
+            rows = features(self.tower, [pictures[paths[i]] for i in places])
+            found.update(zip([paths[i] for i in places], rows, strict=True))
         return found
 
     def _others(self, item: int) -> list[int]:
         """The other items of the same prompt."""
         first = item - item % self.per_prompt
         return [i for i in range(first, first + self.per_prompt) if i != item]
+
+
+def colours(pictures: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """saturation and clipped of B pictures (H, W, 3) uint8: (B,) each, see `Drift`."""
+    wide = [pixels.astype(float) for pixels in pictures]
+    return {
+        "saturation": np.array([float((x.max(2) - x.min(2)).mean()) / 255 for x in wide]),
+        "clipped": np.array([float(((x == 0) | (x == 255)).mean()) for x in wide]),
+    }
+
+
+@torch.no_grad()
+def features(tower: HasFeatures, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """(B, D) float64, rows of length 1, of B pictures (H, W, 3) uint8 of one size."""
+    rows = tower.image_vectors(as_tensor(pictures).to(tower.device)).double().cpu().numpy()
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def summary(

@@ -116,11 +116,16 @@ def _moved(entry: Mapping[str, object]) -> str:
         now, before = entry[key], entry[f"{key}_base"]
         if not (isinstance(now, float) and isinstance(before, float)):
             continue
-        floor = 0.01 if key == "clipped" else 1e-6  # a change of next to nothing is no news
-        change = (now - before) / max(before, floor)
+        change = relative_change(key, before, now)
         if abs(change) >= CHANGED and (key != "diversity" or change < 0):
             parts.append(f"{word} {before:.3f} -> {now:.3f}")
     return f"{entry['arm']}: pictures have moved: {', '.join(parts)}" if parts else ""
+
+
+def relative_change(key: str, before: float, now: float) -> float:
+    """Of saturation, clipped or diversity."""
+    floor = 0.01 if key == "clipped" else 1e-6  # a change of next to nothing is no news
+    return (now - before) / max(before, floor)
 
 
 def number(value: float) -> str:

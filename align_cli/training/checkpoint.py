@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -67,23 +68,36 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     Raises:
         UserError: the disk is full, no permission, ... The checkpoints that were there still are.
     """
-    final = folder / f"step-{step:08d}"
-    part = folder / f".{final.name}.part"
     newest = newest_name(folder)
     kept = f"the last good checkpoint is {folder / newest}" if newest else "there is no earlier checkpoint"
-    with file_errors(f"cannot write checkpoint {final}", f"{kept}; make room, then go on with --resume"):
-        try:
-            _write(part, step, state)
-            if final.exists():  # left by a run that was damaged at this very step
-                old = folder / f".{final.name}.old"
-                shutil.rmtree(old, ignore_errors=True)
-                final.rename(old)
-            part.rename(final)
-            sync_folder(folder)
-        except OSError:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+    with file_errors(
+        f"cannot write checkpoint {path_of(folder, step)}", f"{kept}; make room, then go on with --resume"
+    ):
+        final = write_step(folder, step, state)
     clean(folder, keep)
+    return final
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def write_step(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write checkpoint `step` below `folder`, whole or not at all. Raises OSError."""
+    final = path_of(folder, step)
+    part = folder / f".{final.name}.part"
+    try:
+        _write(part, step, state)
+        if final.exists():  # left by a run that was damaged at this very step
+            old = folder / f".{final.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        part.rename(final)
+        sync_folder(folder)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return final
 
 
@@ -114,6 +128,11 @@ def names(folder: Path) -> list[str]:
     )
 
 
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints, the earliest first."""
+    return [int(name[5:]) for name in names(folder)]
+
+
 def newest_name(folder: Path) -> str:
     """Name of the newest finished checkpoint, "" if there is none."""
     return next(reversed(names(folder)), "")
@@ -121,14 +140,19 @@ def newest_name(folder: Path) -> str:
 
 def clean(folder: Path, keep: int) -> None:
     """Remove what a crash left unfinished, and all but the newest `keep` checkpoints."""
+    keep_only(folder, steps_in(folder)[-keep:])
+
+
+def keep_only(folder: Path, steps: Collection[int]) -> None:
+    """Remove what a crash left unfinished, and the checkpoints of all other steps."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-    for name in names(folder)[:-keep]:
-        old = folder / f".{name}.old"
-        (folder / name).rename(old)
+    for step in set(steps_in(folder)) - set(steps):
+        old = folder / f".{path_of(folder, step).name}.old"
+        path_of(folder, step).rename(old)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -141,22 +165,27 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     damaged: list[str] = []
     for name in reversed(names(folder)):
         try:
-            return _read(folder / name), damaged
-        except _DamagedError as error:
+            return read_step(folder / name), damaged
+        except DamagedError as error:
             damaged.append(f"checkpoint {folder / name} is damaged ({error}) and was passed over")
     return None, damaged
 
 
-class _DamagedError(Exception):
+class DamagedError(Exception):
     """A checkpoint that is not whole; the message says why."""
 
 
-def _read(path: Path) -> Checkpoint:
+def read_step(path: Path) -> Checkpoint:
+    """The checkpoint in `path`.
+
+    Raises:
+        DamagedError: it is not whole. UserError: a later version of t2ialign wrote it.
+    """
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
         fmt, step, size, digest = (meta[key] for key in ("format", "step", "bytes", "sha256"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _DamagedError(f"no readable {META}") from error
+        raise DamagedError(f"no readable {META}") from error
     if fmt > FORMAT:
         raise UserError(
             f"checkpoint {path} has format {fmt}, this t2ialign reads up to {FORMAT}; update t2ialign"
@@ -165,14 +194,14 @@ def _read(path: Path) -> Checkpoint:
         with (path / STATE).open("rb") as file:
             found = os.fstat(file.fileno()).st_size
             if found != size:
-                raise _DamagedError(f"{STATE} has {found} bytes, not {size}")
+                raise DamagedError(f"{STATE} has {found} bytes, not {size}")
             sha = sha256()
             while block := file.read(1 << 20):
                 sha.update(block)
             if sha.hexdigest() != digest:
-                raise _DamagedError(f"{STATE} has another sha256")
+                raise DamagedError(f"{STATE} has another sha256")
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, UnpicklingError) as error:
-        raise _DamagedError(f"{STATE} cannot be read: {error}") from error
+        raise DamagedError(f"{STATE} cannot be read: {error}") from error
     return Checkpoint(int(step), path, state)

@@ -105,6 +105,11 @@ class Ranks:
         for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             g.copy_(mean.view_as(g))
 
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the tensors of all ranks with those of rank 0."""
+        for x in tensors if self.world_size > 1 else ():
+            dist.broadcast(x.detach(), src=0)
+
     def objects(self, value: Any) -> list[Any]:
         """The value of every rank, in rank order."""
         if self.world_size == 1:

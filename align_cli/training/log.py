@@ -68,18 +68,27 @@ class MetricsFile:
         """Drop what lies after checkpoint `step`: later lines, an unfinished window, half a line."""
         if not self.path.exists():
             return
-        kept = []
+        kept = [line + "\n" for line, _ in self._whole(step)]
+        with file_errors(f"cannot write {self.path}"):
+            write_text(self.path, "".join(kept))
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """What `cut(step)` leaves, or would leave."""
+        return [row for _, row in self._whole(step)] if self.path.exists() else []
+
+    def _whole(self, step: int) -> list[tuple[str, dict[str, Any]]]:
+        """(line, row) of every whole line up to `step` that is of no unfinished window."""
         with file_errors(f"cannot read {self.path}"):
             text = self.path.read_text(encoding="utf-8", errors="replace")
+        found = []
         for line in text.splitlines():
             try:
                 row = json.loads(line)
                 if row["step"] <= step and not row.get("partial"):
-                    kept.append(line + "\n")
+                    found.append((line, row))
             except (ValueError, KeyError, TypeError):
                 continue
-        with file_errors(f"cannot write {self.path}"):
-            write_text(self.path, "".join(kept))
+        return found
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one line; numbers that are not finite become null."""
@@ -92,6 +101,16 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def is_loss(key: str) -> bool:
+    """Whether a reported number is a loss, which must be finite: "loss" or "<group>/loss"."""
+    return key.rpartition("/")[2] == "loss"
+
+
+def shown_loss(values: Mapping[str, float]) -> float:
+    """The loss for the display: the first that the method reports, else the first number."""
+    return next((v for k, v in values.items() if is_loss(k)), next(iter(values.values()), math.nan))
 
 
 def rate_text(speed: float) -> str:
@@ -152,6 +171,10 @@ class Display:
         elif done in (self.start + 1, self.total) or now - self.spoke >= PLAIN_SECONDS:
             self.spoke = now
             self.say(f"step {done}/{self.total}  {words}")
+
+    def pause(self, seconds: float) -> None:
+        """So long something else than steps was done, just now."""
+        self.ends = deque((end + seconds for end in self.ends), maxlen=self.ends.maxlen)
 
     def _pace(self, left: int) -> str:
         """Speed of the recent steps, and how long the steps that are left take at it."""

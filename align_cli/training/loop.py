@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,8 @@ from align_cli.training import run_folder
 from align_cli.training.checkpoint import clean, load_newest, save_checkpoint
 from align_cli.training.distributed import Ranks
 from align_cli.training.ema import Ema
-from align_cli.training.log import Display, Meter, MetricsFile, duration_text
+from align_cli.training.guard import Guard, Guarded, Keeper
+from align_cli.training.log import Display, Meter, MetricsFile, duration_text, is_loss, shown_loss
 from align_cli.training.order import SliceOrder, batches, step_seed
 from align_cli.training.schedule import lr_at
 from align_cli.training.signals import StopSignals
@@ -43,10 +44,10 @@ MIN_LOSS_SCALE = 2.0**-14
 @dataclass(frozen=True)
 class TrainResult:
     """How a run ended. On a normal end the method holds the trained tensors (their average, with
-    train.ema_decay).
+    train.ema_decay): those after the last step or, with guard.keep best, those of the best measurement.
 
     step: finished optimiser steps. seconds: training time over all sittings. metrics: the last logged means.
-    signal: what stopped it before the end (2 is Ctrl-C), else 0.
+    signal: what stopped it (2 is Ctrl-C), after the last step, too; else 0. guarded: what the guard found.
     """
 
     step: int
@@ -55,6 +56,12 @@ class TrainResult:
     checkpoint: Path | None = None
     resumed_from: int = 0
     signal: int = 0
+    guarded: Guarded | None = None
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose tensors the method holds."""
+        return self.step if self.guarded is None else self.guarded.step
 
 
 def train(
@@ -70,6 +77,7 @@ def train(
     overwrite: bool = False,
     num_workers: int = 0,
     grid: Grid | None = None,
+    guard: Guard | None = None,
     console: Console | None = None,
 ) -> TrainResult:
     """Train `method` on `dataset`.
@@ -79,13 +87,15 @@ def train(
         config_text: the same as TOML, kept in config.toml.
         resume: go on from the newest whole checkpoint in `out`; the trace is that of a run never stopped.
         overwrite: remove the run that `out` holds.
-        num_workers: loader processes. grid: drawn every train.grid_every steps. console: None is silent.
+        num_workers: loader processes. grid: drawn every train.grid_every steps. guard: measures while it
+        trains. console: None is silent.
     Raises:
         UserError: see run_folder.check and order.SliceOrder; the loss or a gradient is not finite; the disk
-            is full; what the dataset or the method says. The last good checkpoint is kept in every case.
+            is full; what the dataset, the method or the guard says. The last good checkpoint is kept in every
+            case.
     """
     return _Run(
-        method, dataset, settings, out, config, origin or {}, config_text, num_workers, grid, console
+        method, dataset, settings, out, config, origin or {}, config_text, num_workers, grid, guard, console
     ).run(resume=resume, overwrite=overwrite)
 
 
@@ -103,6 +113,7 @@ class _Run:
         config_text: str,
         num_workers: int,
         grid: Grid | None,
+        guard: Guard | None,
         console: Console | None,
     ) -> None:
         self.method, self.dataset, self.settings, self.out = method, dataset, settings, out
@@ -148,6 +159,12 @@ class _Run:
         self.last: dict[str, float] = {}
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=self.device)
         self.tracker: Accelerator | None = None
+        self.keeper: Keeper | None = None
+        if guard is not None:
+            self.keeper = Keeper(
+                guard, out, self.groups, self.metrics_file, self.ranks,
+                averaged=self._averaged, say=self._say, track=self._track,
+            )  # fmt: skip
 
     # ------------------------------------------------------------ the course of a run
 
@@ -157,16 +174,19 @@ class _Run:
         self._order(0)  # too few examples or an impossible batch: before anything is written
         self.ranks.on_main(lambda: run_folder.check(self.out, resume=resume, overwrite=overwrite))
         start = self._load() if resume else 0
+        if self.keeper is not None:
+            self.keeper.look_at_base(start, s.steps)
         self.ranks.on_main(lambda: self._prepare(start, overwrite))
         self._start_tracker()
         self._describe(start)
         with StopSignals() as signals, Display(self.console, total=s.steps, start=start) as self.display:
+            if self.keeper is not None:
+                self.keeper.begin(start, self.seconds)
             step = self._steps(start, signals)
             if self.saved_step != step and step > 0:
                 self._save(step)
-        done = step >= s.steps
-        if done:
-            self._finish(step)
+        signal = max(self.ranks.objects(signals.received))
+        guarded = None if signal else self._finish(step)
         if self.tracker is not None:
             self.tracker.end_training()
         return TrainResult(
@@ -175,7 +195,8 @@ class _Run:
             metrics=self.last,
             checkpoint=self.saved,
             resumed_from=start,
-            signal=0 if done else signals.received,
+            signal=signal,
+            guarded=guarded,
         )
 
     def _order(self, start: int) -> SliceOrder:
@@ -207,6 +228,10 @@ class _Run:
             self.display.step(done, shown_loss(values))
             if done % s.save_every == 0 or done == s.steps or stop:
                 self._save(done)
+            if self.keeper is not None and not stop:
+                began = time.perf_counter()
+                self.keeper.after(done, self.seconds)
+                self.display.pause(time.perf_counter() - began)
             if s.grid_every and done % s.grid_every == 0 and self.grid is not None:
                 self.ranks.on_main(partial(self._draw, self.grid, done))
             if stop:
@@ -390,8 +415,16 @@ class _Run:
         folder = self.out / run_folder.GRIDS
         with file_errors(f"cannot write to {folder}"):
             folder.mkdir(exist_ok=True)
-        with self.ema.applied() if self.ema is not None else nullcontext():
+        with self._averaged():
             grid(step, folder / f"step-{step:08d}.png")
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside, the parameters are those that the run would give if it ended now."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def _track(self, values: Mapping[str, float], step: int) -> None:
+        if self.tracker is not None:
+            self.tracker.log(dict(values), step=step)
 
     def _log(self, done: int, *, partial: bool = False) -> None:
         """Write the means since the last line, over all ranks."""
@@ -406,15 +439,17 @@ class _Run:
                 "seconds": round(self.seconds, 3),
             }
             self.metrics_file.append(row | {"partial": True} if partial else row)
-        if self.tracker is not None:
-            self.tracker.log(means | {"lr": lr_at(self.settings, done - 1)}, step=done)
+        self._track(means | {"lr": lr_at(self.settings, done - 1)}, done)
 
-    def _finish(self, step: int) -> None:
-        """After the last checkpoint: log what the last full line lacks, leave the average in the method."""
+    def _finish(self, step: int) -> Guarded | None:
+        """After the last checkpoint: log what the last full line lacks, leave in the method what it is to
+        give: the average, or the best.
+        """
         if any(self.ranks.objects(bool(self.meter.counts))):
             self._log(step, partial=True)
         if self.ema is not None:
             self.ema.copy_to_parameters()
+        return None if self.keeper is None else self.keeper.finish(step, self.seconds)
 
     # ------------------------------------------------------------ words
 
@@ -446,16 +481,6 @@ class _Run:
         self.tracker = Accelerator(log_with=self.settings.tracker, project_dir=folder)
         values = {k: v for k, v in run_folder.flat(self.config).items() if isinstance(v, int | float | str)}
         self.tracker.init_trackers("t2ialign", config=values)
-
-
-def is_loss(key: str) -> bool:
-    """Whether a reported number is a loss, which must be finite: "loss" or "<group>/loss"."""
-    return key.rpartition("/")[2] == "loss"
-
-
-def shown_loss(values: Mapping[str, float]) -> float:
-    """The loss for the display: the first that the method reports, else the first number."""
-    return next((v for k, v in values.items() if is_loss(k)), next(iter(values.values()), math.nan))
 
 
 def tracker_available(name: str) -> None:

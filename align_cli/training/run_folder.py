@@ -3,7 +3,8 @@ torch.
 
 config.toml, run.json    the resolved settings with their origins, for people and for machines
 checkpoints/             see checkpoint.py
-metrics.jsonl            one line per train.log_every steps
+metrics.jsonl            one line per train.log_every steps, and one per guard.every steps
+best/                    see guard.py
 grids/, tracker/         sample grids; the files of train.tracker
 adapter/, result.json, before-after.png    the result
 eval/                    the paired evaluation that closes the run, as `t2ialign eval` writes it
@@ -24,8 +25,8 @@ from align_cli.files import blocking
 FORMAT = 1
 CONFIG, RUN, METRICS, CHECKPOINTS = "config.toml", "run.json", "metrics.jsonl", "checkpoints"
 GRIDS, TRACKER, ADAPTER, RESULT, PICTURE = "grids", "tracker", "adapter", "result.json", "before-after.png"
-EVALUATION = "eval"
-OURS = (RUN, CONFIG, METRICS, CHECKPOINTS, GRIDS, TRACKER, ADAPTER, RESULT, PICTURE, EVALUATION)
+EVALUATION, BEST = "eval", "best"
+OURS = (RUN, CONFIG, METRICS, CHECKPOINTS, GRIDS, TRACKER, ADAPTER, RESULT, PICTURE, EVALUATION, BEST)
 """Everything a run writes; --overwrite removes these names and nothing else."""
 
 FREE = frozenset(
@@ -41,6 +42,7 @@ FREE = frozenset(
         "train.grid_every",
         "train.tracker",
         "train.num_threads",
+        "guard.keep",
     }
 )
 """Settings that may differ when a run goes on; data of another path or cache need the same fingerprint."""
@@ -154,15 +156,18 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 def check_same(
     saved: Mapping[str, Any], now: Mapping[str, Any], saved_data: str, data: str, out: Path
 ) -> None:
-    """Refuse to go on with other settings or data than the run began with.
+    """Refuse to go on with other settings or data than the run began with. Sections that the version which
+    began it did not have are free.
 
     Raises:
         UserError: naming the first setting that differs, with both values.
     """
     before, after = flat(saved), flat(now)
+    unknown = {section for section, part in now.items() if isinstance(part, Mapping)} - saved.keys()
     for key in sorted(before.keys() | after.keys()):
         whole_run = key == "train.steps" and after.get("train.lr_schedule") == "cosine"
-        if (key in FREE and not whole_run) or key.partition(".")[0] in FREE_SECTIONS:
+        section = key.partition(".")[0]
+        if (key in FREE and not whole_run) or section in FREE_SECTIONS or section in unknown:
             continue
         if before.get(key) != after.get(key):
             raise UserError(
