@@ -178,7 +178,7 @@ def test_a_guard_on_captions_of_coco(tmp_path, options):
     own = [*options, *settings_of("softrepa"), *GUARD, "--no-eval", "--set", "data.image_size=32"]
     result = ok(*own, "--data", "coco", "--data-path", root, "--out", tmp_path / "run")
     assert "note: the guard has 4 independent prompts, too few" in result.stderr
-    assert "4 held-out prompts, 4 of them independent" in result.stderr
+    assert "4 prompts, 4 of them independent" in result.stderr
     (root / "annotations" / "captions_val2017.json").unlink()
     more = [*own, "--data", "coco", "--data-path", root, "--steps", "1"]
     text = ok(*more, "--out", tmp_path / "without").stderr
@@ -186,7 +186,7 @@ def test_a_guard_on_captions_of_coco(tmp_path, options):
     (tmp_path / "held-out.txt").write_text("\n".join(f"a picture of {i} things" for i in range(30)))
     named = ["--set", f"guard.prompts={tmp_path / 'held-out.txt'}", "--out", tmp_path / "named"]
     text = ok(*more, *named).stderr
-    assert "note:" not in text and "12 held-out prompts, 12 of them independent" in text
+    assert "note:" not in text and "12 prompts, 12 of them independent" in text
 
 
 # ------------------------------------------------------------------ bad input

@@ -103,14 +103,16 @@ class Watch:
         return self._look(0)
 
     def __call__(self, step: int) -> Watched:
-        """Raises:
-        UserError: weights of a judge are missing; a judge cannot judge these pictures or prompts; pictures
-        or numbers that are not finite.
+        """The model as it is after `step` steps; 0: the base model.
+
+        Raises:
+            UserError: weights of a judge are missing; a judge cannot judge these pictures or prompts;
+                pictures or numbers that are not finite.
         """
         base, before = self.base
         if step == 0:
             means = {key: float(x.mean()) for key, x in base.items()}
-            of = f"{len(self.prompts)} held-out prompts, {len(set(self.clusters))} of them independent"
+            of = f"{len(self.prompts)} prompts, {len(set(self.clusters))} of them independent"
             text = ", ".join(f"{key} {number(mean)}" for key, mean in means.items())
             return Watched(means, f"guard, base model: {text} ({of})")
         now, after = self._look(step)
