@@ -13,7 +13,16 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from align_cli.shapes.captions import word_list
@@ -25,6 +34,10 @@ TOKEN_LIMIT = 32
 """
 WIDTH = 128
 """Width of the text tower and of cross-attention."""
+T5_WIDTH = 96
+"""Width of tiny-t5, which is not that of the CLIP tower: the adapter has to make one of the other."""
+T5_LIMIT = 96
+"""Tokens tiny-t5 reads: more than any caption of the grammar has."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -105,6 +118,39 @@ def clip(tok: CLIPTokenizer) -> CLIPModel:
         text_config=_text_config(tok).to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH
     )
     return CLIPModel(config)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer in which every word of the grammar is one token; other text falls into letters."""
+    words = word_list()
+    letters = sorted({c for word in words for c in word} | set("abcdefghijklmnopqrstuvwxyz0123456789.,!?;'-"))
+    pieces = [(f"\u2581{word}", -1.0) for word in words] + [("\u2581", -8.0)] + [(c, -10.0) for c in letters]
+    names = list(dict.fromkeys(name for name, _ in pieces))
+    scores = dict(reversed(pieces))
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    made = T5Tokenizer(
+        vocab=special + [(n, scores[n]) for n in names], extra_ids=0, model_max_length=T5_LIMIT
+    )
+    for word in words:
+        ids = made(word)["input_ids"]
+        assert len(ids) == 2, f"{word!r} is {len(ids) - 1} tokens"
+    return made
+
+
+def t5(tok: T5Tokenizer) -> T5ForConditionalGeneration:
+    """The whole T5, of which the encoder ships as tiny-t5."""
+    config = T5Config(
+        vocab_size=len(tok),
+        d_model=T5_WIDTH,
+        d_kv=24,
+        d_ff=2 * T5_WIDTH,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=tok.pad_token_id,
+    )
+    return T5ForConditionalGeneration(config)
 
 
 def vae() -> AutoencoderKL:
