@@ -26,9 +26,9 @@ def through_pictures(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss of decoded pictures, and its gradient with respect to the latents.
 
-    Pictures are decoded and judged `chunk` at a time, and each graph is freed at once. That gives the gradient
-    of all of them at once, since no picture's loss depends on another picture. Decoder and judge run in their
-    own precision, not under autocast.
+    Pictures are decoded and judged `chunk` at a time, and each graph is freed at once. That gives the
+    gradient of all of them at once, since no picture's loss depends on another picture. Decoder and judge run
+    in their own precision, not under autocast.
 
     Args:
         z: (B, C, h, w). judge: of pictures (b, 3, H, W) in [0, 1] and the rows that they are; differentiable.
