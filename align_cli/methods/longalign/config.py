@@ -19,8 +19,9 @@ class LongAlignConfig(MethodConfig):
     """How long text is read, and what a stage trains. The learning rate is train.lr."""
 
     stage: str = "align"
-    """align: denoiser and text adapter learn to read segments. reward: decomposed preference. lcm: distilled to
-    a few steps. reward-lcm: decomposed preference in those few steps. Source: README of the official code."""
+    """align: denoiser and text adapter learn to read segments. reward: decomposed preference. lcm: distilled
+    to a few steps. reward-lcm: decomposed preference in those few steps. Source: README of the official code.
+    """
     from_adapter: str = ""
     """Adapter folder of the stage before, on which this one stands; align needs none."""
     token_length: int = 240
@@ -32,8 +33,8 @@ class LongAlignConfig(MethodConfig):
     """Hub id or folder of the T5 that reads the whole caption; empty for segments of CLIP alone (the ablation
     of figure 4)."""
     text_adapter: str = ""
-    """Folder or hub id of the text adapter that stage align starts from (official: LaVi-Bridge's); empty for a
-    random one."""
+    """Folder of the text adapter that stage align starts from (official: LaVi-Bridge's t5_unet/adapter);
+    empty for a random one."""
     adapter_width: int = 896
     """Width between the two layers of a random text adapter. Source: LaVi-Bridge, t5_unet."""
     adapter_dropout: float = 0.1
@@ -51,7 +52,7 @@ class LongAlignConfig(MethodConfig):
     steps: int = 50
     """reward: sampling steps of a training picture; reward-lcm: 4. Source: official code."""
     guidance: float = 7.5
-    """reward: classifier-free guidance of a training picture; lcm: that of the teacher. Source: official code."""
+    """reward: classifier-free guidance of a training picture; lcm: of the teacher. Source: official code."""
     grad_stride: int = 10
     """reward: every how many steps one carries gradient, the first of them drawn anew; 5 of 50. Source:
     official code, after DRTune."""
@@ -116,6 +117,6 @@ class LongAlignConfig(MethodConfig):
         if self.stage != "align" and self.t5 and not self.from_adapter:
             raise UserError(
                 f"stage {self.stage} stands on an earlier one: give its adapter with --from (official: "
-                f"{'lcm' if self.stage == 'reward-lcm' else 'align'}), or train on segments of CLIP alone with "
-                "--set 'longalign.t5=\"\"'"
+                f"{'lcm' if self.stage == 'reward-lcm' else 'align'}), or train on segments of CLIP alone "
+                "with --set 'longalign.t5=\"\"'"
             )

@@ -6,8 +6,8 @@ Source: arXiv 2410.11817 and github.com/luping-liu/LongAlign (commit 61a1021). D
 - align regresses what the model predicts (there always epsilon, wrong for velocity models).
 - Tables of the schedule are float32 (there bfloat16).
 - Pictures are decoded and scored a few at a time, which gives the gradient of all at once.
-- Also, beyond it: SDXL, several weighted rewards, the stages without T5, more than one process with the common
-  direction of one.
+- Also, beyond it: SDXL, several weighted rewards, the stages without T5, more than one process with the
+  common direction of one.
 
 Letters: B prompts of this process, C h w latent, D width of the reward's towers.
 """
@@ -19,10 +19,15 @@ from contextlib import ExitStack, contextmanager
 from typing import ClassVar
 
 import torch
+from align_cli.diffusion.consistency import consistency
+from align_cli.methods.longalign.adapter import TextAdapter
+from align_cli.methods.longalign.layers import longalign_layers
+from align_cli.models.lora import LoraTuning
+from align_cli.models.segments import SegmentReader
+from align_cli.models.t5 import T5Reader, load_t5
 from torch import Tensor, nn
 
 from align_cli.adapters import load_adapter
-from align_cli.diffusion.consistency import consistency
 from align_cli.diffusion.rollout import rollout
 from align_cli.errors import UserError
 from align_cli.losses import (
@@ -34,14 +39,9 @@ from align_cli.losses import (
     with_gradient,
 )
 from align_cli.methods.base import Batch, StepContext, encoded_latents, latent_shape
-from align_cli.methods.longalign.adapter import TextAdapter
 from align_cli.methods.longalign.config import WITH_REWARD, LongAlignConfig
-from align_cli.methods.longalign.layers import longalign_layers
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.decoding import Judged, through_pictures
-from align_cli.models.lora import LoraTuning
-from align_cli.models.segments import SegmentReader
-from align_cli.models.t5 import T5Reader, load_t5
 from align_cli.rewards.clip import ClipReward
 from align_cli.rewards.loading import load_reward
 from align_cli.rewards.preprocess import LONGALIGN_CROP
@@ -113,8 +113,8 @@ class LongAlign:
         info, where = adapter.info, f"longalign.from_adapter {path}"
         if info.method != self.name or info.family != self.model.family:
             raise UserError(
-                f"{where}: an adapter of {info.method} for the family {info.family}; this stage stands on one "
-                f"of {self.name} for {self.model.family}"
+                f"{where}: an adapter of {info.method} for the family {info.family}; this stage stands on "
+                f"one of {self.name} for {self.model.family}"
             )
         stage, mine = info.stage, self.config.stage
         order = (*EARLIER, "reward-lcm")
@@ -167,8 +167,8 @@ class LongAlign:
         self._rewards = taken
 
     def trainables(self) -> dict[str, list[nn.Parameter]]:
-        """One group, as officially its gradients are clipped together: the stage's LoRA, in align also the text
-        adapter.
+        """One group, as officially its gradients are clipped together: the stage's LoRA, in align also the
+        text adapter.
         """
         own = self.loras[OWN].parameters()
         trained = self.config.stage == "align" and self.adapter is not None
@@ -215,7 +215,8 @@ class LongAlign:
         with ExitStack() as stack:
             stack.enter_context(self._reading(self.model))
             for lora in self.loras.values():
-                stack.enter_context(lora.attached())
+                if c.stage != "lcm" or lora is not own:  # there the teacher comes first, which goes without
+                    stack.enter_context(lora.attached())
             if c.lora_dropout:
                 stack.enter_context(
                     own.dropping(
@@ -263,21 +264,22 @@ class LongAlign:
         latents, eps: (B, C, h, w). t: (B,) int64. Source: unet_lcm.py.
         """
         c, model, process = self.config, self.model, self.model.process
+
+        def consistent(z: Tensor, t: Tensor) -> Tensor:
+            return consistency(process, model.predict(z, t, cond).float(), z, t)
+
         with torch.no_grad():
             cond, empty = model.encode_text(prompts), model.uncond(len(prompts))
             z, e = process.add_noise(latents, eps, t), (t - c.skip).clamp(min=0)
-        x0, _ = process.to_x0_eps(model.predict(z, t, cond).float(), z, t)
-        student = consistency(x0, z, t)
-        with torch.no_grad():
-            with self.loras[OWN].detached():
-                both = model.predict(torch.cat([z, z]), torch.cat([t, t]), TextCond.cat([cond, empty]))
-            told, free = both.float().chunk(2)
+            rows = torch.cat([z, z]), torch.cat([t, t]), TextCond.cat([empty, cond])
+            free, told = model.predict(*rows).float().chunk(2)
             guided = process.to_x0_eps(free + c.guidance * (told - free), z, t)
-            before = process.add_noise(guided[0], guided[1], e)
-            x0, _ = process.to_x0_eps(model.predict(before, e, cond).float(), before, e)
-            target = consistency(x0, before, e)
-        loss = self._distance(student, target)
-        ctx.backward(loss)
+            before = process.add_noise(*guided, e)
+        with self.loras[OWN].attached():
+            with torch.no_grad():
+                target = consistent(before, e)
+            loss = self._distance(consistent(z, t), target)
+            ctx.backward(loss)
         return {"loss": float(loss.detach())}
 
     # ------------------------------------------------------------ reward, reward-lcm
@@ -355,7 +357,7 @@ class LongAlign:
 
         return through_pictures(self.model, z, judge, chunk=c.decode_chunk, loss_scale=ctx.loss_scale)
 
-    def _crop(self, z: Tensor, ctx: StepContext):  # noqa: ANN202
+    def _crop(self, z: Tensor, ctx: StepContext):
         """The random crop that all pictures of the step share; none where they are not larger than it."""
         height, width = (n * self.model.vae_factor for n in z.shape[-2:])
         low = torch.rand(2, generator=ctx.rng)
@@ -369,8 +371,8 @@ class LongAlign:
     # ------------------------------------------------------------ the trained artefact
 
     def state(self) -> dict[str, Tensor]:
-        """adapter.KEY of the text adapter; unet.LAYER of the stage's own LoRA; align.LAYER, ... of those of the
-        stages that it stands on.
+        """adapter.KEY of the text adapter; unet.LAYER of the stage's own LoRA; align.LAYER, ... of those of
+        the stages that it stands on.
         """
         found = {
             f"{group}.{key}": value
@@ -395,7 +397,9 @@ class LongAlign:
         """Tensors by group. Earlier stages find their place before the stage's own LoRA."""
         if (ADAPTER in groups) != (self.adapter is not None):
             has, needs = ("a", "no") if ADAPTER in groups else ("no", "a")
-            raise ValueError(f"it has {has} text adapter, and longalign.t5 {self.config.t5!r} goes with {needs}")
+            raise ValueError(
+                f"it has {has} text adapter, and longalign.t5 {self.config.t5!r} goes with {needs}"
+            )
         for name, state in groups.items():
             if name == ADAPTER:
                 self._take_adapter(state)
@@ -427,8 +431,8 @@ class LongAlign:
 
     @contextmanager
     def attach(self, model: BaseModel, scale: float = 1.0) -> Iterator[None]:
-        """At work on `model`: it reads segments, and the LoRAs of all stages move the denoiser by `scale`. With
-        scale 0 it is untouched.
+        """At work on `model`: it reads segments, and the LoRAs of all stages move the denoiser by `scale`.
+        With scale 0 it is untouched.
         """
         with ExitStack() as stack:
             if scale:
