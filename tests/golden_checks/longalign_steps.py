@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from align_cli.diffusion.consistency import consistency
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from align_cli.diffusion.consistency import consistency
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.losses import common_direction, reweight_text
 from align_cli.methods.base import StepContext
@@ -178,7 +178,7 @@ def named(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def context(seed: int = 0) -> StepContext:
     rng = torch.Generator().manual_seed(seed)
-    return StepContext(step=0, rng=rng, backward=lambda loss, group=None: loss.backward())
+    return StepContext(step=0, rng=rng, backward=lambda loss: loss.backward())
 
 
 def seed_that_draws(first: int, below: int) -> int:
@@ -190,5 +190,5 @@ def seed_that_draws(first: int, below: int) -> int:
 
 
 KINDS = [
-    Kind("longalign", lambda folder, case: "reward_settings" in case and "stand_ins" in case, train_steps),
+    Kind("longalign", lambda _, case: "reward_settings" in case and "stand_ins" in case, train_steps),
 ]
