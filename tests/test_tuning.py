@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from align_cli.models.tuning import ATTENTION, FullTuning, LoraTuning, linear_layers, tuning_like
+from align_cli.models.lora import ATTENTION, LoraTuning, lora_layers
+from align_cli.models.tuning import FullTuning, tuning_like
 
 
 def a_module(seed: int = 0) -> nn.Sequential:
@@ -135,12 +136,12 @@ def test_lora_is_the_same_on_every_machine():
 def test_attention_layers_of_all_kinds_are_found(tiny_models):
     for model in tiny_models.values():
         for module in (model.denoiser, *model.encoders[:2]):
-            names = {name.rpartition(".")[2] for name in linear_layers(module, ATTENTION)}
+            names = {name.rpartition(".")[2] for name in lora_layers(module, ATTENTION)}
             assert {"q_proj", "k_proj", "v_proj"} <= names or {"to_q", "to_k", "to_v"} <= names
 
 
 def test_no_such_layer():
-    with pytest.raises(ValueError, match="no linear layer is called to_q"):
+    with pytest.raises(ValueError, match="no linear layer and no convolution is called to_q"):
         LoraTuning(a_module(), rank=1, alpha=1, targets=["to_q"])
 
 

@@ -15,6 +15,7 @@ from align_cli.adapters import Adapter, load_adapter, refuse_existing
 from align_cli.config import Resolved
 from align_cli.errors import UserError
 from align_cli.files import new_folder
+from align_cli.models.states import LORA_A, LORA_B
 from align_cli.settings import ModelSettings, one_of
 
 if TYPE_CHECKING:
@@ -55,9 +56,6 @@ class Part:
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """Of a LoRA: A (rank, in) and B (out, rank) of a layer."""
         return self.state[layer + LORA_A], self.state[layer + LORA_B]
-
-
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)

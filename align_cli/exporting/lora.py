@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from align_cli import registry
 from align_cli.adapters import restore
 from align_cli.errors import UserError
-from align_cli.exporting import LORA_B, Job, Part, Report
+from align_cli.exporting import Job, Part, Report
 from align_cli.exporting.compare import Largest, compare_outputs, outputs, silent, writing
 from align_cli.exporting.lowrank import low_rank
 from align_cli.models.base import BaseModel
 from align_cli.models.loading import load_model, quiet
 from align_cli.models.parts import LEVEL, is_flat, pipeline_class
 from align_cli.models.sources import DENOISERS, TEXT_ENCODERS
+from align_cli.models.states import LORA_B
 
 NAME = "default"
 """Of the adapter inside the library: peft's own default."""

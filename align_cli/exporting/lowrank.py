@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from align_cli.errors import UserError
-from align_cli.exporting import LORA_A, LORA_B, Part
-from align_cli.models.tuning import check_state
+from align_cli.exporting import Part
+from align_cli.models.states import LORA_A, LORA_B, check_state
 
 
 def factors(change_oi: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from align_cli.exporting.compare import Largest, silent, writing
 from align_cli.exporting.lora import write_pipeline_lora
 from align_cli.models.loading import LOAD_ERRORS, quiet
 from align_cli.models.parts import LEVEL, is_diffusers, is_flat, load_part, outline
-from align_cli.models.tuning import check_state
+from align_cli.models.states import check_state
 
 
 def write_diffusers(job: Job) -> Report:

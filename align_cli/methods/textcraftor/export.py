@@ -10,11 +10,12 @@ from torch import Tensor
 from align_cli import config
 from align_cli.adapters import Adapter
 from align_cli.errors import UserError
-from align_cli.exporting import LORA_A, Job, Part, Report
+from align_cli.exporting import Job, Part, Report
 from align_cli.exporting.compare import Largest, writing
 from align_cli.methods.textcraftor.config import TextCraftorConfig
 from align_cli.methods.textcraftor.release import FILES, fit, official_state, read_tensors
 from align_cli.models.sources import DENOISERS, TEXT_ENCODERS
+from align_cli.models.states import LORA_A
 
 
 def trained_parts(adapter: Adapter) -> tuple[list[Part], list[str]]:

@@ -30,7 +30,8 @@ from align_cli.methods.base import Batch, StepContext, encoded_text
 from align_cli.methods.textcraftor.config import TextCraftorConfig
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.decoding import Judged, through_pictures
-from align_cli.models.tuning import FullTuning, LoraTuning, tuning_like
+from align_cli.models.lora import LoraTuning
+from align_cli.models.tuning import FullTuning, tuning_like
 from align_cli.rewards.base import Reward
 from align_cli.rewards.loading import load_reward
 from align_cli.rewards.weighted import WeightedRewards

@@ -19,7 +19,7 @@ from align_cli.adapters import NOT_RECORDED, OFFICIAL, AdapterInfo, load_pickle,
 from align_cli.errors import UserError
 from align_cli.models.loading import model_id
 from align_cli.models.parts import LEVEL, family_of, outline
-from align_cli.models.tuning import check_state
+from align_cli.models.states import check_state
 
 WRAPPER = "module."
 """Prefix of the official keys: of DistributedDataParallel."""
