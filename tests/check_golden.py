@@ -24,12 +24,15 @@ if __name__ == "__main__":
     os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import torch
-from golden_checks import comat, imagereward, longalign, softrepa, textcraftor
+from golden_checks import comat, imagereward, longalign, longalign_lcm, softrepa, textcraftor
 from golden_checks.lines import Line
 
 from align_cli.errors import UserError
 
-KINDS = [*comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *softrepa.KINDS, *textcraftor.KINDS]
+KINDS = [
+    *comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_lcm.KINDS, *softrepa.KINDS,
+    *textcraftor.KINDS,
+]  # fmt: skip
 
 
 def run_case(folder: Path) -> tuple[str, list[Line]]:
