@@ -24,13 +24,23 @@ if __name__ == "__main__":
     os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import torch
-from golden_checks import comat, imagereward, longalign, longalign_text, softrepa, textcraftor
+from golden_checks import (
+    comat,
+    imagereward,
+    longalign,
+    longalign_lcm,
+    longalign_steps,
+    longalign_text,
+    softrepa,
+    textcraftor,
+)
 from golden_checks.lines import Line
 
 from align_cli.errors import UserError
 
 KINDS = [
-    *comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_text.KINDS, *softrepa.KINDS,
+    *comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_lcm.KINDS, *longalign_steps.KINDS,
+    *longalign_text.KINDS, *softrepa.KINDS,
     *textcraftor.KINDS,
 ]  # fmt: skip
 
