@@ -332,8 +332,8 @@ class _Run:
     def _not_finite(self, what: str, step: int) -> UserError:
         return UserError(
             f"the {what} is not finite at step {step + 1} of {self.settings.steps} ({self.method.name}, "
-            f"lr {lr_at(self.settings, step):g}, {self.settings.precision}); {self._last_good()}. Start a new "
-            "run with a lower --lr, --set train.max_grad_norm=1, or --set train.precision=fp32"
+            f"lr {lr_at(self.settings, step):g}, {self.settings.precision}); {self._last_good()}. Start a "
+            "new run with a lower --lr, --set train.max_grad_norm=1, or --set train.precision=fp32"
         )
 
     def _last_good(self) -> str:
