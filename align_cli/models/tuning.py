@@ -30,7 +30,8 @@ class FullTuning:
     def __init__(self, module: nn.Module, *, device: torch.device | None = None) -> None:
         """device: where the module works, which is not where it is if it is offloaded; None for the same."""
         self.base = module
-        self.module = copy.deepcopy(module).to(device, torch.float32).requires_grad_(True).eval()
+        copied = nn.Module.to(copy.deepcopy(module), device, torch.float32)  # diffusers' own `to` warns
+        self.module = copied.requires_grad_(True).eval()
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
@@ -186,6 +187,12 @@ def linear_layers(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Lin
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear) and any(name == t or name.endswith(f".{t}") for t in targets)
     }
+
+
+def most_rank(module: nn.Module, targets: Sequence[str] = ATTENTION) -> int:
+    """The largest rank that a change of these layers can have; 0 without such a layer."""
+    layers = linear_layers(module, targets).values()
+    return max((min(layer.weight.shape) for layer in layers), default=0)
 
 
 def check_state(shapes: Mapping[str, Sequence[int]], state: Mapping[str, Tensor]) -> None:
