@@ -134,7 +134,7 @@ def make_guard(model: BaseModel, method: Method, dataset: Dataset, resolved: con
     if len(set(clusters)) < MIN_CLUSTERS and is_main():
         typer.echo(
             f"note: the guard has {len(set(clusters))} independent prompts, too few to tell anything from "
-            f"chance ({MIN_CLUSTERS} would do): it will give no alarm",
+            f"chance ({MIN_CLUSTERS} independent ones would do): it will give no alarm",
             err=True,
         )
     advice = "stop (Ctrl-C) and train with a lower --lr, fewer --steps or other rewards"
