@@ -14,7 +14,7 @@ Letters: B prompts of this process, C h w latent, D width of the reward's towers
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import ClassVar, cast
 
@@ -359,7 +359,7 @@ class LongAlign:
 
         return through_pictures(self.model, z, judge, chunk=c.decode_chunk, loss_scale=ctx.loss_scale)
 
-    def _crop(self, z: Tensor, ctx: StepContext):
+    def _crop(self, z: Tensor, ctx: StepContext) -> Callable[[Tensor], Tensor]:
         """The random crop that all pictures of the step share; none where they are not larger than it."""
         height, width = (n * self.model.vae_factor for n in z.shape[-2:])
         low = torch.rand(2, generator=ctx.rng)
