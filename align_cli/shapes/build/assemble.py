@@ -33,8 +33,9 @@ from align_cli.evaluation import benchmarks
 from align_cli.models.loading import load_model
 from align_cli.settings import ModelSettings
 from align_cli.shapes.build import components, contrastive, paraphrase
+from align_cli.settings import PROMPT_KINDS, ModelSettings
+from align_cli.shapes.build import components, contrastive
 from align_cli.shapes.build.painters import PAINTERS
-from align_cli.shapes.captions import PROMPT_KINDS
 from align_cli.shapes.dataset import eval_prompts
 from align_cli.shapes.world import SIZE
 
@@ -96,8 +97,8 @@ def tiny_t5(out: Path) -> None:
     card = {
         "model": "tiny-t5",
         "class": "transformers.T5EncoderModel",
-        "trained_on": "captions of the shapes world, training split, a tenth of their words hidden: write what "
-        "they ask for",
+        "trained_on": "captions of the shapes world, training split, a tenth of their words hidden: write "
+        "what they ask for",
         "input": f"{components.T5_LIMIT} tokens at most, padding read along",
         "parameters": sum(p.numel() for p in encoder.parameters()),
         "training": _stages(out, "t5"),
