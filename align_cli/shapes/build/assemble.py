@@ -31,10 +31,8 @@ from transformers import (
 from align_cli.config import resolve
 from align_cli.evaluation import benchmarks
 from align_cli.models.loading import load_model
-from align_cli.settings import ModelSettings
-from align_cli.shapes.build import components, contrastive, paraphrase
 from align_cli.settings import PROMPT_KINDS, ModelSettings
-from align_cli.shapes.build import components, contrastive
+from align_cli.shapes.build import components, contrastive, paraphrase
 from align_cli.shapes.build.painters import PAINTERS
 from align_cli.shapes.dataset import eval_prompts
 from align_cli.shapes.world import SIZE
