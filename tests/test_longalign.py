@@ -16,6 +16,7 @@ from align_cli.methods.base import Batch, StepContext
 from align_cli.methods.longalign.config import STAGES, WITH_PICTURES, LongAlignConfig
 from align_cli.methods.longalign.method import OWN, LongAlign
 from align_cli.rewards.aesthetic import Aesthetic
+from align_cli.rewards.loading import load_reward
 from align_cli.settings import SampleSettings, TrainSettings
 
 PROMPTS = [
@@ -131,7 +132,7 @@ def test_two_processes_do_what_one_does(sd15, stage):
     method = moved(make(sd15, stage, adapter_dropout=0.0, lora_dropout=0.5, caption_dropout=0.0))
     whole_batch = batch_of(sd15)
     whole, wanted = run(method, whole_batch), gradients(method)
-    texts = method.rewards["tiny-clip"].text_vectors(whole_batch.prompts)
+    texts = load_reward("tiny-clip").text_vectors(whole_batch.prompts)
 
     def gather(x):  # of the vectors that all processes have, and of their flags of errors
         return texts if x.ndim == 2 else torch.cat([x, x])
@@ -217,7 +218,7 @@ def test_a_reward_without_text_vectors_is_refused(sd15):
 
 def test_a_reward_that_is_not_finite_stops(sd15, monkeypatch):
     method = make(sd15, "reward")
-    reward = method.rewards["tiny-clip"]
+    reward = method.rewards.rewards["tiny-clip"]
     width = reward.text_vectors(["x"]).shape[1]
     monkeypatch.setattr(reward, "image_vectors", lambda images: images.flatten(1)[:, :width] * math.nan)
     with pytest.raises(UserError, match=r"a reward \(tiny-clip\) is not finite for a picture of 'in this"):
@@ -349,6 +350,7 @@ def test_states_that_do_not_fit(sd15, drop):
         ({"lora_rank": 0}, "lora_rank must be >= 1"),
         ({"caption_dropout": 1.0}, r"caption_dropout must be in \[0, 1\)"),
         ({"rewards": {"denscore": 0.0}}, "sum above 0"),
+        ({"stage": "reward", "rewards": {"shapes": 1.0}}, "shapes"),
         ({"rewards": {"nothing": 1.0}}, "unknown reward 'nothing'"),
         ({"reward_weights": {"clip": "x"}}, "names clip, which is not among longalign.rewards"),
     ],
@@ -363,8 +365,10 @@ def test_what_a_stage_needs_is_told_before_anything_is_loaded():
         with pytest.raises(
             UserError, match=f"stage {stage} stands on an earlier one: give its adapter with --from"
         ):
-            LongAlignConfig(stage=stage).check_train(TrainSettings())
-        LongAlignConfig(stage=stage, t5="").check_train(TrainSettings())
+            LongAlignConfig(stage=stage, rewards={"clip": 1.0}).check_train(TrainSettings())
+        LongAlignConfig(stage=stage, t5="", rewards={"clip": 1.0}).check_train(TrainSettings())
+    with pytest.raises(UserError, match="stage reward climbs a reward: name one, --reward denscore=1"):
+        LongAlignConfig(stage="reward", from_adapter="x").check_train(TrainSettings())
     with pytest.raises(UserError, match="stage align stands on no other"):
         LongAlignConfig(from_adapter="x").check_train(TrainSettings())
 
