@@ -1,7 +1,7 @@
 """UniPC of order 2: a predictor-corrector that reaches in 10 to 25 steps what DDIM needs 50 for.
 
-Letters: B batch, C H W latent. With alpha = sqrt(abar) and sigma = sqrt(1 - abar), the solver's time is lambda
-= log(alpha / sigma), and h a difference of lambdas.
+Letters: B batch, C H W latent. With alpha = sqrt(abar) and sigma = sqrt(1 - abar), the solver's time is
+lambda = log(alpha / sigma), and h a difference of lambdas.
 """
 
 from __future__ import annotations
