@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from align_cli import registry
 from align_cli.errors import UserError
@@ -426,8 +425,12 @@ class EvalSettings:
 class MethodConfig:
     """What the settings of every method have in common."""
 
-    pictures: ClassVar[bool] = True
-    """Whether it trains on pictures with captions; else captions alone are enough."""
+    @property
+    def pictures(self) -> bool:
+        """Whether it trains on pictures with captions; else captions alone are enough, and no picture is
+        read.
+        """
+        return True
 
     def check_train(self, train: TrainSettings) -> None:
         """UserError for settings of the training loop that the method cannot work with."""

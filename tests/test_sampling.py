@@ -167,9 +167,7 @@ def test_the_models_own_sampler(model, flow_model, tiny_v_folder):
 
 
 def test_a_sampler_of_another_kind_is_refused(model, flow_model):
-    with pytest.raises(
-        UserError, match="sampler euler is for flow-matching models; .* with ddim, ddpm"
-    ):
+    with pytest.raises(UserError, match="sampler euler is for flow-matching models; .* with ddim, ddpm"):
         sample(model, PROMPTS[:1], EULER, [1])
     for name in ("ddim", "ddpm", "lcm", "unipc"):
         wrong = dataclasses.replace(QUICK, sampler=name)

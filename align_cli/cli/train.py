@@ -318,7 +318,8 @@ def _dataset(resolved: config.Resolved) -> Dataset:
     named = registry.load(registry.DATASETS, resolved.data.name)
     say_reading(resolved.data.path)
     kind = CachedDataset if resolved.data.cache else named
-    dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train")
+    wanted = resolved.method_config.pictures
+    dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train", pictures=wanted)
     return dataset
 
 
