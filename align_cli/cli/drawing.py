@@ -15,7 +15,7 @@ from align_cli import config, registry
 from align_cli.adapters import INFO, AdapterInfo, parse_spec, read_adapter
 from align_cli.cli.text import say_loading
 from align_cli.errors import UserError
-from align_cli.settings import ModelSettings, SampleSettings
+from align_cli.settings import OWN_SPACING, ModelSettings, SampleSettings
 from align_cli.training import run_folder
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ class Plan:
             )
         drawing = own_settings(model, self.sample, self.open_keys)
         check_settings(model, drawing)
+        if drawing.sampler == "lcm" and drawing.guidance == 0:
+            typer.echo(
+                "note: --guidance 0 leaves out the prompt; the guidance 0 of LCM pipelines is --guidance 1",
+                err=True,
+            )
         return model, replace(self, model=settings, sample=drawing)
 
     def describe(self) -> str:
@@ -108,7 +113,11 @@ def make_plan(
     if given:
         origin += ", with " + ", ".join(config.flag_name(f"sample.{key}") for key in given)
     held = {key: value for key, value in model_flags.items() if value is not None}
-    base, drawing = replace(base, **held), replace(drawing, **given)
+    sampler = given.get("sampler", drawing.sampler)
+    # a spacing that was chosen for one of these two samplers says nothing of the other
+    anew = sampler != drawing.sampler and not OWN_SPACING.keys().isdisjoint((sampler, drawing.sampler))
+    spacing = OWN_SPACING.get(sampler, SampleSettings.spacing) if anew else drawing.spacing
+    base, drawing = replace(base, **held), replace(drawing, **{"spacing": spacing, **given})
     _check_files(base.name, drawing)
     return Plan(
         model=base,
@@ -119,7 +128,8 @@ def make_plan(
         open_keys=frozenset(
             key
             for key in ("sampler", "spacing")
-            if key not in given and layers.get(f"sample.{key}", "default") == "default"
+            if key not in given
+            and (layers.get(f"sample.{key}", "default") == "default" or (anew and key == "spacing"))
         ),
         own_dtype="dtype" not in held,
     )

@@ -27,7 +27,9 @@ class CachedDataset:
     captions stored, the caption of an epoch is the one that the dataset itself would have drawn.
     """
 
-    def __init__(self, settings: DataSettings, *, seed: int = 0, split: str = "train") -> None:
+    def __init__(
+        self, settings: DataSettings, *, seed: int = 0, split: str = "train", pictures: bool = True
+    ) -> None:
         """Open `settings.cache`.
 
         Raises:
@@ -52,11 +54,13 @@ class CachedDataset:
                 "or encode more with t2ialign encode"
             )
         self.exact = about["layout"] != "captions"
+        self.pictures = pictures
         index = self.cache.index
         self.source: Dataset | None = None
         if not index.items:
             wanted = replace(settings, cache="", num_examples=about["num_examples"])
-            self.source = registry.load(registry.DATASETS, settings.name)(wanted, seed=seed, split=split)
+            made = registry.load(registry.DATASETS, settings.name)
+            self.source = made(wanted, seed=seed, split=split, pictures=False)
         self._reader = ShardReader()
 
     def __len__(self) -> int:
@@ -64,7 +68,7 @@ class CachedDataset:
 
     def get(self, index: int, rng: np.random.Generator) -> Example:
         """Item `index`; `rng` chooses the caption as the dataset itself does."""
-        latents = self._latents(index)
+        latents = self._latents(index) if self.pictures else None
         if self.source is not None:
             example = self.source.get(index, rng)
             return Example(example.prompt, None, index, example.extra, latents)

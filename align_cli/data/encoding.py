@@ -120,7 +120,7 @@ def make_index(dataset: Dataset, request: Request) -> Index:
         elif request.captions == "random":
             texts = [listed.captions[i][draw_caption(listed.captions[i], rng)]]
         else:
-            texts = listed.captions[i][: 1 if request.captions == "first" else None]
+            texts = list(listed.captions[i][: 1 if request.captions == "first" else None])
         items.append([numbers.setdefault(text, len(numbers)) for text in texts])
     return Index([] if listed is None else list(listed.ids), list(numbers), items)
 
