@@ -9,10 +9,12 @@ One TOML layout serves presets, `--config` files and `config.toml` beside every 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
 
 from align_cli import registry
 from align_cli.errors import UserError
+from align_cli.sentences import SPLITTERS
 
 PROMPT_KINDS = ("single", "pair", "count", "triple", "long")
 """Of captions of the shapes world; see shapes/captions.py."""
@@ -64,6 +66,16 @@ class ModelSettings:
     """SD3: rows of the T5 part of the text, at most what its tokenizer allows. 0 leaves T5 unloaded: as
     many zeros as CLIP has rows stand in its place. Source: SoftREPA sampler.py (diffusers' pipeline has 256).
     """
+    text: str = "plain"
+    """How prompts are read: plain, as the pipeline does (77 tokens of CLIP); or segments, sentence by
+    sentence (LongAlign; SD1.x, SD2.x and SDXL).
+    """
+    segment_length: int = 240
+    """segments: tokens of a prompt that are kept. Source: LongAlign's scripts."""
+    splitter: str = "official"
+    """segments: where sentences end. official: LongAlign's pattern, which its weights know (every full stop
+    and question mark, also in 3.5); sentences: as a reader sees it (also ! ; and ends of lines, not in 3.5).
+    """
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "float16", "bfloat16"))
@@ -81,6 +93,21 @@ class ModelSettings:
         require(
             0 <= self.t5_length <= 512, f"model.t5_length must be between 0 and 512, got {self.t5_length}"
         )
+        one_of("model.text", self.text, ("plain", "segments"))
+        one_of("model.splitter", self.splitter, tuple(SPLITTERS))
+        require(self.segment_length >= 1, f"model.segment_length must be >= 1, got {self.segment_length}")
+
+    def facts(self) -> dict[str, Any]:
+        """What fixes the pictures, as plain JSON: not the devices, and of reading text what is in use."""
+        found = asdict(replace(self, device="auto", encoder_device=""))
+        if self.text == "plain":
+            for key in ("text", "segment_length", "splitter"):
+                del found[key]
+        return found
+
+    def reading(self) -> dict[str, Any]:
+        """The settings of how prompts are read."""
+        return {key: getattr(self, key) for key in ("text", "segment_length", "splitter")}
 
 
 @dataclass(frozen=True, kw_only=True)

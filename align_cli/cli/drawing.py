@@ -91,7 +91,8 @@ class Plan:
     def _settings(self) -> str:
         s = self.sample
         spacing = "" if s.sampler == "euler" else f" ({s.spacing})"
-        return f"{self.model.name}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}"
+        text = "" if self.model.text == "plain" else f", text by {self.model.text}"
+        return f"{self.model.name}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}{text}"
 
 
 def make_plan(
@@ -153,7 +154,7 @@ def _recorded(
         raw = {**info.config, "method": info.method}
         saved = config.Resolved.from_dict(raw, info.origin, where=f"adapter {adapters[0]}: config")
         same = name in (info.model_id, saved.model.name)
-        held = replace(saved.model, name=name) if same else ModelSettings(name=name)
+        held = replace(saved.model if same else ModelSettings(**saved.model.reading()), name=name)
         # where it was trained says nothing about this machine
         held = replace(held, device="auto", encoder_device="")
         return held, saved.sample, f"recorded in {adapters[0]}", saved.origin
@@ -206,13 +207,35 @@ def _read_json(model: str, file: str) -> Any:
 
 
 def note_long_prompts(model: BaseModel, texts: Iterable[str]) -> None:
-    """Tell on stderr of which prompts the model does not see the end."""
+    """Tell on stderr of which prompts the model does not see the end, and where prompts are read sentence by
+    sentence, what that adds.
+    """
     for text in dict.fromkeys(texts):
         count = model.token_count(text)
-        if count > model.token_limit:
-            short = text if len(text) <= 60 else text[:57] + "..."
-            note = f"{count} tokens, {model.model_id} reads {model.token_limit}: its end is not seen"
-            typer.echo(f"note: the prompt {short!r} has {note}", err=True)
+        note = ""
+        if model.reader is not None:
+            note = _segment_note(model, text)
+        elif count > model.token_limit:
+            note = f", {model.model_id} reads {model.token_limit}: its end is not seen"
+        if note:
+            typer.echo(f"note: the prompt {_short(text)!r} has {count} tokens{note}", err=True)
+
+
+def _segment_note(model: BaseModel, text: str) -> str:
+    plain, now = (
+        next((cut for cuts in found.values() for cut in cuts if cut.lost), None)
+        for found in (model.plain_audit([text]), model.audit_text([text]))
+    )
+    if plain is None and now is None:
+        return ""
+    said = "" if plain is None else f"; read as a whole it would lose {_short(plain.lost)!r}"
+    if now is None:
+        return f"{said}, by sentence it loses nothing"
+    return f"{said}; by sentence it loses {_short(now.lost)!r}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def choose_folder(out: Path | None, default: str, names: list[str], overwrite: bool) -> Path:

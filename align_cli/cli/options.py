@@ -52,6 +52,14 @@ EncoderDevice = Annotated[
     ),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="float32, float16 or bfloat16.")]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="NAME",
+        help="How prompts are read: plain (77 tokens), or segments (long ones, by sentence; not SD3).",
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option(

@@ -88,6 +88,7 @@ def train(
         Path | None,
         typer.Option("--cache", metavar="FOLDER", help="Encodings of the dataset, by 't2ialign encode'."),
     ] = None,
+    text: options.Text = None,
     device: options.Device = None,
     encoder_device: options.EncoderDevice = None,
     out: Annotated[
@@ -132,7 +133,8 @@ def train(
     watching = {name: place for name, place in places.items() if name in (guard or [])}
     places = {name: place for name, place in places.items() if name not in watching or name in rewards}
     flags: dict[str, object] = {
-        "model.name": model, "model.device": device, "model.encoder_device": encoder_device,
+        "model.name": model, "model.text": text, "model.device": device,
+        "model.encoder_device": encoder_device,
         "data.name": data, "data.path": data_path, "data.cache": cache, "train.steps": steps,
         "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
         "guard.scorers": guard or None, "guard.every": guard_every, "guard.keep": keep,

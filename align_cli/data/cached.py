@@ -13,7 +13,7 @@ from torch import Tensor
 
 from align_cli import registry
 from align_cli.data.base import Dataset, Example, draw_caption
-from align_cli.data.cache import GENERATED, Cache, differences, dtype_name, encoder_identity
+from align_cli.data.cache import GENERATED, Cache, differences, dtype_name, encoder_identity, reading
 from align_cli.data.shards import READ_ERRORS, ShardReader
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel, Posterior
@@ -93,6 +93,8 @@ class CachedDataset:
         now: dict[str, Any] = {"family": model.family, "dtype": dtype_name(model.dtype)}
         if self.exact and "t5_length" in about:
             now["t5_length"] = getattr(model, "t5_length", None)
+        if self.exact:
+            now["text"] = reading(model)
         self._refuse(now)
         found = encoder_identity(model, text=self.exact)
         named = {} if found.keys() >= about["encoders"].keys() else {"model_id": model.model_id}

@@ -28,6 +28,7 @@ from align_cli.data.cache import (
     Shapes,
     dtype_name,
     encoder_identity,
+    reading,
 )
 from align_cli.data.shards import Field
 from align_cli.errors import UserError
@@ -188,6 +189,8 @@ def describe(
         "shift": measured.shift,
         "encoders": encoder_identity(model, text=request.layout != "captions"),
     }
+    if request.layout != "captions":
+        about["text"] = reading(model)
     if model.family == "sd3":
         about["t5_length"] = getattr(model, "t5_length", None)
     about["settings"] = request.to_json()
