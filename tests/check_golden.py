@@ -24,12 +24,19 @@ if __name__ == "__main__":
     os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import torch
-from golden_checks import comat, imagereward, longalign, softrepa, textcraftor
+from golden_checks import comat, imagereward, longalign, longalign_lora, softrepa, textcraftor
 from golden_checks.lines import Line
 
 from align_cli.errors import UserError
 
-KINDS = [*comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *softrepa.KINDS, *textcraftor.KINDS]
+KINDS = [
+    *comat.KINDS,
+    *imagereward.KINDS,
+    *longalign.KINDS,
+    *longalign_lora.KINDS,
+    *softrepa.KINDS,
+    *textcraftor.KINDS,
+]
 
 
 def run_case(folder: Path) -> tuple[str, list[Line]]:
