@@ -189,7 +189,8 @@ def resolve(
 
     Args:
         method: registered method.
-        preset: "softrepa/sd15", or "sd15" for short, or "none". Not given: `<method>/<model alias>`.
+        preset: "softrepa/sd15", or "sd15" for short, or "none". Not given: `<method>/<model alias>`, or
+        `<method>/<model alias>-<stage>`.
         config_file: TOML file in the layout of a preset.
         sets: "section.key=value" texts; the value is TOML, or bare text for a setting that is a text.
         flags: dotted key -> value of a named flag; None means that the flag was not given.
@@ -204,7 +205,7 @@ def resolve(
     texts = [_split_set(text) for text in sets or []]
     given = {key: str(v) if isinstance(v, Path) else v for key, v in (flags or {}).items() if v is not None}
 
-    name = _preset_name(method, preset, _wanted_model(file_raw, texts, given))
+    name = _preset_name(method, preset, _User(file_raw, texts, given))
     if name is not None:
         state.add_nested(read_preset(name)[0], f"preset {name}", f"preset {name}")
     if config_file is not None:
@@ -442,37 +443,49 @@ def _parse_text(text: str, hint: object) -> object:
     return value
 
 
-def _wanted_model(
-    file_raw: Mapping[str, object], texts: list[tuple[str, str]], flags: Mapping[str, object]
-) -> str:
-    """The model that the user named, highest layer first; the class default if none did."""
-    if isinstance(flags.get("model.name"), str):
-        return str(flags["model.name"])
-    for key, text in reversed(texts):
-        if key == "model.name":
-            return str(_parse_text(text, str))
-    section = file_raw.get("model")
-    if isinstance(section, Mapping) and isinstance(section.get("name"), str):
-        return str(section["name"])
-    return ModelSettings().name
+class _User:
+    """What the user gave, before it is known on which preset it goes: the highest layer that has a key."""
+
+    def __init__(
+        self, file_raw: Mapping[str, object], texts: list[tuple[str, str]], flags: Mapping[str, object]
+    ) -> None:
+        self.file_raw, self.texts, self.flags = file_raw, texts, flags
+
+    def wants(self, key: str) -> str:
+        """The text of a setting, "" if no layer names it."""
+        if isinstance(self.flags.get(key), str):
+            return str(self.flags[key])
+        for name, text in reversed(self.texts):
+            if name == key:
+                return str(_parse_text(text, str))
+        section, _, name = key.partition(".")
+        found = self.file_raw.get(section)
+        value = found.get(name) if isinstance(found, Mapping) else None
+        return value if isinstance(value, str) else ""
 
 
-def _preset_name(method: str, preset: str | None, model: str) -> str | None:
+def _preset_name(method: str, preset: str | None, user: _User) -> str | None:
+    """The preset that was named, else the model's own: of the stage, where stages have their own."""
     known = list_presets()
     if preset == NO_PRESET:
         return None
     if preset is not None:
         return f"{method}/{preset}" if f"{method}/{preset}" in known else preset
+    model = user.wants("model.name") or ModelSettings().name
     source = registry.model_source(model)
     aliases = [alias for alias, target in registry.MODELS.items() if target == source]
-    names = [f"{method}/{alias}{tail}" for tail in ("", PAPER) for alias in aliases]
+    first = getattr(registry.load(registry.METHOD_CONFIGS, method), "stage", "")
+    stage = user.wants(f"{method}.stage") or first
+    names = [f"{method}/{alias}{tail}" for tail in (f"-{stage}", "", PAPER) for alias in aliases]
     for name in names:
         if name in known:
             return name
     own = [name for name in known if name.startswith(f"{method}/")]
     raise UserError(
-        f"{method} has no preset for the model {model!r}; name one with --preset "
-        f"({', '.join(own) or 'there is none'}; {NO_PRESET} takes the class defaults)"
+        f"{method} has no preset for the model {model!r}"
+        + (f" and stage {stage!r}" if stage else "")
+        + f"; name one with --preset ({', '.join(own) or 'there is none'}; {NO_PRESET} takes the class "
+        "defaults)"
     )
 
 

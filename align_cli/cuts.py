@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import east_asian_width
+
+from align_cli.sentences import starts
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,52 @@ def _cut(tokenizer: Any, limit: int, prompt: str, before: str) -> Cut:
         return Cut(limit, tokens, "")
     kept = tokenizer(text, truncation=True, max_length=limit, return_offsets_mapping=True)
     seen = max((end for start, end in kept["offset_mapping"] if end > start), default=0)
+    return Cut(limit, tokens, prompt[max(_whole_words(text, seen) - len(before), 0) :].strip())
+
+
+def segment_cuts(
+    tokenizer: Any,
+    limit: int,
+    length: int,
+    prompts: Sequence[str],
+    split: Callable[[str], list[str]],
+    dropped: Collection[int],
+) -> list[Cut]:
+    """What is cut from prompts that are read sentence by sentence: the ends of long sentences, and of all.
+
+    Args:
+        limit: tokens of one sentence that the model reads, start and end included.
+        length: tokens of a whole prompt that are kept; the limit of the cuts.
+        dropped: ids of tokens that are not kept, that of the end among them.
+    """
+    return [_segment_cut(tokenizer, limit, length, prompt, split(prompt), dropped) for prompt in prompts]
+
+
+def _segment_cut(
+    tokenizer: Any, limit: int, length: int, prompt: str, parts: list[str], dropped: Collection[int]
+) -> Cut:
+    tokens = filled = 0
+    lost: list[str] = []
+    full = False
+    for part, begin in zip(parts, starts(prompt, parts), strict=True):
+        found = tokenizer(part, truncation=False, verbose=False, return_offsets_mapping=True)
+        kept = [i for i, token in enumerate(found["input_ids"]) if token not in dropped]
+        fit = [i for i in kept if i < limit - 1]
+        read = fit[: length - filled]
+        tokens, filled = tokens + len(kept), filled + len(read)
+        if len(read) < len(kept) and not full:
+            full = len(read) < len(fit)
+            seen = max((found["offset_mapping"][i][1] for i in read), default=0)
+            end = len(prompt) if full else begin + len(part)
+            lost.append(prompt[begin + _whole_words(part, seen) : end].strip())
+    return Cut(length, tokens, " ... ".join(text for text in lost if text))
+
+
+def _whole_words(text: str, seen: int) -> int:
+    """Where the last word that is read completely ends: half a word is a lost word. seen: characters read."""
     while 0 < seen < len(text) and _in_word(text[seen - 1]) and _in_word(text[seen]):
-        seen -= 1  # half a word is a lost word
-    return Cut(limit, tokens, prompt[max(seen - len(before), 0) :].strip())
+        seen -= 1
+    return seen
 
 
 def _in_word(character: str) -> bool:

@@ -20,6 +20,7 @@ class Table(dict[str, str]):
 METHODS = Table(
     "method",
     {
+        "longalign": "align_cli.methods.longalign.method:LongAlign",
         "softrepa": "align_cli.methods.softrepa.method:SoftREPA",
         "textcraftor": "align_cli.methods.textcraftor.method:TextCraftor",
     },
@@ -29,6 +30,7 @@ METHODS = Table(
 METHOD_CONFIGS = Table(
     "method",
     {
+        "longalign": "align_cli.methods.longalign.config:LongAlignConfig",
         "softrepa": "align_cli.methods.softrepa.config:SoftREPAConfig",
         "textcraftor": "align_cli.methods.textcraftor.config:TextCraftorConfig",
     },

@@ -24,19 +24,17 @@ if __name__ == "__main__":
     os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import torch
-from golden_checks import comat, imagereward, longalign, longalign_lora, softrepa, textcraftor
+from golden_checks import (
+    comat, imagereward, longalign, longalign_lora, longalign_text, softrepa, textcraftor,
+)  # fmt: skip
 from golden_checks.lines import Line
 
 from align_cli.errors import UserError
 
 KINDS = [
-    *comat.KINDS,
-    *imagereward.KINDS,
-    *longalign.KINDS,
-    *longalign_lora.KINDS,
-    *softrepa.KINDS,
-    *textcraftor.KINDS,
-]
+    *comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_lora.KINDS, *longalign_text.KINDS,
+    *softrepa.KINDS, *textcraftor.KINDS,
+]  # fmt: skip
 
 
 def run_case(folder: Path) -> tuple[str, list[Line]]:

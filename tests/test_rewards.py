@@ -21,8 +21,8 @@ from align_cli.rewards.base import Cut, rgb
 from align_cli.rewards.clip import ClipReward
 from align_cli.rewards.denscore import Denscore
 from align_cli.rewards.loading import load_reward
-from align_cli.rewards.segments import split_sentences
 from align_cli.rewards.towers import LAYOUTS, clip_config, from_open_clip
+from align_cli.sentences import split_sentences
 from align_cli.shapes.dataset import eval_prompts
 from align_cli.shapes.oracle import METRICS
 from align_cli.shapes.world import render, sample_scenes

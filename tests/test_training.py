@@ -262,6 +262,19 @@ def test_bad_numbers_stop_before_they_reach_the_weights(tmp_path, hook, words):
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def _bad_reward(ctx, loss):
+    if ctx.step == 6:
+        raise UserError("the reward x is nan")
+    return loss
+
+
+def test_an_error_of_the_method_tells_what_is_kept(tmp_path):
+    words = r"^the reward x is nan; stopped at step 7, the last good checkpoint is .*step-00000004$"
+    with pytest.raises(UserError, match=words):
+        run(tmp_path, method=LinearMap(hook=_bad_reward))
+    assert checkpoints(tmp_path) == ["step-00000004"]
+
+
 class _BadGradient(torch.autograd.Function):
     @staticmethod
     def forward(_ctx, x):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel, Posterior, TextCond
 from align_cli.settings import TrainSettings
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -114,6 +116,24 @@ class StepContext:
     def rows(self, global_rows: Tensor) -> Tensor:
         """This rank's equal share of the rows of `global_rows`."""
         return global_rows.chunk(self.world_size)[self.rank]
+
+    def together(self, work: Callable[[], T], device: torch.device) -> T:
+        """What `work` returns; a UserError of one process stops all, so that none waits for one that is gone.
+        device: of what is gathered.
+        """
+        if self.world_size == 1:
+            return work()
+        found, error = None, None
+        try:
+            found = work()
+        except UserError as caught:
+            error = caught
+        failed = self.gather(torch.tensor([float(error is not None)], device=device)).nonzero()
+        if error is not None:
+            raise error
+        if len(failed):
+            raise UserError(f"process {int(failed[0])} stopped: a reward is not finite there, as it says")
+        return cast("T", found)
 
 
 class Method(Protocol):

@@ -16,6 +16,8 @@ from align_cli.diffusion.process import Process
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from align_cli.models.segments import SegmentReader
+
 
 @dataclass
 class TextCond:
@@ -113,6 +115,8 @@ class BaseModel(Protocol):
     """Pixels of the longest side the denoiser has positions for; 0 if there is no such limit."""
     text_changes: list[TextChange]
     """What adapters that are at work make of the text; `models.conditioning.StepText` mixes it in."""
+    reader: SegmentReader | None
+    """What reads prompts in place of the pipeline's own way; None for that."""
     encoders: list[nn.Module]
     """The text encoders, in the pipeline's order."""
     vae: AutoencoderKL
@@ -143,6 +147,10 @@ class BaseModel(Protocol):
         """
         ...
 
+    def reading(self, reader: SegmentReader | None) -> AbstractContextManager[None]:
+        """Inside, prompts are read by `reader`; None: as the pipeline does."""
+        ...
+
     def encode_text(self, prompts: list[str]) -> TextCond:
         """Encode prompts, truncated to the model's token limit. No gradient unless a text encoder requires
         it.
@@ -166,6 +174,10 @@ class BaseModel(Protocol):
         """What each text encoder reads of the prompts: name of the encoder in the pipeline -> one per prompt.
         The first encoder is called text_encoder, the others text_encoder_2 and text_encoder_3.
         """
+        ...
+
+    def plain_audit(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
+        """`audit_text` without a reader."""
         ...
 
     def encode_image(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:

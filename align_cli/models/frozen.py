@@ -5,19 +5,24 @@ Letters: B batch, L tokens, D text width, C h w latent, H W pixels.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from align_cli.cuts import Cut
 from align_cli.diffusion.process import Process
-from align_cli.models.base import Posterior, TextChange
+from align_cli.models.base import Posterior, TextChange, TextCond
+
+if TYPE_CHECKING:
+    from align_cli.models.segments import SegmentReader, Tower
 
 
-class FrozenModel:
+class FrozenModel(ABC):
     """The part of `align_cli.models.base.BaseModel` that does not depend on the family.
 
     encoders: the text encoders, in the pipeline's order. All modules are put into eval mode and frozen.
@@ -29,6 +34,8 @@ class FrozenModel:
     image_size: int
     text_width: int
     max_image_size: int = 0
+    zeros_for_empty: bool = False
+    """Whether the unconditional text is zeros, not the encoding of the empty prompt."""
 
     def __init__(
         self,
@@ -47,6 +54,7 @@ class FrozenModel:
         self.device, self.dtype = weight.device, weight.dtype
         self.encoder_device = next(vae.parameters()).device
         self.text_changes: list[TextChange] = []
+        self.reader: SegmentReader | None = None
         self.offloaded = False
         self.vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.size_factor = self.vae_factor
@@ -110,6 +118,70 @@ class FrozenModel:
         """Inside: the text encoders are where they work."""
         with self.at_work(*self.encoders):
             yield
+
+    # ------------------------------------------------------------ text
+
+    @contextmanager
+    def reading(self, reader: SegmentReader | None) -> Iterator[None]:
+        """Inside, prompts are read by `reader`; None: as the pipeline does."""
+        before = self.reader
+        try:
+            self.reader = reader
+            yield
+        finally:
+            self.reader = before
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a prompt that are read."""
+        return self.plain_limit if self.reader is None else self.reader.limit
+
+    def token_count(self, prompt: str) -> int:
+        """Tokens of the prompt, before anything is cut."""
+        return self.plain_count(prompt) if self.reader is None else self.reader.count(prompt)
+
+    def audit_text(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
+        """What each text encoder reads of the prompts."""
+        return self.plain_audit(prompts) if self.reader is None else self.reader.audit(prompts)
+
+    def encode_text(self, prompts: list[str]) -> TextCond:
+        """The prompts as the denoiser reads them. No gradient unless a text encoder requires it."""
+        return self.plain_text(prompts) if self.reader is None else self.reader.encode(prompts)
+
+    def uncond(self, batch: int) -> TextCond:
+        """Zeros, or the encoding of the empty prompt (see `zeros_for_empty`), `batch` rows."""
+        return self.plain_uncond(batch) if self.reader is None else self.reader.uncond(batch)
+
+    @property
+    @abstractmethod
+    def plain_limit(self) -> int:
+        """`token_limit` without a reader."""
+
+    @abstractmethod
+    def plain_count(self, prompt: str) -> int:
+        """`token_count` without a reader."""
+
+    @abstractmethod
+    def plain_audit(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
+        """`audit_text` without a reader."""
+
+    @abstractmethod
+    def plain_text(self, prompts: list[str]) -> TextCond:
+        """`encode_text` without a reader."""
+
+    @abstractmethod
+    def plain_uncond(self, batch: int) -> TextCond:
+        """`uncond` without a reader."""
+
+    @abstractmethod
+    def towers(self) -> list[Tower]:
+        """The text encoders for reading sentence by sentence. UserError if the family has no use for that."""
+
+    def pooled_text(self, prompts: list[str]) -> Tensor | None:
+        """The pooled text (B, P) of whole prompts, None where the family has none."""
+        return None
+
+    # ------------------------------------------------------------ pictures
 
     def encode_image(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise
@@ -184,6 +256,20 @@ def clip_penultimate(tokenizer: Any, encoder: Any, prompts: list[str], length: i
         (B, length, D), and (B, P) for an encoder with projection (the projected end token), else the last
         states. No attention mask, as in diffusers.
     """
-    ids = token_ids(tokenizer, prompts, length)["input_ids"]
+    return penultimate(encoder, token_ids(tokenizer, prompts, length)["input_ids"])
+
+
+def penultimate(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`clip_penultimate` of token ids (B, L)."""
     output = encoder(ids.to(encoder.device), output_hidden_states=True)
     return output.hidden_states[-2], output[0]
+
+
+def t5_states(tokenizer: Any, encoder: nn.Module, prompts: list[str], length: int) -> Tensor:
+    """(B, length, D): T5's last states of whole prompts, padded and truncated to `length`.
+
+    No attention mask, as in diffusers and in LongAlign: padding is attended to, and its states are used.
+    """
+    ids = token_ids(tokenizer, prompts, length)["input_ids"]
+    states: Tensor = encoder(ids.to(next(encoder.parameters()).device))[0]
+    return states

@@ -120,7 +120,7 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
                 modules[part] = _outline(cls, source, part, dtype)
             elif part in wanted:
                 modules[part] = (
-                    _load_tokenizer(cls, source, part)
+                    load_tokenizer(cls, source, part)
                     if part in TOKENIZERS
                     else load_part_of(cls, source, part, _part_dtype(kind, part, source, dtype))
                 )
@@ -175,7 +175,7 @@ def load_part_of(cls: Any, source: Source, part: str, dtype: torch.dtype) -> nn.
         advice = "; set model.t5_length = 0 to go without T5" if part == "text_encoder_3" else ""
         raise UserError(f"{source.label} is incomplete: no {part}/{lacking} in {source.folder}{advice}")
     name = weight.rpartition("/")[2]
-    return _load_weights(cls, source.folder / part, name, dtype, f"{part} of {source.label}")
+    return load_weights(cls, source.folder / part, name, dtype, f"{part} of {source.label}")
 
 
 def _outline(cls: Any, source: Source, part: str, dtype: torch.dtype) -> nn.Module:
@@ -195,8 +195,8 @@ def outline_of(cls: Any, config: dict[str, Any]) -> nn.Module:
         return cast("nn.Module", cls(cls.config_class.from_dict(config)))
 
 
-def _load_weights(cls: Any, folder: Path, weight: str, dtype: torch.dtype, what: str) -> nn.Module:
-    """weight: the file, or the index of its shards."""
+def load_weights(cls: Any, folder: Path, weight: str, dtype: torch.dtype, what: str) -> nn.Module:
+    """A module of a folder, complete. weight: the file, or the index of its shards. what: for errors."""
     options = {
         "torch_dtype" if cls in DIFFUSERS_CLASSES else "dtype": dtype,
         "variant": "fp16" if ".fp16." in weight else None,
@@ -213,7 +213,8 @@ def _load_weights(cls: Any, folder: Path, weight: str, dtype: torch.dtype, what:
     return result
 
 
-def _load_tokenizer(cls: Any, source: Source, part: str) -> Any:
+def load_tokenizer(cls: Any, source: Source, part: str) -> Any:
+    """part: the folder of the tokenizer in the source, "" for the source's own."""
     try:
         return cls.from_pretrained(source.folder, subfolder=part, local_files_only=True)
     except LOAD_ERRORS as error:
@@ -235,7 +236,7 @@ def _other_module(cls: Any, part: str, name: str, dtype: torch.dtype) -> nn.Modu
     weight = weight_file(source, prefix, DIFFUSERS_STEM, half=half)
     if weight is None:
         raise UserError(f"{setting}: no {DIFFUSERS_STEM}.safetensors (or .bin) beside config.json")
-    return _load_weights(cls, source.folder / prefix, weight.rpartition("/")[2], dtype, f"{part} {name}")
+    return load_weights(cls, source.folder / prefix, weight.rpartition("/")[2], dtype, f"{part} {name}")
 
 
 def _part_dtype(kind: str, part: str, source: Source, dtype: torch.dtype) -> torch.dtype:

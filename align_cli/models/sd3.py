@@ -16,8 +16,10 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from align_cli.cuts import Cut, cuts
 from align_cli.diffusion.flow import FlowProcess
+from align_cli.errors import UserError
 from align_cli.models.base import TextCond
-from align_cli.models.frozen import FrozenModel, clip_limit, clip_penultimate, count_tokens, token_ids
+from align_cli.models.frozen import FrozenModel, clip_limit, clip_penultimate, count_tokens, t5_states
+from align_cli.models.segments import Tower
 
 
 def mmdit_predict(transformer: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
@@ -71,15 +73,15 @@ class SD3Model(FrozenModel):
         self.text_width = int(config.joint_attention_dim)
 
     @property
-    def token_limit(self) -> int:
+    def plain_limit(self) -> int:
         """Tokens read by the text encoder that reads most: T5, or CLIP where there is none."""
         return self.clip_length if self.t5_tokenizer is None else self.t5_length
 
-    def token_count(self, prompt: str) -> int:
+    def plain_count(self, prompt: str) -> int:
         """Tokens of the prompt, as T5 (or CLIP where there is none) counts them, before truncation."""
         return count_tokens(self.t5_tokenizer or self.tokenizers[0], prompt)
 
-    def audit_text(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
+    def plain_audit(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
         """What each text encoder reads of the prompts; T5, where there is one, reads most."""
         first, second = (cuts(tokenizer, self.clip_length, prompts) for tokenizer in self.tokenizers)
         found = {"text_encoder": first, "text_encoder_2": second}
@@ -87,7 +89,7 @@ class SD3Model(FrozenModel):
             found["text_encoder_3"] = cuts(self.t5_tokenizer, self.t5_length, prompts)
         return found
 
-    def encode_text(self, prompts: list[str]) -> TextCond:
+    def plain_text(self, prompts: list[str]) -> TextCond:
         """tokens (B, L + N, D): both CLIPs' states before the last layer side by side, zeros up to D, and
         below them the T5 states; pooled (B, P): both projections. No attention mask anywhere. No
         gradient unless a text encoder requires it.
@@ -106,16 +108,20 @@ class SD3Model(FrozenModel):
         """(B, N, D): T5's last states, or zeros."""
         if self.t5_tokenizer is None:
             return like.new_zeros(len(prompts), self.t5_length, self.text_width)
-        encoder = self.encoders[2]
-        ids = token_ids(self.t5_tokenizer, prompts, self.t5_length)["input_ids"]
-        states: Tensor = encoder(ids.to(next(encoder.parameters()).device))[0]
-        return states
+        return t5_states(self.t5_tokenizer, self.encoders[2], prompts, self.t5_length)
 
-    def uncond(self, batch: int) -> TextCond:
+    def plain_uncond(self, batch: int) -> TextCond:
         """The encoding of the empty prompt, `batch` rows."""
-        empty = self.encode_text([""])
+        empty = self.plain_text([""])
         assert empty.pooled is not None
         return TextCond(empty.tokens.expand(batch, -1, -1), empty.pooled.expand(batch, -1))
+
+    def towers(self) -> list[Tower]:
+        """UserError."""
+        raise UserError(
+            f"model.text segments does not apply to {self.model_id}: SD3 reads long prompts with T5 already; "
+            "leave --text away, or give --text plain"
+        )
 
     def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
         """The velocity eps - x0. z_t (B, C, h, w), t () or (B,) in [0, 1000] -> (B, C, h, w) in the model's

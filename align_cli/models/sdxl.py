@@ -6,7 +6,7 @@ H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from align_cli.cuts import Cut, cuts
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.models.base import TextCond
-from align_cli.models.frozen import FrozenModel, clip_limit, clip_penultimate, count_tokens
+from align_cli.models.frozen import FrozenModel, clip_limit, clip_penultimate, count_tokens, penultimate
+from align_cli.models.segments import Tower
 from align_cli.models.unet import unet_predict
 
 
@@ -59,38 +60,55 @@ class SDXLModel(FrozenModel):
         self.pooled_width = int(text_encoders[1].config.projection_dim)
 
     @property
-    def token_limit(self) -> int:
+    def plain_limit(self) -> int:
         """Tokens the text encoders read, start and end included."""
         return min(map(clip_limit, self.tokenizers, self.encoders))
 
-    def token_count(self, prompt: str) -> int:
+    def plain_count(self, prompt: str) -> int:
         """Tokens of the prompt including start and end, before truncation."""
         return count_tokens(self.tokenizers[0], prompt)
 
-    def audit_text(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
+    def plain_audit(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
         """What each text encoder reads of the prompts."""
-        first, second = (cuts(tokenizer, self.token_limit, prompts) for tokenizer in self.tokenizers)
+        first, second = (cuts(tokenizer, self.plain_limit, prompts) for tokenizer in self.tokenizers)
         return {"text_encoder": first, "text_encoder_2": second}
 
-    def encode_text(self, prompts: list[str]) -> TextCond:
+    def plain_text(self, prompts: list[str]) -> TextCond:
         """tokens (B, L, D): both encoders' states before the last layer, side by side; pooled (B, P): the
         second encoder's projection. No gradient unless a text encoder requires it.
         """
         with self.text_at_work():
             (first, _), (second, pooled) = (
-                clip_penultimate(tokenizer, encoder, prompts, self.token_limit)
+                clip_penultimate(tokenizer, encoder, prompts, self.plain_limit)
                 for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)
             )
         return TextCond(self.here(torch.cat([first, second], dim=-1)), self.here(pooled))
 
-    def uncond(self, batch: int) -> TextCond:
+    def plain_uncond(self, batch: int) -> TextCond:
         """Zeros, or the encoding of the empty prompt (see `zeros_for_empty`), `batch` rows."""
         if self.zeros_for_empty:
-            tokens = torch.zeros(batch, self.token_limit, self.text_width)
+            tokens = torch.zeros(batch, self.plain_limit, self.text_width)
             return TextCond(self.here(tokens), self.here(torch.zeros(batch, self.pooled_width)))
-        empty = self.encode_text([""])
+        empty = self.plain_text([""])
         assert empty.pooled is not None
         return TextCond(empty.tokens.expand(batch, -1, -1), empty.pooled.expand(batch, -1))
+
+    def towers(self) -> list[Tower]:
+        """Both text encoders, read before the last layer."""
+
+        def reading(place: int) -> Callable[[Tensor], Tensor]:
+            return lambda ids: penultimate(self.encoders[place], ids)[0]
+
+        limit = self.plain_limit
+        return [
+            Tower("text_encoder", self.tokenizers[0], limit, reading(0)),
+            Tower("text_encoder_2", self.tokenizers[1], limit, reading(1)),
+        ]
+
+    def pooled_text(self, prompts: list[str]) -> Tensor:
+        """The second encoder's projection (B, P) of whole prompts, truncated as ever."""
+        _, pooled = clip_penultimate(self.tokenizers[1], self.encoders[1], prompts, self.plain_limit)
+        return self.here(pooled)
 
     def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
         """eps or velocity, as `process` says. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w) in the model's

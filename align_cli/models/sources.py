@@ -71,17 +71,18 @@ def find(name: str) -> Source:
     return source
 
 
-def find_module(name: str, part: str, *, half: bool) -> tuple[Source, str]:
+def find_module(name: str, part: str, *, half: bool, advice: str = "") -> tuple[Source, str]:
     """A single module, with its files there: a folder or hub repository that holds nothing else, or `part` of
     a pipeline.
 
+    advice: what the user may do where the hub does not give it; "" names another --model.
     Returns:
         The source and the folder of the module in it, "" or "unet/".
     """
-    source = _find(name)
+    source = _find(name, advice)
     if source.index:
         return with_parts(source, [part], half=half), f"{part}/"
-    return _with_module(source, "", DIFFUSERS_STEM, half), ""
+    return _with_module(source, "", stem_of(part), half), ""
 
 
 def with_parts(source: Source, parts: Collection[str], *, half: bool) -> Source:
@@ -90,10 +91,16 @@ def with_parts(source: Source, parts: Collection[str], *, half: bool) -> Source:
     """
     for part in parts:
         if part in TOKENIZERS:
-            for file in TOKENIZER_FILES:
-                _bring(source, f"{part}/{file}")
+            source = with_tokenizer(source, f"{part}/")
         else:
             source = _with_module(source, f"{part}/", stem_of(part), half)
+    return _listed(source)
+
+
+def with_tokenizer(source: Source, prefix: str) -> Source:
+    """The source with the files of a tokenizer there, of those that it has. prefix: "" or "tokenizer/"."""
+    for file in TOKENIZER_FILES:
+        _bring(source, f"{prefix}{file}")
     return _listed(source)
 
 
@@ -166,19 +173,19 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- this machine
 
 
-def _find(name: str) -> Source:
-    """Whatever is called `name`, a pipeline or not."""
+def _find(name: str, advice: str = "") -> Source:
+    """Whatever is called `name`, a pipeline or not. advice: see `find_module`."""
     where = registry.model_source(name)
     if where.startswith("embedded:"):
         folder = registry.WEIGHTS / where.removeprefix("embedded:")
-        if not (folder / INDEX).is_file():
+        if not any((folder / file).is_file() for file in (INDEX, "config.json")):
             raise UserError(
                 f"the embedded model {folder.name} is not in this installation ({folder} is missing); "
                 "reinstall t2ialign"
             )
         return replace(_local(name, folder), embedded=True)
     folder = Path(where).expanduser()
-    return _local(str(where), folder) if folder.is_dir() else _hub(name, where)
+    return _local(str(where), folder) if folder.is_dir() else _hub(name, where, advice)
 
 
 def _local(label: str, folder: Path) -> Source:
@@ -195,25 +202,24 @@ def _listed(source: Source) -> Source:
 # ---------------------------------------------------------------- the hub
 
 
-def _hub(name: str, repo: str) -> Source:
+def _hub(name: str, repo: str, advice: str = "") -> Source:
     """A hub repository of which model_index.json, or else config.json, is there.
 
     What the local cache holds is taken from there; without network only that is seen.
     """
     label = repo if name == repo else f"{name} ({repo})"
     online = reachable()  # asked once: huggingface_hub would retry every file for half a minute
-    ask = partial(
-        fetch, label, repo, online=online, advice="pass a local folder with --model /path/to/folder"
-    )
+    other = advice or "pass a local folder with --model /path/to/folder"
+    ask = partial(fetch, label, repo, online=online, advice=other)
     index = ask(INDEX)
     first = index or ask("config.json")
     if first is None:
         if online:
             raise UserError(f"the hub model {label} is no diffusers pipeline: it has no {INDEX}")
-        raise UserError(
-            f"model {label} is not in the local cache and the hub cannot be reached; pass a local "
-            "diffusers folder with --model /path/to/folder, or the built-in --model tiny-sd15"
+        other = advice or (
+            "pass a local diffusers folder with --model /path/to/folder, or the built-in --model tiny-sd15"
         )
+        raise UserError(f"model {label} is not in the local cache and the hub cannot be reached; {other}")
     folder = first.parent
     revision = folder.name  # the commit, so that all files are of one version
 

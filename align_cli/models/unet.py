@@ -6,6 +6,7 @@ Letters: B batch, L tokens, D text width, P pooled width, C h w latent, H W pixe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from align_cli.cuts import Cut, cuts
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.models.base import TextCond
 from align_cli.models.frozen import FrozenModel, clip_limit, count_tokens, token_ids
+from align_cli.models.segments import Tower
 
 SD21_WIDTH = 1024
 """Text width of SD2.x (OpenCLIP ViT-H); SD1.x has 768."""
@@ -73,25 +75,25 @@ class UNetModel(FrozenModel):
         return self.encoders[0]
 
     @property
-    def token_limit(self) -> int:
+    def plain_limit(self) -> int:
         """Tokens the text encoder reads, start and end included."""
         return clip_limit(self.tokenizer, self.text_encoder)
 
-    def token_count(self, prompt: str) -> int:
+    def plain_count(self, prompt: str) -> int:
         """Tokens of the prompt including start and end, before truncation."""
         return count_tokens(self.tokenizer, prompt)
 
-    def audit_text(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
+    def plain_audit(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
         """What the text encoder reads of the prompts."""
-        return {"text_encoder": cuts(self.tokenizer, self.token_limit, prompts)}
+        return {"text_encoder": cuts(self.tokenizer, self.plain_limit, prompts)}
 
-    def encode_text(self, prompts: list[str]) -> TextCond:
-        """Last hidden state after the final norm, (B, L, D), padded and truncated to `token_limit`.
+    def plain_text(self, prompts: list[str]) -> TextCond:
+        """Last hidden state after the final norm, (B, L, D), padded and truncated to `plain_limit`.
 
         An attention mask is passed only if the encoder's configuration asks for one, as diffusers does (SD1.x
         and SD2.x do not). No gradient unless the text encoder requires it.
         """
-        encoded = token_ids(self.tokenizer, prompts, self.token_limit)
+        encoded = token_ids(self.tokenizer, prompts, self.plain_limit)
         with self.text_at_work():
             mask = None
             if getattr(self.text_encoder.config, "use_attention_mask", False):
@@ -100,9 +102,19 @@ class UNetModel(FrozenModel):
             states = self.text_encoder(ids, attention_mask=mask)
         return TextCond(states.last_hidden_state.to(self.device))
 
-    def uncond(self, batch: int) -> TextCond:
+    def plain_uncond(self, batch: int) -> TextCond:
         """The encoding of the empty prompt, `batch` rows."""
-        return TextCond(self.encode_text([""]).tokens.expand(batch, -1, -1))
+        return TextCond(self.plain_text([""]).tokens.expand(batch, -1, -1))
+
+    def towers(self) -> list[Tower]:
+        """The only text encoder, read after the final norm; without attention mask."""
+
+        def states(ids: Tensor) -> Tensor:
+            encoder: Any = self.text_encoder
+            found: Tensor = encoder(ids.to(encoder.device)).last_hidden_state
+            return found
+
+        return [Tower("text_encoder", self.tokenizer, self.plain_limit, states)]
 
     def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
         """eps or velocity, as `process` says. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w) in the model's

@@ -14,7 +14,7 @@ from torch import Tensor
 from align_cli.rewards import preprocess
 from align_cli.rewards.base import Cut, Request
 from align_cli.rewards.clip import ClipReward, Kind, build_kind
-from align_cli.rewards.segments import split_sentences
+from align_cli.sentences import split_sentences
 
 KIND = Kind(
     "luping-liu/Denscore",

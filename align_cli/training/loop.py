@@ -258,8 +258,11 @@ class _Run:
                 world_size=self.ranks.world_size,
                 loss_scale=self.scaler.get_scale() if self.scaler is not None else 1.0,
             )
-            with self._autocast():
-                slices.add(self.method.step(batch, ctx))
+            try:
+                with self._autocast():
+                    slices.add(self.method.step(batch, ctx))
+            except UserError as error:  # a reward that is not finite, a picture that cannot be read
+                raise UserError(f"{error}; stopped at step {step + 1}, {self._last_good()}") from error
         values = slices.means()
         reported = any(not math.isfinite(v) for k, v in values.items() if is_loss(k))
         flags = [float(reported or bool(self.bad_loss)), float(signals.received > 0)]
@@ -327,13 +330,14 @@ class _Run:
         return norms if finite else {"loss_scale": norms["loss_scale"]}
 
     def _not_finite(self, what: str, step: int) -> UserError:
-        good = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
         return UserError(
             f"the {what} is not finite at step {step + 1} of {self.settings.steps} ({self.method.name}, "
-            f"lr {lr_at(self.settings, step):g}, {self.settings.precision}); {good}. Start a new run with a "
-            f"lower "
-            f"--lr, --set train.max_grad_norm=1, or --set train.precision=fp32"
+            f"lr {lr_at(self.settings, step):g}, {self.settings.precision}); {self._last_good()}. Start a "
+            "new run with a lower --lr, --set train.max_grad_norm=1, or --set train.precision=fp32"
         )
+
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
 
     # ------------------------------------------------------------ files
 

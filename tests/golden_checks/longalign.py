@@ -17,8 +17,8 @@ from align_cli.losses import common_direction, preference_loss, reweight_text
 from align_cli.rewards.clip import ClipReward
 from align_cli.rewards.denscore import Denscore
 from align_cli.rewards.preprocess import Preprocess
-from align_cli.rewards.segments import split_sentences
 from align_cli.rewards.towers import build, projected
+from align_cli.sentences import split_sentences
 from golden_checks.lines import Kind, Line, compare, same
 
 RTOL, ATOL, GRADIENTS = 1e-4, 5e-5, 1e-4

@@ -1,0 +1,1 @@
+"""LongAlign: long captions read sentence by sentence, and preference that is decomposed."""

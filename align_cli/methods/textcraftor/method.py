@@ -29,6 +29,7 @@ from align_cli.losses import with_gradient
 from align_cli.methods.base import Batch, StepContext, encoded_text
 from align_cli.methods.textcraftor.config import TextCraftorConfig
 from align_cli.models.base import BaseModel, TextCond
+from align_cli.models.decoding import Judged, through_pictures
 from align_cli.models.lora import LoraTuning
 from align_cli.models.tuning import FullTuning, tuning_like
 from align_cli.rewards.base import Reward
@@ -211,7 +212,7 @@ class TextCraftor:
             frozen = encoded_text(model, batch), self._empty(count)
         with self._training():
             z = self._draw(batch.prompts, noise, *frozen)
-            loss, gradient, means = self._agreed(z, batch.prompts, ctx)
+            loss, gradient, means = ctx.together(lambda: self._scored(z, batch.prompts, ctx), z.device)
             ctx.backward(with_gradient(loss, z, gradient))
         return {"loss": float(loss)} | {f"reward/{name}": float(mean) for name, mean in means.items()}
 
@@ -250,47 +251,21 @@ class TextCraftor:
             checkpoint=frozenset(range(first, c.steps - c.kept_steps)),
         )
 
-    def _agreed(
-        self, z: Tensor, prompts: list[str], ctx: StepContext
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """`_scored`; a UserError of one process stops all, so that none waits for one that is gone."""
-        if ctx.world_size == 1:
-            return self._scored(z, prompts, ctx)
-        found, error = None, None
-        try:
-            found = self._scored(z, prompts, ctx)
-        except UserError as caught:
-            error = caught
-        failed = ctx.gather(torch.tensor([float(error is not None)], device=z.device)).nonzero()
-        if error is not None:
-            raise error
-        if len(failed):
-            raise UserError(f"process {int(failed[0])} stopped: a reward is not finite there, as it says")
-        assert found is not None
-        return found
-
     def _scored(
         self, z: Tensor, prompts: list[str], ctx: StepContext
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss (), its gradient with respect to the latents z, and the means of the rewards. `decode_chunk`
-        pictures at a time: no picture's reward depends on another picture.
-        """
-        count, chunk, rewards = len(prompts), self.config.decode_chunk or len(prompts), self.rewards
-        gradient, loss = torch.empty_like(z), z.new_zeros(())
-        sums = {name: z.new_zeros(()) for name in rewards.rewards}
-        with torch.autocast(z.device.type, enabled=False), self.model.at_work(self.model.vae):
+        """Loss (), its gradient with respect to the latents z, and the means of the rewards."""
+        count, rewards = len(prompts), self.rewards
+        with torch.autocast(z.device.type, enabled=False):
             others = rewards.batch_text(prompts, ctx.gather)
-            for start in range(0, count, chunk):
-                rows = slice(start, start + chunk)
-                leaf = z[rows].detach().requires_grad_()
-                scores = rewards.score(self.model.decode(leaf), prompts[rows], others)
-                part = -rewards.total(scores).sum() / count
-                (slope,) = torch.autograd.grad(part * ctx.loss_scale, leaf)
-                gradient[rows] = slope / ctx.loss_scale
-                loss += part.detach()
-                for name, r in scores.items():
-                    sums[name] += r.detach().sum() / count
-        return loss, gradient, sums
+
+        def judge(images: Tensor, rows: slice) -> Judged:
+            scores = rewards.score(images, prompts[rows], others)
+            means = {name: r.sum() / count for name, r in scores.items()}
+            return -rewards.total(scores).sum() / count, means
+
+        chunk = self.config.decode_chunk
+        return through_pictures(self.model, z, judge, chunk=chunk, loss_scale=ctx.loss_scale)
 
     @contextmanager
     def _training(self) -> Iterator[None]:
