@@ -25,8 +25,14 @@ if __name__ == "__main__":
 
 import torch
 from golden_checks import (
-    comat, imagereward, longalign, longalign_lora, longalign_text, softrepa, textcraftor,
-)  # fmt: skip
+    comat,
+    imagereward,
+    longalign,
+    longalign_lora,
+    longalign_text,
+    softrepa,
+    textcraftor,
+)
 from golden_checks.lines import Line
 
 from align_cli.errors import UserError

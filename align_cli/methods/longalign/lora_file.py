@@ -1,12 +1,12 @@
 """The official LoRA files of LongAlign: `lora_vis.pt` and its like, read and written.
 
-Such a file is a list of tensors without names, `[up, down, up, down, ...]`: B and A of one layer after another,
-in the order of `longalign_layers`. There is no alpha: B A is added as it is.
+Such a file is a list of tensors without names, `[up, down, up, down, ...]`: B and A of one layer after
+another, in the order of `longalign_layers`. There is no alpha: B A is added as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,16 +25,16 @@ def from_list(content: object, unet: nn.Module, where: str) -> dict[str, Tensor]
         UserError: no list of tensors; another number of them; one that does not fit its layer; several ranks;
         values that are no finite numbers.
     """
-    if not isinstance(content, Sequence) or not all(isinstance(x, Tensor) for x in content):
+    if not isinstance(content, list) or not all(isinstance(x, Tensor) for x in content):
         raise UserError(
-            f"{where} holds a {type(content).__name__}, expected a list of tensors without names: up and down "
-            "of one layer after another, as the official code of LongAlign saves them"
+            f"{where} holds no list of tensors without names (up and down of one layer after another), as "
+            f"the official code of LongAlign saves them, but a {type(content).__name__}"
         )
     layers = longalign_layers(unet)
     if len(content) != 2 * len(layers):
         raise UserError(
-            f"{where} holds {len(content)} tensors; the LoRA of this UNet has {2 * len(layers)}, two for each "
-            f"of {len(layers)} layers: name its base model with --model"
+            f"{where} holds {len(content)} tensors; the LoRA of this UNet has {2 * len(layers)}, two for "
+            f"each of {len(layers)} layers: name its base model with --model"
         )
     state: dict[str, Tensor] = {}
     rank = len(content[1])
