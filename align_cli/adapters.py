@@ -371,6 +371,13 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+UNREADABLE = (
+    OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""What unpickling raises for a file that is something else."""
+
+
 def load_pickle(path: Path, allowed: Sequence[type]) -> Any:
     """A `.pth` file, unpickled with weights_only=True; of classes, only `allowed` may occur. Tensors are read
     from the disk when they are used. UserError if it is damaged.
@@ -383,6 +390,6 @@ def load_pickle(path: Path, allowed: Sequence[type]) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist") from error
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except UNREADABLE as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"{path} is no PyTorch file that can be read safely: {reason}") from error

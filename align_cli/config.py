@@ -242,7 +242,9 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Resolved], bool], str], ...] = (
     (("data.column",), lambda r: r.data.name != "prompts", "data.name is not prompts"),
     (("data.path",), lambda r: bool(r.data.cache) and r.data.name != "shapes", "data.cache is read instead"),
     (("data.mixture",), lambda r: r.data.name != "shapes", "data.name is not shapes"),
-    (("guard.scorers", "guard.weights", "guard.prompts", "guard.num_prompts", "guard.seed"),
+    (("guard.scorers",), lambda r: not r.guard.every and r.origin["guard.every"] != "default",
+     "guard.every is 0"),  # where nobody said how often, that is an error
+    (("guard.weights", "guard.prompts", "guard.num_prompts", "guard.seed"),
      lambda r: not r.guard.every, "guard.every is 0"),
     (("sample.eta",), lambda r: r.sample.sampler != "ddim", "sample.sampler is not ddim"),
     (("sample.spacing",), lambda r: r.sample.sampler == "euler", "sample.sampler is euler"),

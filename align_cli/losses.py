@@ -19,6 +19,20 @@ def denoising_error(pred: Tensor, target: Tensor) -> Tensor:
     return (pred.float() - target.float()).square().flatten(1).mean(1)
 
 
+def huber_loss(pred: Tensor, target: Tensor, c: float = 0.001) -> Tensor:
+    """mean(sqrt((pred - target)^2 + c^2)) - c: square below c, absolute value beyond it; 0 where equal.
+
+    Args:
+        pred, target: of the same shape. c: > 0, in the unit of both.
+    Returns:
+        () float32.
+    Source: LongAlign unet_lcm.py and unet_align_ct5.py (loss_type huber), c = 0.001. Deviations: none.
+    """
+    if c <= 0:
+        raise ValueError(f"c must be > 0, got {c}")
+    return ((pred.float() - target.float()).square() + c**2).sqrt().mean() - c
+
+
 # ---------------------------------------------------------------- SoftREPA
 
 

@@ -15,6 +15,9 @@ from typing import ClassVar
 from align_cli import registry
 from align_cli.errors import UserError
 
+PROMPT_KINDS = ("single", "pair", "count", "triple", "long")
+"""Of captions of the shapes world; see shapes/captions.py."""
+
 
 def require(ok: bool, message: str) -> None:
     """Raise `UserError(message)` unless `ok`."""
@@ -104,7 +107,9 @@ class DataSettings:
     num_examples: int = 0
     """Use only the first N examples; 0 uses all (shapes: size of the generated set)."""
     mixture: str = "all"
-    """Shapes world only: all kinds of scenes, or pairs (two-object scenes and more)."""
+    """Shapes world only: all kinds of scenes; pairs (two-object scenes and more); or long (of these, captions
+    of five sentences alone, which have more tokens than the embedded models read).
+    """
     cache: str = ""
     """Folder of encodings made by `t2ialign encode`, read in place of the pictures; empty to encode on the
     fly.
@@ -112,7 +117,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         one_of("data.interpolation", self.interpolation, ("bicubic", "bilinear", "lanczos"))
-        one_of("data.mixture", self.mixture, ("all", "pairs"))
+        one_of("data.mixture", self.mixture, ("all", "pairs", "long"))
         require(self.image_size >= 8, f"data.image_size must be >= 8 pixels, got {self.image_size}")
         require(self.num_workers >= 0, f"data.num_workers must be >= 0, got {self.num_workers}")
         require(self.num_examples >= 0, f"data.num_examples must be >= 0, got {self.num_examples}")
@@ -219,7 +224,7 @@ class GuardSettings:
     """Scorer -> hub id, folder or file of its weights, where it is not the published place."""
     prompts: str = ""
     """Benchmark or file of held-out prompts, as t2ialign eval takes them; empty for the validation split of
-    the data (models of the shapes world: of that world).
+    the data (models of the shapes world: of that world, of the kinds in eval.kinds).
     """
     num_prompts: int = 32
     """Held-out prompts."""
@@ -362,6 +367,14 @@ class EditSettings:
         )
 
 
+def check_kinds(key: str, kinds: tuple[str, ...]) -> None:
+    """Raise `UserError` unless these are kinds of prompts of the shapes world, each once, at least one."""
+    require(bool(kinds), f"{key} must name at least one kind of prompts: {', '.join(PROMPT_KINDS)}")
+    for kind in kinds:
+        one_of(key, kind, PROMPT_KINDS)
+        require(kinds.count(kind) == 1, f"{key} names {kind} twice")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
     """The paired evaluation that closes a training run."""
@@ -372,8 +385,13 @@ class EvalSettings:
     """Seed of prompts and start noise, the same for base and aligned model."""
     split: str = "test"
     """Held-out compositions: val while settings are being chosen, test for the number that is reported."""
+    kinds: tuple[str, ...] = ("pair", "triple", "long")
+    """Kinds of prompts: pair, triple, long (five sentences); also single and count, which hold no composition
+    that was kept from training. The guard's prompts of the shapes world are of these kinds, too.
+    """
 
     def __post_init__(self) -> None:
+        check_kinds("eval.kinds", self.kinds)
         one_of("eval.split", self.split, ("val", "test"))
         require(self.num_prompts >= 0, f"eval.num_prompts must be >= 0, got {self.num_prompts}")
 

@@ -28,7 +28,9 @@ from golden_checks import (
     comat,
     imagereward,
     longalign,
+    longalign_lcm,
     longalign_lora,
+    longalign_steps,
     longalign_text,
     softrepa,
     textcraftor,
@@ -38,8 +40,8 @@ from golden_checks.lines import Line
 from align_cli.errors import UserError
 
 KINDS = [
-    *comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_lora.KINDS, *longalign_text.KINDS,
-    *softrepa.KINDS, *textcraftor.KINDS,
+    *comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_lcm.KINDS, *longalign_lora.KINDS,
+    *longalign_steps.KINDS, *longalign_text.KINDS, *softrepa.KINDS, *textcraftor.KINDS,
 ]  # fmt: skip
 
 

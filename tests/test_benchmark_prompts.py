@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from align_cli.errors import UserError
 from align_cli.evaluation.official import hpsv2_table, official_results
 from align_cli.evaluation.sets import HPSV2_STYLES, SetOptions, load_set
-from align_cli.settings import DataSettings
+from align_cli.settings import DataSettings, EvalSettings
 from align_cli.shapes.captions import parse
 
 PARTI = Path(os.environ.get("T2IALIGN_PARTI") or "../shared/data/PartiPrompts.tsv")
@@ -142,6 +142,11 @@ def test_shapes_are_the_prompts_of_before():
     few = found.limited(7)
     assert few.scenes is not None and [p.text for p in few.scenes] == few.texts
     assert len(load_set("shapes", SetOptions())) == 512
+    named = load_set("shapes", SetOptions(num=20, seed=3, split="val", kinds=EvalSettings().kinds))
+    assert named.fingerprint == found.fingerprint
+    long = load_set("shapes", SetOptions(num=20, kinds=("long",)))
+    assert {row.groups["Kind"] for row in long.rows} == {"long"} and len(long) == 20
+    assert all(row.text.count(" .") == 5 for row in long.rows)
 
 
 def test_files_are_benchmarks_too(tmp_path):
@@ -162,6 +167,7 @@ def test_refusals(tmp_path, offline):
         ("coco", SetOptions(), "coco needs the captions of val2017: --data-path"),
         ("coco", SetOptions(data_path=tmp_path / "no"), "does not exist"),
         ("shapes", SetOptions(prompts=tmp_path), "--prompts means nothing to shapes; it takes --n, --split"),
+        ("parti", SetOptions(kinds=("long",)), "--kind means nothing to parti; it takes --prompts"),
         ("parti", SetOptions(num=3), "--n means nothing to parti; it takes --prompts, --column"),
         ("parti", SetOptions(prompts=tmp_path), "ends in .txt"),
         ("geneval-shapes", SetOptions(num=5), "6 tasks and needs at least as many prompts, got 5"),

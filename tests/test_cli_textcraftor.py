@@ -115,6 +115,7 @@ def test_drawing_with_the_switch(options, tmp_path):
         (["train", "softrepa", "--reward", "clip=1"], "--reward is no option of softrepa"),
         (["train", "softrepa", "--stage", "text"], "--stage is no option of softrepa"),
         (["train", "textcraftor", "--reward", "clip"], "--reward clip: write NAME=WEIGHT"),
+        (["train", "textcraftor", "--reward", "clip=nan"], "--reward clip=nan: the weight must be a finite"),
         (["train", "textcraftor", "--reward", "hspv2=1"], "unknown reward 'hspv2'; did you mean 'hpsv2'"),
         (["train", "textcraftor", "--reward", "clip=-1"], "sum above 0"),
         (["train", "textcraftor", "--stage", "both"], "must be one of text, unet, joint"),

@@ -15,7 +15,7 @@ import pytest
 
 from align_cli import config, registry
 from align_cli.errors import UserError
-from align_cli.settings import MethodConfig
+from align_cli.settings import EvalSettings, MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +190,20 @@ def test_required_setting(monkeypatch):
     with pytest.raises(UserError, match=r"needy\.path has no default and must be set"):
         config.resolve("needy", preset="none")
     assert config.resolve("needy", preset="none", sets=["needy.path=x"]).method_config == Needy(path="x")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ((), "eval.kinds must name at least one kind"),
+        (("long", "long"), "eval.kinds names long twice"),
+        (("quad",), "eval.kinds must be one of single, pair, count, triple, long, got 'quad'"),
+    ],
+)
+def test_kinds_of_prompts(kinds, message):
+    with pytest.raises(UserError, match=message):
+        EvalSettings(kinds=kinds)
+    assert EvalSettings(kinds=("long", "single")).kinds == ("long", "single")
 
 
 def test_unsupported_type_is_a_bug_not_a_user_error():

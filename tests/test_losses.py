@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from align_cli.losses import denoising_error, softrepa_logits, softrepa_loss, softrepa_terms
+from align_cli.losses import denoising_error, huber_loss, softrepa_logits, softrepa_loss, softrepa_terms
 
 
 def test_denoising_error_by_hand():
@@ -15,6 +15,27 @@ def test_denoising_error_by_hand():
     target = torch.tensor([[[[0.0, 4.0]]], [[[3.0, 0.0]]]])
     torch.testing.assert_close(denoising_error(pred, target), torch.tensor([2.5, 4.5]))
     assert denoising_error(pred.half(), target.half()).dtype == torch.float32
+
+
+def test_huber_loss_by_hand():
+    # differences 3 and 0, c = 4: (5 + 4) / 2 - 4
+    pred, target = torch.tensor([3.0, 1.0]), torch.tensor([0.0, 1.0])
+    assert huber_loss(pred, target, 4.0).item() == pytest.approx(0.5)
+    assert huber_loss(pred, pred) == 0
+    assert huber_loss(pred.half(), target.half()).dtype == torch.float32
+    # far from c it is |d| - c, near to it d^2 / (2 c)
+    far, near = torch.full((4,), 100.0), torch.full((4,), 1e-4)
+    assert huber_loss(far, torch.zeros(4), 0.1).item() == pytest.approx(99.9, abs=1e-3)
+    assert huber_loss(near.double(), torch.zeros(4), 0.1).item() == pytest.approx(5e-8, abs=2e-8)
+    with pytest.raises(ValueError, match="c must be > 0"):
+        huber_loss(pred, target, 0.0)
+
+
+def test_huber_gradient():
+    pred = torch.randn(7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    huber_loss(pred, torch.zeros(7), 0.5).backward()
+    by_hand = pred.detach() / (pred.detach().square() + 0.25).sqrt() / 7
+    torch.testing.assert_close(pred.grad, by_hand)
 
 
 def test_two_pairs_by_hand():

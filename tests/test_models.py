@@ -264,8 +264,8 @@ def test_damaged_models(tiny_sd15_folder, tmp_path):
 def test_unsupported_schedule(tiny_sd15_folder, tmp_path):
     folder = broken(tiny_sd15_folder, tmp_path)
     path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
-    with pytest.raises(UserError, match="scheduler: unsupported prediction_type 'sample'"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "score"}))
+    with pytest.raises(UserError, match="scheduler: unsupported prediction_type 'score'"):
         load(folder)
     path.unlink()
     with pytest.raises(UserError, match=r"no scheduler_config.json"):

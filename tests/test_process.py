@@ -26,6 +26,7 @@ CONFIGS = [
     SD15
     | {"beta_schedule": "linear", "set_alpha_to_one": True, "steps_offset": 0, "num_train_timesteps": 500},
     SD15 | {"trained_betas": [0.1, 0.2, 0.3, 0.4], "num_train_timesteps": 4},
+    SD15 | {"prediction_type": "sample"},
 ]
 
 
@@ -66,6 +67,15 @@ def test_official_timesteps():
     assert process.timesteps(30)[[0, -1]].tolist() == [958, 1]
     # TextCraftor's own variant equals trailing where n divides 1000
     assert process.timesteps(25, "trailing")[[0, 1, -1]].tolist() == [999, 959, 39]
+
+
+def test_lcm_timesteps():
+    process = NoiseProcess.from_scheduler_config(SD15)
+    assert process.timesteps(4, "lcm").tolist() == [999, 759, 499, 259]
+    with pytest.raises(ValueError, match="among 50 of at least as many timesteps, not 51 of 1000"):
+        process.timesteps(51, "lcm")
+    with pytest.raises(ValueError, match="not 1 of 4"):
+        NoiseProcess.from_scheduler_config(CONFIGS[3]).timesteps(1, "lcm")
 
 
 def test_by_hand():
@@ -113,7 +123,7 @@ def test_half_precision_is_computed_in_float32():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"prediction_type": "sample"}, "prediction_type 'sample'"),
+        ({"prediction_type": "score"}, "prediction_type 'score'"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule 'squaredcos_cap_v2'"),
         ({"timestep_spacing": "middle"}, "timestep_spacing 'middle'"),
         ({"rescale_betas_zero_snr": True}, "needs prediction_type v_prediction"),

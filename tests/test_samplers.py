@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from model_helpers import field
 from torch import nn
 
+from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.guidance import guided
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.diffusion.rollout import rollout
-from align_cli.diffusion.samplers import ddim_step, ddpm_step
+from align_cli.diffusion.samplers import ddim_step, ddpm_step, lcm_step
 from align_cli.models.base import TextCond
 
 EPS = {
@@ -97,6 +98,73 @@ def test_ddpm_rollout_equals_diffusers(config, spacing, monkeypatch):
     torch.testing.assert_close(ours, z, atol=1e-5, rtol=1e-5)
 
 
+class PlainLCM(LCMScheduler):
+    """As LongAlign draws with it: the prediction of the clean latent alone counts."""
+
+    def get_scalings_for_boundary_condition_discrete(self, timestep):
+        return 0, 1
+
+
+@pytest.mark.parametrize("config", [EPS, V, EPS | {"prediction_type": "sample"}])
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 8, 50])
+def test_lcm_rollout_equals_diffusers(config, steps, monkeypatch):
+    process, scheduler = NoiseProcess.from_scheduler_config(config), PlainLCM(**config)
+    noises = [field(10 + i, 2, 4, 6, 6) for i in range(steps - 1)]
+    theirs, left = iter(noises), iter(noises)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(theirs))
+    toy = Toy()
+    with torch.no_grad():
+        z = START.clone()
+        scheduler.set_timesteps(steps)
+        assert process.timesteps(steps, "lcm").tolist() == scheduler.timesteps.tolist()
+        for t in scheduler.timesteps:
+            z = scheduler.step(toy(z, t, COND), t, z).prev_sample
+        options = {"steps": steps, "cond": COND, "sampler": "lcm", "spacing": "lcm"}
+        ours = rollout(toy, process, START, noise_fn=lambda: next(left), **options)
+    torch.testing.assert_close(ours, z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("sampler", "spacing"), [("ddim", "trailing"), ("ddpm", "leading"), ("lcm", "lcm")])
+def test_a_rollout_may_end_with_the_clean_prediction(sampler, spacing):
+    process, toy, steps = NoiseProcess.from_scheduler_config(EPS), Toy(), 4
+    seen = []
+
+    def predict(z, t, cond):
+        seen.append((z, t, toy(z, t, cond)))
+        return seen[-1][2]
+
+    options = {"steps": steps, "cond": COND, "sampler": sampler, "spacing": spacing, "end": "x0"}
+    found = rollout(predict, process, START, noise_fn=lambda: field(8, 2, 4, 6, 6), **options)
+    z, t, pred = seen[-1]
+    a, s = process.alphas_cumprod[t].sqrt(), (1 - process.alphas_cumprod[t]).sqrt()
+    assert len(seen) == steps
+    torch.testing.assert_close(found, (z - s * pred) / a)
+
+
+def test_a_flow_may_end_so_too():
+    toy, process = Toy(), FlowProcess()
+    z, x0 = (rollout(toy, process, START, steps=3, cond=COND, end=end) for end in ("z", "x0"))
+    torch.testing.assert_close(x0, z)
+
+
+def test_long_align_steps_of_reward_lcm():
+    # t = 999, 749, 499, 249; x <- sqrt(abar') x0 + sqrt(1 - abar') noise; the last x0 is the result
+    process, toy = NoiseProcess.from_scheduler_config(EPS), Toy()
+    noises = [field(20 + i, 2, 4, 6, 6) for i in range(3)]
+    left, abar = iter(noises), process.alphas_cumprod
+    x = START
+    for t, noise in zip((999, 749, 499, 249), [*noises, None], strict=True):
+        eps = toy(x.detach(), torch.tensor(t), COND)
+        x0 = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
+        if noise is not None:
+            x = abar[t - 250].sqrt() * x0 + (1 - abar[t - 250]).sqrt() * noise
+    options = {"sampler": "lcm", "spacing": "trailing", "detach_input": True, "end": "x0"}
+    found = rollout(toy, process, START, steps=4, cond=COND, noise_fn=lambda: next(left), **options)
+    torch.testing.assert_close(found, x0)
+    expected, got = (torch.autograd.grad(y.square().mean(), toy.weight)[0] for y in (x0, found))
+    torch.testing.assert_close(got, expected)
+
+
 def test_steps_by_hand():
     process = NoiseProcess.from_scheduler_config({"trained_betas": [0.19, 0.36], "set_alpha_to_one": False})
     z, pred = torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), 0.5)
@@ -108,6 +176,8 @@ def test_steps_by_hand():
     expected = mean + (0.19 / 0.4816 * 0.36) ** 0.5 * 2
     torch.testing.assert_close(ddpm_step(process, pred, z, 1, 0, noise).item(), expected)
     torch.testing.assert_close(ddpm_step(process, pred, z, 1, -1).item(), x0, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(lcm_step(process, pred, z, 1, 0, noise).item(), 0.9 * x0 + 0.19**0.5 * 2)
+    torch.testing.assert_close(lcm_step(process, pred, z, 1, -1).item(), x0)
 
 
 def test_steps_take_a_timestep_per_sample():
@@ -116,12 +186,15 @@ def test_steps_take_a_timestep_per_sample():
     z, t, before = field(7, 3, 4, 6, 6), torch.tensor([901, 401, 1]), torch.tensor([801, 301, -99])
     together = ddim_step(process, pred, z, t, before, 0.3, noise)
     posterior = ddpm_step(process, pred, z, t, before, noise)
+    renoised = lcm_step(process, pred, z, t, before, noise)
     for i in range(3):
         one = slice(i, i + 1)
         alone = ddim_step(process, pred[one], z[one], int(t[i]), int(before[i]), 0.3, noise[one])
         torch.testing.assert_close(together[one], alone)
         alone = ddpm_step(process, pred[one], z[one], int(t[i]), int(before[i]), noise[one])
         torch.testing.assert_close(posterior[one], alone)
+        alone = lcm_step(process, pred[one], z[one], int(t[i]), int(before[i]), noise[one])
+        torch.testing.assert_close(renoised[one], alone)
 
 
 def test_guidance():
@@ -181,10 +254,12 @@ def test_rollout_without_gradient_steps_has_no_graph():
 
 def test_rollout_refuses_nonsense():
     process, toy = NoiseProcess.from_scheduler_config(EPS), Toy()
-    with pytest.raises(ValueError, match="no sampler 'euler' for prediction type epsilon: ddim, ddpm"):
+    with pytest.raises(ValueError, match="no sampler 'euler' for prediction type epsilon: ddim, ddpm, lcm"):
         rollout(toy, process, START, steps=3, cond=COND, sampler="euler")
     with pytest.raises(ValueError, match=r"grad_steps must be in \[0, 3\)"):
         rollout(toy, process, START, steps=3, cond=COND, grad_steps=frozenset({3}))
-    for options in ({"sampler": "ddpm"}, {"eta": 0.5}):
+    with pytest.raises(ValueError, match="ends in z or x0, not 'x1'"):
+        rollout(toy, process, START, steps=3, cond=COND, end="x1")
+    for options in ({"sampler": "ddpm"}, {"sampler": "lcm"}, {"eta": 0.5}):
         with pytest.raises(ValueError, match="needs noise_fn"):
             rollout(toy, process, START, steps=3, cond=COND, **options)

@@ -236,6 +236,18 @@ def test_pairs_mixture_has_only_compositions():
     assert {s.kind for s in data.scenes} <= {"pair", "triple"}
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_long_mixture_has_only_true_captions_of_five_sentences(split):
+    data = ShapesDataset(DataSettings(num_examples=60, mixture="long"), seed=0, split=split)
+    assert {s.kind for s in data.scenes} == {"pair", "triple"} and len(data) == len(data.scenes) == 60
+    for i in range(60):
+        found = data.get(i, np.random.default_rng(i))
+        assert found.prompt.count(" .") == 5
+        assert judge((found.pixels + 1)[None] / 2, [parse(found.prompt)])["all"][0] == 1.0
+    other = ShapesDataset(DataSettings(num_examples=60, mixture="pairs"), seed=0, split=split)
+    assert data.fingerprint() != other.fingerprint()
+
+
 def test_unknown_kind_and_split_are_user_errors():
     with pytest.raises(UserError, match="unknown kind of scene"):
         sample_scenes(1, np.random.default_rng(0), kinds=("quad",))

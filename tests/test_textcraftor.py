@@ -291,6 +291,18 @@ def test_stage_unet_starts_from_a_tuned_encoder_and_carries_it(sd15, tmp_path):
     assert torch.equal(joint.state()[key], state[key])
 
 
+def test_a_rank_beyond_every_layer_is_refused(sd15):
+    with pytest.raises(
+        UserError, match=r"lora_rank must be at most \d+, .* of the text_encoder of .*, got 100"
+    ):
+        make(sd15, lora_rank=100_000)
+
+
+def test_the_denoiser_alone_under_the_models_own_text_is_told(sd15):
+    with pytest.warns(UserWarning, match="stage unet without --from trains the unet under the model's own"):
+        make(sd15, stage="unet").check(TrainSettings())
+
+
 def test_a_start_that_does_not_fit(sd15, tmp_path):
     lora = make(sd15, lora_rank=2)
     config = {"method": "textcraftor", "textcraftor": method_section(lora)}

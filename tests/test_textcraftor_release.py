@@ -236,7 +236,9 @@ def test_refusals(model, text, unet, tiny_models, tmp_path, monkeypatch):
     refused(good, "which .* does not have", tiny_models["sd3"].model_id)
     torch.save(good, "whole.pth")
     whole = Path("whole.pth").read_bytes()
-    for name, content in (("cut.pth", whole[: len(whole) // 2]), ("empty.pth", b"")):
+    for name, content in (
+        ("cut.pth", whole[: len(whole) // 2]), ("empty.pth", b""), ("list.pth", b"a red circle\n" * 9),
+    ):  # fmt: skip
         Path(name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name} is no PyTorch file that can be read safely"):
             import_official("textcraftor", name, model.model_id, Path("out"))

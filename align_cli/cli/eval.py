@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from align_cli.cli import options
-from align_cli.settings import one_of
+from align_cli.settings import check_kinds, one_of
 
 
 def evaluate(
@@ -67,6 +67,14 @@ def evaluate(
     split: Annotated[
         str | None,
         typer.Option("--split", metavar="NAME", help="Shapes world: test, val or train compositions."),
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind",
+            metavar="NAME",
+            help="Shapes world: pair, triple, long (five sentences), single, count; repeatable.",
+        ),
     ] = None,
     per_prompt: Annotated[
         int | None, typer.Option("--per-prompt", metavar="K", min=1, help="Pictures of every prompt.")
@@ -136,12 +144,15 @@ def evaluate(
 
     if split is not None:
         one_of("--split", split, ("test", "val", "train"))
+    if kind:
+        check_kinds("--kind", tuple(kind))
     if interval is not None:
         one_of("--interval", interval, ("t", "bootstrap"))
     asked = eval_plan.Asked(
             benchmark=benchmark, model=model, adapters=adapter or [], arms=arm or [], vs=vs, scorers=scorers,
             weights=weights or [], trained_on=trained_on or [], prompts=prompts, data_path=data_path,
-            column=column, limit=limit, n=n, split=split, per_prompt=per_prompt, seed=seed,
+            column=column, limit=limit, n=n, split=split, kinds=tuple(kind) if kind else None,
+            per_prompt=per_prompt, seed=seed,
             images=images or [], allow_missing=allow_missing, geneval_results=geneval_results or [],
             protocol=protocol, reference=reference, interval=interval,
             model_flags={"device": device, "encoder_device": encoder_device, "dtype": dtype},

@@ -49,6 +49,7 @@ class Asked:
     limit: int | None
     n: int | None
     split: str | None
+    kinds: tuple[str, ...] | None
     per_prompt: int | None
     seed: int
     images: list[str]
@@ -197,7 +198,7 @@ def _arms(asked: Asked) -> list[Arm]:
 def _prompts(asked: Asked) -> PromptSet:
     options = SetOptions(
         prompts=asked.prompts, data_path=asked.data_path, column=asked.column, num=asked.n, seed=asked.seed,
-        split=asked.split,
+        split=asked.split, kinds=asked.kinds,
     )  # fmt: skip
     return load_set(asked.benchmark, options).limited(asked.limit)
 

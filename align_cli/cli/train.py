@@ -443,7 +443,7 @@ def _evaluate(
     from align_cli.training.distributed import Ranks
 
     chosen = resolved.eval
-    options = SetOptions(num=chosen.num_prompts, seed=chosen.seed, split=chosen.split)
+    options = SetOptions(num=chosen.num_prompts, seed=chosen.seed, split=chosen.split, kinds=chosen.kinds)
     prompts = load_set("shapes", options)
     side = resolved.sample.image_size or model.image_size
     knows = resolved.data.name == "shapes" or registry.is_embedded(resolved.model.name)

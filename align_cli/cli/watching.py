@@ -134,7 +134,7 @@ def make_guard(model: BaseModel, method: Method, dataset: Dataset, resolved: con
     if len(set(clusters)) < MIN_CLUSTERS and is_main():
         typer.echo(
             f"note: the guard has {len(set(clusters))} independent prompts, too few to tell anything from "
-            f"chance ({MIN_CLUSTERS} would do): it will give no alarm",
+            f"chance ({MIN_CLUSTERS} independent ones would do): it will give no alarm",
             err=True,
         )
     advice = "stop (Ctrl-C) and train with a lower --lr, fewer --steps or other rewards"
@@ -167,7 +167,7 @@ def _prompts(resolved: config.Resolved, dataset: Dataset) -> tuple[list[str], Se
         advice = "; name others with --set guard.prompts=FILE"
         texts = val_prompts(resolved, dataset, guard.num_prompts, guard.seed, "the guard measures", advice)
         return texts, texts
-    made = SetOptions(num=guard.num_prompts, seed=guard.seed, split="val")
+    made = SetOptions(num=guard.num_prompts, seed=guard.seed, split="val", kinds=resolved.eval.kinds)
     found = load_set(name, made if name == "shapes" else SetOptions()).limited(guard.num_prompts)
     return found.texts, found.texts if found.scenes is None else compositions(found.scenes)
 

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 SPACINGS = ("leading", "trailing", "linspace")
-"""Of diffusers; `NoiseProcess.timesteps` also knows lead, which is TextCraftor's."""
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+"""Of diffusers' DDIM; `NoiseProcess.timesteps` also knows lead, which is TextCraftor's, and lcm."""
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+LCM_STEPS = 50
+"""Steps of the path on which consistency models are distilled; spacing lcm takes its timesteps from there.
+Source: original_inference_steps of diffusers' LCMScheduler."""
 
 
 class Process(Protocol):
@@ -26,7 +29,7 @@ class Process(Protocol):
 
     @property
     def prediction_type(self) -> str:
-        """What the model predicts: epsilon, v_prediction or flow."""
+        """What the model predicts: epsilon, v_prediction, sample (the clean latent) or flow."""
         ...
 
     @property
@@ -61,8 +64,8 @@ class NoiseProcess:
     """z_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, t an integer index in [0, T).
 
     alphas_cumprod: (T,) float32, the same bits as in diffusers. final_alpha_cumprod: abar used below t = 0.
-    prediction_type: epsilon or v_prediction. timestep_spacing, steps_offset: how `timesteps` chooses indices
-    (diffusers' names and meanings).
+    prediction_type: epsilon, v_prediction or sample (x0). timestep_spacing, steps_offset: how `timesteps`
+    chooses indices (diffusers' names and meanings).
     """
 
     alphas_cumprod: Tensor
@@ -88,7 +91,7 @@ class NoiseProcess:
         abar = torch.cumprod(1 - betas, 0)
         prediction = str(config.get("prediction_type", "epsilon"))
         if prediction not in PREDICTION_TYPES:
-            raise ValueError(f"unsupported prediction_type {prediction!r}: {' or '.join(PREDICTION_TYPES)}")
+            raise ValueError(f"unsupported prediction_type {prediction!r}: {', '.join(PREDICTION_TYPES)}")
         if prediction == "epsilon" and float(abar[-1]) == 0:
             raise ValueError("rescale_betas_zero_snr needs prediction_type v_prediction, not epsilon")
         spacing = str(config.get("timestep_spacing", "leading"))
@@ -130,19 +133,23 @@ class NoiseProcess:
         return (a * x0 + s * eps).to(x0.dtype)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
-        """What the model is trained to predict: eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0."""
+        """What the model is trained to predict: eps, v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0, or x0."""
         if self.prediction_type == "epsilon":
             return eps.expand_as(x0)
+        if self.prediction_type == "sample":
+            return x0
         a, s = self.coefficients(t, x0)
         return (a * eps - s * x0).to(x0.dtype)
 
     def to_x0_eps(self, pred: Tensor, z_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Split a prediction (B, C, H, W) at z_t into (x0, eps). Finite at zero terminal SNR too (velocity
-        only).
+        """Split a prediction (B, C, H, W) at z_t into (x0, eps). Finite at zero terminal SNR too (not for
+        epsilon).
         """
         a, s = self.coefficients(t, z_t)
         if self.prediction_type == "epsilon":
             return (z_t - s * pred) / a, pred
+        if self.prediction_type == "sample":
+            return pred, (z_t - a * pred) / s
         return a * z_t - s * pred, a * pred + s * z_t
 
     def timesteps(self, n: int, spacing: str | None = None) -> Tensor:
@@ -151,8 +158,11 @@ class NoiseProcess:
         leading: (T // n) i + steps_offset. trailing: from T - 1 down in steps of T / n, rounded. linspace:
         from T - 1 to 0, both included. lead: from T - 1 down in whole steps of T // n, 1 in place of what is
         not above 0; trailing where n divides T. Source: set_timesteps of TextCraftor's DDIM, lead 999.
+        lcm: n of the LCM_STEPS trailing ones in steps of T // LCM_STEPS, evenly apart by their number from
+        the noisiest on, rounded down. Source: set_timesteps of diffusers' LCMScheduler.
         Raises:
-            ValueError: n outside [1, T], or so large that the offset leads beyond T - 1.
+            ValueError: n outside [1, T] (lcm: [1, LCM_STEPS]), or so large that the offset leads beyond
+            T - 1.
         """
         spacing, total = spacing or self.timestep_spacing, self.num_train_timesteps
         if not 1 <= n <= total:
@@ -168,10 +178,16 @@ class NoiseProcess:
             steps = (np.round(np.arange(total, 0, -total / n)) - 1)[:n]
         elif spacing == "lead":
             steps = np.maximum(total - 1 - np.arange(n) * (total // n), 1)
+        elif spacing == "lcm":
+            if n > LCM_STEPS or total < LCM_STEPS:
+                raise ValueError(f"lcm spacing chooses among {LCM_STEPS} of at least as many timesteps, "
+                                 f"not {n} of {total}")  # fmt: skip
+            origin = np.arange(LCM_STEPS, 0, -1) * (total // LCM_STEPS) - 1
+            steps = origin[np.floor(np.linspace(0, LCM_STEPS, n, endpoint=False)).astype(np.int64)]
         elif spacing == "linspace":
             steps = np.round(np.linspace(0, total - 1, n))[::-1]
         else:
-            raise ValueError(f"unknown spacing {spacing!r}: {', '.join((*SPACINGS, 'lead'))}")
+            raise ValueError(f"unknown spacing {spacing!r}: {', '.join((*SPACINGS, 'lead', 'lcm'))}")
         return torch.from_numpy(np.ascontiguousarray(steps).astype(np.int64))
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.guidance import Cond, guided
 from align_cli.diffusion.process import NoiseProcess, Process
-from align_cli.diffusion.samplers import ddim_step, ddpm_step, euler_step, samplers_of
+from align_cli.diffusion.samplers import ddim_step, ddpm_step, euler_step, lcm_step, samplers_of
 
 Given = TypeVar("Given")
 
@@ -34,6 +34,7 @@ def rollout(
     checkpoint: bool | frozenset[int] = False,
     noise_fn: Callable[[], Tensor] | None = None,
     callback: Callable[[int], None] | None = None,
+    end: str = "z",
 ) -> Tensor:
     """Denoise z along `steps` timesteps.
 
@@ -43,8 +44,10 @@ def rollout(
         z: (B, C, H, W) standard normal noise. It is held in float32 (or float64) between steps.
         cond, uncond: conditioning of B rows each, or a function of the step's index that gives it; uncond is
         needed unless guidance is 1.
-        spacing: leading, trailing, linspace or lead; None takes the process's own, and a flow has no other.
-        sampler: "ddim" (with eta) or "ddpm"; "euler" for a flow, which has no other. None: ddim or euler.
+        spacing: leading, trailing, linspace, lead or lcm; None takes the process's own, and a flow has no
+        other.
+        sampler: "ddim" (with eta), "ddpm" or "lcm"; "euler" for a flow, which has no other. None: ddim or
+        euler.
         grad_steps: indices (0 is the noisiest) of the steps whose prediction carries gradient; the others run
         under `torch.no_grad`. None: all. The step arithmetic itself is never detached, so gradient passes
             through the steps between two gradient steps by their linear part (DRaFT, TextCraftor, CoMat do
@@ -52,13 +55,19 @@ def rollout(
         detach_input: cut the model's input from the path in every step: gradient reaches earlier predictions
         only through the step arithmetic (CoMat's official SDXL loop).
         checkpoint: recompute the activations of gradient steps, all or those named, in the backward pass.
-        noise_fn: standard normal noise like z, once per step that needs it (ddpm, or eta > 0).
+        noise_fn: standard normal noise like z, once per step that needs it (ddpm and lcm in all but the last
+        one; ddim if eta > 0).
         callback: called with the index of each finished step.
+        end: "z", where the last step of the sampler leads; or "x0", what its prediction says of the clean
+        latent, as LongAlign decodes it (they differ for ddim, which ends at final_alpha_cumprod).
     Returns:
         (B, C, H, W) the clean latent.
     Where DDIM steps to: t - T // steps, also for linspace, where that is not the next listed timestep. DDPM
-    steps to the next listed timestep. Both as in diffusers, and so in the official code of all five methods.
+    and LCM step to the next listed timestep. As in diffusers, and so in the official code of all five
+    methods.
     """
+    if end not in ("z", "x0"):
+        raise ValueError(f"a path ends in z or x0, not {end!r}")
     allowed = samplers_of(process)
     sampler = sampler or allowed[0]
     if sampler not in allowed:
@@ -85,7 +94,9 @@ def rollout(
             pred = model(*inputs)
         pred = pred.to(z.dtype)
         after = path[i + 1].item() if i + 1 < steps else None
-        if isinstance(process, FlowProcess):
+        if after is None and end == "x0":
+            z, _ = process.to_x0_eps(pred, z, t)
+        elif isinstance(process, FlowProcess):
             z = euler_step(process, pred, z, t, after or 0.0)
         elif sampler == "ddim":
             noise = _draw(noise_fn, z) if eta > 0 else None
@@ -93,7 +104,8 @@ def rollout(
         else:
             noise = None if after is None else _draw(noise_fn, z)
             before = -1 if after is None else int(after)
-            z = ddpm_step(cast("NoiseProcess", process), pred, z, t, before, noise)
+            renoise = ddpm_step if sampler == "ddpm" else lcm_step
+            z = renoise(cast("NoiseProcess", process), pred, z, t, before, noise)
         if callback is not None:
             callback(i)
     return z

@@ -1,4 +1,4 @@
-"""One denoising step, tensors in and out: DDIM, DDPM, Euler. Nothing is detached and nothing is clipped.
+"""One denoising step, tensors in and out: DDIM, DDPM, LCM, Euler. Nothing is detached and nothing is clipped.
 
 Letters: B batch, C H W latent. `t`, `t_prev`: integer indices; `t_prev` below 0 is the end of the path. Of a
 flow they are floats in [0, T], and 0 is the end.
@@ -15,7 +15,7 @@ from align_cli.diffusion.process import NoiseProcess, Process
 
 def samplers_of(process: Process) -> tuple[str, ...]:
     """The samplers that work on a process, its own first."""
-    return ("euler",) if isinstance(process, FlowProcess) else ("ddim", "ddpm")
+    return ("euler",) if isinstance(process, FlowProcess) else ("ddim", "ddpm", "lcm")
 
 
 def ddim_step(
@@ -81,6 +81,35 @@ def ddpm_step(
         raise ValueError("a DDPM step that is not the last one needs noise")
     variance = (1 - before) / (1 - abar) * beta
     return mean + torch.where(before < 1, variance, torch.zeros_like(variance)).sqrt() * noise
+
+
+def lcm_step(
+    process: NoiseProcess,
+    pred: Tensor,
+    z: Tensor,
+    t: int | Tensor,
+    t_prev: int | Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """From z_t to z_{t_prev}: the prediction of the clean latent, noised again.
+
+        x0 from pred;  z_prev = sqrt(abar_prev) x0 + sqrt(1 - abar_prev) noise
+
+    Args:
+        pred, z: (B, C, H, W). t, t_prev: int, () or (B,). noise: standard normal like z, needed where t_prev
+        >= 0.
+    Returns:
+        (B, C, H, W), differentiable in pred and z. Below t = 0 abar is 1: the last step returns x0.
+    Source: LCM, arXiv 2310.04378, algorithm 3; LongAlign unet_reward_lcm.py and sample.py, which is
+    diffusers' LCMScheduler.step with boundary scalings c_skip 0 and c_out 1 and without clipping.
+    """
+    x0, _ = process.to_x0_eps(pred, z, t)
+    if isinstance(t_prev, int) and t_prev < 0:
+        return x0
+    if noise is None:
+        raise ValueError("an LCM step that is not the last one needs noise")
+    before = process.abar(t_prev, z, final=1.0)
+    return before.sqrt() * x0 + (1 - before).sqrt() * noise
 
 
 def euler_step(

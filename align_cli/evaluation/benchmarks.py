@@ -29,8 +29,10 @@ class ShapesBenchmark:
     metrics: tuple[str, ...] = (*(m for m in METRICS if m != HEADLINE), HEADLINE)
     headline = HEADLINE
 
-    def prompts(self, n: int, seed: int, *, split: str = "test") -> list[Prompt]:
-        """`n` prompts, the same for the same arguments.
+    def prompts(
+        self, n: int, seed: int, *, split: str = "test", kinds: tuple[str, ...] | None = None
+    ) -> list[Prompt]:
+        """`n` prompts, the same for the same arguments; of the held-out kinds unless others are named.
 
         Raises:
             UserError: no such split, or fewer than one prompt.
@@ -39,7 +41,7 @@ class ShapesBenchmark:
             raise UserError(f"unknown split {split!r} (known: {', '.join(SPLITS)})")
         if n < 1:
             raise UserError(f"an evaluation needs at least one prompt, got {n}")
-        return eval_prompts(n, seed, split=split)
+        return eval_prompts(n, seed, split=split, kinds=kinds)
 
     def suits(self, model: BaseModel) -> bool:
         """Does the model draw pictures that the oracle can read?"""

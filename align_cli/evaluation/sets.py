@@ -33,7 +33,7 @@ class SetOptions:
     """What the user says about the prompts; a benchmark refuses what means nothing to it.
 
     prompts: a file or folder of prompts. data_path: a folder of data (COCO). column: of a table, the one with
-    the prompts. num, seed, split: of prompts that are made here (the shapes world).
+    the prompts. num, seed, split, kinds: of prompts that are made here (the shapes world).
     """
 
     prompts: Path | None = None
@@ -42,11 +42,12 @@ class SetOptions:
     num: int | None = None
     seed: int = 0
     split: str | None = None
+    kinds: tuple[str, ...] | None = None
 
     def check(self, benchmark: str, *allowed: str) -> None:
         """UserError for an option that is given but means nothing to the benchmark; `seed` always does."""
         flags = {"num": "--n", **{f.name: f"--{f.name.replace('_', '-')}" for f in fields(self)[:3]}}
-        flags["split"] = "--split"
+        flags |= {"split": "--split", "kinds": "--kind"}
         for name, flag in flags.items():
             if getattr(self, name) is not None and name not in allowed:
                 takes = ", ".join(flags[a] for a in allowed)
@@ -161,10 +162,10 @@ def shapes(options: SetOptions) -> PromptSet:
     from align_cli.evaluation.benchmarks import ShapesBenchmark
     from align_cli.shapes.world import SIZE
 
-    options.check("shapes", "num", "split")
+    options.check("shapes", "num", "split", "kinds")
     num = EvalSettings().num_prompts if options.num is None else options.num
     split = options.split or "test"
-    scenes = ShapesBenchmark().prompts(num, options.seed, split=split)
+    scenes = ShapesBenchmark().prompts(num, options.seed, split=split, kinds=options.kinds)
     rows = tuple(PromptRow(str(i), p.text, {"Kind": p.kind}) for i, p in enumerate(scenes))
     source = f"the shapes world, {split} split, seed {options.seed}"
     return PromptSet("shapes", source, rows, scenes=tuple(scenes), image_size=SIZE)

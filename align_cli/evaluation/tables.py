@@ -180,7 +180,7 @@ def _footer(results: Mapping[str, Any], width: int) -> list[Text]:
     each = f", {results['per_prompt']} pictures each" if several else ""
     same = ", same prompts and noise for every arm" if len(results["arms"]) > 1 and results["sample"] else ""
     lines.append(
-        f"{bench['prompts']} prompts of {bench['source']}{each}, seed {results['seed']}{same}; "
+        f"{bench['prompts']} prompts of {bench['source']}{each}, noise of seed {results['seed']}{same}; "
         f"{_intervals(results)}"
     )
     times = ", ".join(f"{name} {value:.1f} s" for name, value in results["seconds"].items())

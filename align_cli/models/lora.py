@@ -179,6 +179,12 @@ def lora_layers(module: nn.Module, targets: Sequence[str]) -> dict[str, Layer]:
     }
 
 
+def most_rank(module: nn.Module, targets: Sequence[str] = ATTENTION) -> int:
+    """The largest rank that a change of these layers can have; 0 without such a layer."""
+    layers = lora_layers(module, targets).values()
+    return max((min(layer.weight.flatten(1).shape) for layer in layers), default=0)
+
+
 def _named(module: nn.Module, targets: Callable[[nn.Module], Sequence[str]]) -> dict[str, Layer]:
     there, found = dict(module.named_modules()), {}
     for name in targets(module):

@@ -44,6 +44,7 @@ class T5Reader:
     def __init__(self, tokenizer: Any, encoder: nn.Module, length: int) -> None:
         """length: tokens, the end token included."""
         self.tokenizer, self.encoder, self.length = tokenizer, encoder, length
+        self.width = int(encoder.config.d_model)  # type: ignore[union-attr, arg-type]
 
     @torch.no_grad()
     def states(self, prompts: list[str]) -> Tensor:

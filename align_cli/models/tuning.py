@@ -25,7 +25,8 @@ class FullTuning:
     def __init__(self, module: nn.Module, *, device: torch.device | None = None) -> None:
         """device: where the module works, which is not where it is if it is offloaded; None for the same."""
         self.base = module
-        self.module = copy.deepcopy(module).to(device, torch.float32).requires_grad_(True).eval()
+        copied = nn.Module.to(copy.deepcopy(module), device, torch.float32)  # diffusers' own `to` warns
+        self.module = copied.requires_grad_(True).eval()
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())

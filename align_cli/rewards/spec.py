@@ -23,7 +23,8 @@ def parse_weights(texts: Sequence[str], option: str = "--reward") -> dict[str, f
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight):
-            raise UserError(f"{option} {text}: write NAME=WEIGHT, for example {option} hpsv2=100")
+            what = "the weight must be a finite number" if name and number else "write NAME=WEIGHT"
+            raise UserError(f"{option} {text}: {what}, for example {option} hpsv2=100")
         if name in found:
             raise UserError(f"{option} {text}: {name} is given twice")
         found[name] = weight

@@ -32,11 +32,12 @@ from align_cli.shapes.world import (
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {2: "two", 3: "three"}
-PROMPT_KINDS = ("single", "pair", "count", "triple", "long")
 RELATION_MARGIN = 1.0
 """Pixels by which a relation must dominate before a caption states it."""
 BACKGROUND_RATE, RELATION_RATE = 0.4, 0.75
 LONG_SENTENCES = 5
+LONG_RATE = 0.15
+"""Share of long captions, of scenes that can have one, in training."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,19 @@ def true_relation(a: Thing, b: Thing) -> str:
     return ""
 
 
-def recaption(scene: Scene, rng: np.random.Generator, *, long_rate: float = 0.15) -> Prompt:
+def has_long_caption(scene: Scene) -> bool:
+    """Can the scene be told in five sentences? Triples can, pairs if one relation dominates."""
+    return scene.kind == "triple" or (scene.kind == "pair" and bool(true_relation(*scene.things)))
+
+
+def recaption(scene: Scene, rng: np.random.Generator, *, long_rate: float = LONG_RATE) -> Prompt:
     """Draw any true caption of a scene. Pairs and triples get a long one with probability `long_rate`."""
     index = rng.permutation(len(scene.things))
     things = [scene.things[i] for i in index]
     objects = tuple(t.kind for t in things)
     relation = true_relation(things[0], things[1]) if scene.kind in ("pair", "triple") else ""
     relations = ((0, relation, 1),) if relation else ()
-    if (scene.kind == "triple" or (scene.kind == "pair" and relation)) and rng.random() < long_rate:
+    if has_long_caption(scene) and rng.random() < long_rate:
         order = tuple(int(i) for i in rng.permutation(LONG_SENTENCES))
         return _prompt(Spec(objects, relations, scene.background), "long", order)
     background = scene.background if rng.random() < BACKGROUND_RATE else ""

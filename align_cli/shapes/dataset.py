@@ -11,11 +11,18 @@ import torch
 
 from align_cli.data.base import Example
 from align_cli.settings import DataSettings
-from align_cli.shapes.captions import Prompt, hard_negative, recaption
-from align_cli.shapes.world import SCENE_KINDS, render, sample_scenes
+from align_cli.shapes.captions import LONG_RATE, Prompt, hard_negative, has_long_caption, recaption
+from align_cli.shapes.world import SCENE_KINDS, Scene, render, sample_scenes
 
 WEIGHTS = (0.2, 0.5, 0.15, 0.15)
 """Share of single, pair, count and triple scenes in training."""
+MIXTURES = {
+    "all": (SCENE_KINDS, WEIGHTS, LONG_RATE),
+    "pairs": (("pair", "triple"), (0.75, 0.25), LONG_RATE),
+    "long": (("pair", "triple"), (0.5, 0.5), 1.0),
+}
+"""data.mixture -> kinds of scenes, their shares, and how many of those that can have a long caption get one.
+"""
 DEFAULT_SIZE = 4096
 """Training scenes where data.num_examples is 0."""
 HELD_OUT_KINDS = ("pair", "triple", "long")
@@ -28,20 +35,23 @@ class ShapesDataset:
     """Pictures with captions that are drawn afresh, and truly, at every access.
 
     `get` returns pixels (3, 32, 32) in [-1, 1], a caption, and in `extra`: negatives (list of false
-    captions), boxes (list of (phrase, box in pixels)).
+    captions), boxes (list of (phrase, box in pixels)). With the mixture "long" every caption has five
+    sentences.
     """
 
     def __init__(self, settings: DataSettings, *, seed: int = 0, split: str = "train") -> None:
         self.size = settings.num_examples or DEFAULT_SIZE
         self.seed, self.split, self.mixture = seed, split, settings.mixture
-        pairs = settings.mixture == "pairs"
-        self._kinds = ("pair", "triple") if pairs else SCENE_KINDS
-        self._weights = (0.75, 0.25) if pairs else WEIGHTS
+        self.kinds, self.weights, self.long_rate = MIXTURES[settings.mixture]
 
     @cached_property
-    def scenes(self) -> list:
+    def scenes(self) -> list[Scene]:
         rng = np.random.default_rng([self.seed, 20])
-        return sample_scenes(self.size, rng, kinds=self._kinds, weights=self._weights, split=self.split)
+        found: list[Scene] = []
+        while len(found) < self.size:
+            drawn = sample_scenes(self.size, rng, kinds=self.kinds, weights=self.weights, split=self.split)
+            found += [s for s in drawn if self.long_rate < 1 or has_long_caption(s)]
+        return found[: self.size]
 
     @cached_property
     def pictures(self) -> np.ndarray:
@@ -52,7 +62,7 @@ class ShapesDataset:
 
     def get(self, index: int, rng: np.random.Generator) -> Example:
         scene = self.scenes[index]
-        prompt = recaption(scene, rng)
+        prompt = recaption(scene, rng, long_rate=self.long_rate)
         pixels = torch.from_numpy(self.pictures[index]).permute(2, 0, 1).float() / 127.5 - 1
         keep = "train" if self.split == "train" else None
         negatives = [hard_negative(prompt, rng, split=keep).text for _ in range(HARD_NEGATIVES)]

@@ -14,20 +14,15 @@ Letters: B prompts of this process, C h w latent, D width of the reward's towers
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
-from align_cli.diffusion.consistency import consistency
-from align_cli.methods.longalign.adapter import TextAdapter
-from align_cli.methods.longalign.layers import longalign_layers
-from align_cli.models.lora import LoraTuning
-from align_cli.models.segments import SegmentReader
-from align_cli.models.t5 import T5Reader, load_t5
 from torch import Tensor, nn
 
 from align_cli.adapters import load_adapter
+from align_cli.diffusion.consistency import consistency
 from align_cli.diffusion.rollout import rollout
 from align_cli.errors import UserError
 from align_cli.losses import (
@@ -39,9 +34,16 @@ from align_cli.losses import (
     with_gradient,
 )
 from align_cli.methods.base import Batch, StepContext, encoded_latents, latent_shape
+from align_cli.methods.longalign.adapter import TextAdapter
 from align_cli.methods.longalign.config import WITH_REWARD, LongAlignConfig
+from align_cli.methods.longalign.layers import longalign_layers
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.decoding import Judged, through_pictures
+from align_cli.models.frozen import FrozenModel
+from align_cli.models.lora import LoraTuning
+from align_cli.models.segments import SegmentReader
+from align_cli.models.states import check_state
+from align_cli.models.t5 import T5Reader, load_t5
 from align_cli.rewards.clip import ClipReward
 from align_cli.rewards.loading import load_reward
 from align_cli.rewards.preprocess import LONGALIGN_CROP
@@ -71,7 +73,7 @@ class LongAlign:
         if config.t5:
             tokenizer, encoder = load_t5(config.t5, device=model.encoder_device, dtype=model.dtype)
             self.t5 = T5Reader(tokenizer, encoder, config.token_length)
-            self.adapter = self._text_adapter(int(encoder.config.d_model), config.adapter_width)
+            self.adapter = self._text_adapter(self.t5.width, config.adapter_width)
         self._rewards: dict[str, ClipReward] | None = None
 
     def _lora(self, rank: int, rng: torch.Generator | None = None) -> LoraTuning:
@@ -99,9 +101,9 @@ class LongAlign:
             check_side(self.model, c.image_size or self.model.image_size, "longalign.image_size")
             self.rewards  # noqa: B018
         if c.text_adapter and self.adapter is not None and c.stage == "align":
-            given = TextAdapter.from_folder(c.text_adapter)
+            given = TextAdapter.from_folder(c.text_adapter).state_dict()
             try:
-                self._take_adapter(given.state_dict())
+                self._take_adapter(given)
             except ValueError as error:
                 raise UserError(f"longalign.text_adapter {c.text_adapter} does not fit: {error}") from error
         if c.from_adapter:
@@ -357,7 +359,7 @@ class LongAlign:
 
         return through_pictures(self.model, z, judge, chunk=c.decode_chunk, loss_scale=ctx.loss_scale)
 
-    def _crop(self, z: Tensor, ctx: StepContext):
+    def _crop(self, z: Tensor, ctx: StepContext) -> Callable[[Tensor], Tensor]:
         """The random crop that all pictures of the step share; none where they are not larger than it."""
         height, width = (n * self.model.vae_factor for n in z.shape[-2:])
         low = torch.rand(2, generator=ctx.rng)
@@ -427,7 +429,11 @@ class LongAlign:
         between = state.get("norm2.weight")
         if between is not None and len(between) != self.adapter.int_dim:
             self.adapter = self._text_adapter(self.adapter.in_dim, len(between))
-        _load(self.adapter, ADAPTER, state)
+        try:
+            check_state({key: x.shape for key, x in self.adapter.state_dict().items()}, state)
+        except ValueError as error:
+            raise ValueError(f"{ADAPTER}: {error}") from error
+        self.adapter.load_state_dict(dict(state))
 
     @contextmanager
     def attach(self, model: BaseModel, scale: float = 1.0) -> Iterator[None]:
@@ -443,16 +449,21 @@ class LongAlign:
 
     @contextmanager
     def _reading(self, model: BaseModel) -> Iterator[None]:
-        c = self.config
-        more = self._t5_rows if self.t5 is not None else None
-        with model.reading(SegmentReader(model, length=c.token_length, splitter=c.splitter, more=more)):
+        c, t5 = self.config, self.t5
+        reader = SegmentReader(
+            cast("FrozenModel", model),
+            length=c.token_length,
+            splitter=c.splitter,
+            more=None if t5 is None else self._t5_rows,
+            audit_more=None if t5 is None else t5.audit,
+        )
+        with model.reading(reader):
             yield
 
     def _t5_rows(self, prompts: list[str]) -> Tensor:
         """(B, token_length, D): T5 on whole captions, through the text adapter."""
         assert self.t5 is not None and self.adapter is not None
-        states = self.t5.states(prompts).to(self.model.device)
-        rows: Tensor = self.adapter(states.float())
+        rows: Tensor = self.adapter(self.t5.states(prompts).to(self.model.device))
         return rows
 
 
@@ -464,8 +475,8 @@ def _groups(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-def _load(part: LoraTuning | TextAdapter, name: str, state: Mapping[str, Tensor]) -> None:
+def _load(lora: LoraTuning, name: str, state: Mapping[str, Tensor]) -> None:
     try:
-        part.load_state(state)
+        lora.load_state(state)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -30,7 +30,7 @@ from align_cli.methods.base import Batch, StepContext, encoded_text
 from align_cli.methods.textcraftor.config import TextCraftorConfig
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.decoding import Judged, through_pictures
-from align_cli.models.lora import LoraTuning
+from align_cli.models.lora import LoraTuning, most_rank
 from align_cli.models.tuning import FullTuning, tuning_like
 from align_cli.rewards.base import Reward
 from align_cli.rewards.loading import load_reward
@@ -78,6 +78,11 @@ class TextCraftor:
             if not c.lora_rank:
                 self.tunings[name] = FullTuning(module, device=device)
                 continue
+            if c.lora_rank > (most := most_rank(module)):
+                raise UserError(
+                    f"textcraftor.lora_rank must be at most {most}, the smaller side of the largest layer of "
+                    f"the {name} of {self.model.model_id}, got {c.lora_rank}; 0 trains all weights"
+                )
             rng = torch.Generator().manual_seed(self.seed)
             self.tunings[name] = LoraTuning(
                 module, rank=c.lora_rank, alpha=c.lora_alpha or c.lora_rank, rng=rng, device=device
@@ -111,6 +116,12 @@ class TextCraftor:
             warnings.warn("textcraftor.lora_alpha has no effect without textcraftor.lora_rank", stacklevel=2)
         if c.encoders and c.stage == "unet":
             warnings.warn("textcraftor.encoders has no effect: stage unet trains none", stacklevel=2)
+        if c.stage == "unet" and not c.from_adapter:
+            warnings.warn(
+                f"stage unet without --from trains the {self.denoiser_name} under the model's own text "
+                "encoders",
+                stacklevel=2,
+            )
         if c.from_adapter:
             self._start_from(c.from_adapter)
         self.rewards  # noqa: B018

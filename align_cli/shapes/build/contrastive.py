@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from align_cli.settings import PROMPT_KINDS
 from align_cli.shapes.build import components
 from align_cli.shapes.build.run import Stage, line
-from align_cli.shapes.captions import PROMPT_KINDS, Prompt, counterfactual, recaption
+from align_cli.shapes.captions import Prompt, counterfactual, recaption
 from align_cli.shapes.world import render, sample_scenes
 
 BATCH = 64

@@ -13,10 +13,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from align_cli.diffusion.rollout import rollout
+from align_cli.settings import PROMPT_KINDS
 from align_cli.shapes.build.latents import Captions, Latents
 from align_cli.shapes.build.painters import PAINTERS, Painter
 from align_cli.shapes.build.run import Stage
-from align_cli.shapes.captions import PROMPT_KINDS, recaption
+from align_cli.shapes.captions import recaption
 from align_cli.shapes.dataset import eval_prompts
 from align_cli.shapes.oracle import judge
 
