@@ -360,6 +360,7 @@ def import_official(method: str, path: Path | str, model: str, out: Path) -> Ada
 IMPORTERS = registry.Table(
     "importer",
     {
+        "longalign": "align_cli.methods.longalign.release:read_release",
         "softrepa": "align_cli.methods.softrepa.release:read_release",
         "textcraftor": "align_cli.methods.textcraftor.release:read_release",
     },

@@ -29,6 +29,7 @@ from golden_checks import (
     imagereward,
     longalign,
     longalign_lcm,
+    longalign_lora,
     longalign_steps,
     longalign_text,
     softrepa,
@@ -39,9 +40,8 @@ from golden_checks.lines import Line
 from align_cli.errors import UserError
 
 KINDS = [
-    *comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_lcm.KINDS, *longalign_steps.KINDS,
-    *longalign_text.KINDS, *softrepa.KINDS,
-    *textcraftor.KINDS,
+    *comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_lcm.KINDS, *longalign_lora.KINDS,
+    *longalign_steps.KINDS, *longalign_text.KINDS, *softrepa.KINDS, *textcraftor.KINDS,
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from align_cli.cli.main import app
 from align_cli.errors import UserError
 from align_cli.exporting import Part, export, lora, pipelines
 from align_cli.exporting.compare import outputs
+from align_cli.exporting.kohya import kohya_name, sgm_path
 from align_cli.exporting.lowrank import factors, low_rank
 from align_cli.models.base import BaseModel
 from align_cli.models.loading import load_model
@@ -168,10 +169,83 @@ def test_lora_of_peft(tiny_models, tmp_path):
         assert_close(outputs(model, denoiser=True), expected, 1e-4)
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_lora_in_the_layout_of_kohya(tiny_models, tmp_path, family):
+    model = tiny_models[family]
+    save_tuned(tmp_path / "a", model, stage="joint", **LORA)
+    expected = at_work(model, tmp_path / "a")
+    report = export(tmp_path / "a", "kohya", tmp_path / "out")
+    assert list(report.written) == [p.name for p in (tmp_path / "out").iterdir()] == ["lora.safetensors"]
+    pipe = getattr(diffusers, PIPELINES[family]).from_pretrained(model.model_id)
+    pipe.load_lora_weights(tmp_path / "out", weight_name="lora.safetensors")
+    opened = {i: getattr(pipe, name) for i, name in enumerate(ENCODERS) if hasattr(pipe, name)}
+    with model.using(denoiser=pipe.unet, encoders=opened):
+        assert_close(outputs(model, denoiser=True), expected, 1e-4)
+
+
+def test_names_of_kohya(tiny_models, tmp_path):
+    save_tuned(tmp_path / "sd15", tiny_models["sd15"], stage="joint", **LORA)
+    export(tmp_path / "sd15", "kohya", tmp_path / "1", dtype="float16")
+    tensors = load_file(tmp_path / "1" / "lora.safetensors")
+    state = load_adapter(tmp_path / "sd15").state
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0"
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"
+    assert torch.equal(tensors[f"{name}.lora_down.weight"], state[f"{layer}.lora_A.weight"].half())
+    assert torch.equal(tensors[f"{name}.lora_up.weight"], state[f"{layer}.lora_B.weight"].half())
+    assert float(tensors[f"{name}.alpha"]) == 5.0
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in tensors
+    assert len(tensors) == len(state) * 3 // 2
+    save_tuned(tmp_path / "sdxl", tiny_models["sdxl"], stage="joint", **LORA)
+    export(tmp_path / "sdxl", "kohya", tmp_path / "2")
+    heads = {key.partition(".")[0] for key in load_file(tmp_path / "2" / "lora.safetensors")}
+    assert {
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_te2_text_model_encoder_layers_0_self_attn_out_proj",
+        "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q",
+        "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_out_0",
+        "lora_unet_output_blocks_1_1_transformer_blocks_0_attn2_to_v",
+    } <= heads
+
+
+def test_every_layer_of_sdxl_has_its_name_of_the_original_code(tiny_models):
+    """As diffusers reads them, all residual blocks, attentions and embeddings of a UNet."""
+    unet = tiny_models["sdxl"].denoiser
+    layers = [
+        name
+        for name, layer in unet.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and "samplers" not in name
+    ]
+    layers = [name for name in layers if name not in ("conv_in", "conv_out")]
+    tensors = {}
+    for i, name in enumerate(layers):
+        key = kohya_name("sdxl", "unet", name, unet)
+        tensors |= {f"{key}.lora_{x}.weight": torch.full((1, 1), float(i)) for x in ("up", "down")}
+    assert len(tensors) == 2 * len(layers)
+    found = diffusers.StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=unet.config)[0]
+    back = {key.replace("attn1.processor", "attn1").replace("attn2.processor", "attn2") for key in found}
+    for i, name in enumerate(layers):
+        ends = [f"unet.{name}.lora.up.weight", f"unet.{name.removesuffix('.0')}_lora.up.weight"]
+        assert any(end in back for end in ends), name
+        mine = next(v for k, v in found.items() if k.replace(".processor", "") in ends)
+        assert float(mine) == i
+    for name in ("down_blocks.0.downsamplers.0.conv", "conv_in", "mid_block.other.0.x"):
+        with pytest.raises(UserError, match=f"no name for the layer {name}"):
+            sgm_path(name, 1)
+
+
+def test_all_weights_in_the_layout_of_kohya(tiny_models, tmp_path):
+    for family in ("sd15", "sdxl"):
+        save_tuned(tmp_path / family, tiny_models[family], stage="joint")
+        report = export(tmp_path / family, "kohya", tmp_path / f"{family}-out", rank=64)
+        assert max(report.left_out.values()) < 1e-5
+    save_tuned(tmp_path / "sd3", tiny_models["sd3"], **LORA)
+    assert_refused("kohya's layout of SD3 has query, key", tmp_path / "sd3", "kohya", tmp_path / "x")
+
+
 def test_lora_of_the_embedded_model(tmp_path):
     model = load_model(ModelSettings(name="tiny-sd15", device="cpu"))
     save_tuned(tmp_path / "a", model, **LORA)
-    for form in ("peft", "diffusers"):
+    for form in ("peft", "diffusers", "kohya"):
         report = export(tmp_path / "a", form, tmp_path / form)
         assert "text embedding" in report.check[1]
 
@@ -346,7 +420,8 @@ def test_refusals(tiny_models, make_tiny_sd15, tmp_path):
     assert_refused("hold all weights, not LoRA", tmp_path / "full", "official", out, rank=2)
     assert_refused("are float32; leave --dtype out", tmp_path / "full", "official", out, dtype="float16")
     assert_refused("is for sdxl and holds a text_encoder_2", tmp_path / "xl", "official", out)
-    assert_refused("unknown export format", tmp_path / "full", "kohya", out)
+    assert_refused("a kohya file holds LoRA: name a rank", tmp_path / "full", "kohya", out)
+    assert_refused("unknown export format", tmp_path / "full", "comfyui", out)
     assert_refused("--dtype must be one of", tmp_path / "full", "diffusers", out, dtype="int8")
     assert_refused("unknown model 'sd51'", tmp_path / "full", "diffusers", out, model="sd51")
     assert_refused("does not exist", tmp_path / "none", "diffusers", out)
@@ -386,7 +461,7 @@ def test_an_export_that_holds_something_else_is_not_kept(tiny_models, tmp_path, 
 
     monkeypatch.setattr(pipelines, "_filled", spoilt)
     assert_refused("does not hold what was trained, so nothing", tmp_path / "a", "diffusers", tmp_path / "x")
-    monkeypatch.setattr(lora, "_cast", lambda state, _: {key: 2 * x for key, x in state.items()})
+    monkeypatch.setattr(lora, "cast", lambda state, _: {key: 2 * x for key, x in state.items()})
     assert_refused("does not hold what was trained, so nothing", tmp_path / "lora", "peft", tmp_path / "x")
 
 

@@ -63,7 +63,7 @@ def adapters_info(
 def adapters_import(
     method: Annotated[
         str,
-        typer.Argument(metavar="METHOD", help="Method it was released for: softrepa or textcraftor."),
+        typer.Argument(metavar="METHOD", help="Method it was released for: softrepa, longalign or textcraftor."),
     ],
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="The released file, or the folder that holds it.")
@@ -86,7 +86,7 @@ def adapters_import(
 @adapters_app.command("export")
 def adapters_export(
     adapter: Annotated[Path, typer.Argument(metavar="FOLDER", help="Adapter folder.")],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="diffusers, peft or official.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="diffusers, peft, kohya or official.")],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; must not exist.")],
     rank: Annotated[
         int | None,

@@ -6,6 +6,7 @@ wrote with the library that it is for, and compares. EXPORTERS tells which metho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,8 @@ class Part:
     """What was trained of one module of a pipeline.
 
     name: of the module as in diffusers: text_encoder, unet, ... state: parameter -> value of all parameters;
-    or, of a LoRA, "<layer>.lora_A.weight" (rank, in) and "<layer>.lora_B.weight" (out, rank) per layer.
+    or, of a LoRA, "<layer>.lora_A.weight" (rank, in) and "<layer>.lora_B.weight" (out, rank) per layer, of a
+    convolution (rank, in, h, w) and (out, rank, 1, 1).
     factor: alpha / rank of a LoRA, by which B A is multiplied; None for all parameters.
     """
 
@@ -54,18 +56,32 @@ class Part:
         return [key.removesuffix(LORA_A) for key in self.state if key.endswith(LORA_A)]
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Of a LoRA: A (rank, in) and B (out, rank) of a layer."""
+        """Of a LoRA: A and B of a layer."""
         return self.state[layer + LORA_A], self.state[layer + LORA_B]
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What an adapter holds, for other tools. parts: of the pipeline. notes: what no other tool's file can
+    hold. whole: whether the parts at work are all that the adapter does. beside: writes what else of it has
+    a form of its own, into the folder of the export; official files hold that themselves.
+    """
+
+    parts: list[Part]
+    notes: list[str]
+    whole: bool = True
+    beside: Callable[[Path], Report] | None = None
+
+
+@dataclass(frozen=True)
 class Job:
-    """One export. settings: of the base model. folder: to write into. rank: of the factors of what was
-    trained as all parameters; 0 for none. dtype: of what is written.
+    """One export. parts, whole: see `Trained`. settings: of the base model. folder: to write into. rank: of
+    the factors of what was trained as all parameters; 0 for none. dtype: of what is written.
     """
 
     adapter: Adapter
     parts: tuple[Part, ...]
+    whole: bool
     settings: ModelSettings
     folder: Path
     rank: int
@@ -98,19 +114,27 @@ class Report:
 
 
 PARTS = registry.Table(
-    "exported method", {"textcraftor": "align_cli.methods.textcraftor.export:trained_parts"}
+    "exported method",
+    {
+        "longalign": "align_cli.methods.longalign.export:trained",
+        "textcraftor": "align_cli.methods.textcraftor.export:trained",
+    },
 )
-"""Method -> function (Adapter) -> (parts, notes): what it trained, and what no other tool's file can hold."""
+"""Method -> function (Adapter) -> Trained."""
 
+LIBRARIES = {
+    "diffusers": "align_cli.exporting.pipelines:write_diffusers",
+    "peft": "align_cli.exporting.lora:write_peft",
+    "kohya": "align_cli.exporting.kohya:write_kohya",
+}
+"""Formats for every method with parts."""
+OFFICIAL = "official"
 EXPORTERS: dict[str, registry.Table] = {
-    "textcraftor": registry.Table(
-        "export format of textcraftor",
-        {
-            "diffusers": "align_cli.exporting.pipelines:write_diffusers",
-            "peft": "align_cli.exporting.lora:write_peft",
-            "official": "align_cli.methods.textcraftor.export:write_official",
-        },
-    ),
+    method: registry.Table(
+        f"export format of {method}",
+        {**LIBRARIES, OFFICIAL: f"align_cli.methods.{method}.export:write_official"},
+    )
+    for method in PARTS
 }
 """Method -> format -> function (Job) -> Report. UserError for parts that the format cannot hold."""
 
@@ -137,15 +161,19 @@ def export(
     if method not in EXPORTERS:
         raise UserError(f"adapters of {method} cannot be exported (those of {', '.join(EXPORTERS)} can)")
     write = registry.load(EXPORTERS[method], form)
-    parts, notes = registry.load(PARTS, method)(adapter)
+    trained: Trained = registry.load(PARTS, method)(adapter)
+    parts = trained.parts
     if rank and all(part.lora for part in parts):
         raise UserError(f"adapter {path} is LoRA of rank {parts[0].rank} already; leave --rank out")
     settings = _base(adapter, parts, model)
     import torch
 
     with new_folder(out) as folder:
-        report: Report = write(Job(adapter, tuple(parts), settings, folder, rank, getattr(torch, dtype)))
-    report.notes += notes
+        job = Job(adapter, tuple(parts), trained.whole, settings, folder, rank, getattr(torch, dtype))
+        report: Report = write(job)
+        if trained.beside is not None and form != OFFICIAL:
+            report.add(trained.beside(folder))
+    report.notes += trained.notes
     return report
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from align_cli.exporting.compare import Largest, compare_outputs, outputs, silen
 from align_cli.exporting.lowrank import low_rank
 from align_cli.models.base import BaseModel
 from align_cli.models.loading import load_model, quiet
+from align_cli.models.lora import change
 from align_cli.models.parts import LEVEL, is_flat, pipeline_class
 from align_cli.models.sources import DENOISERS, TEXT_ENCODERS
 from align_cli.models.states import LORA_B
+from align_cli.models.tuning import tuning_like
 
 NAME = "default"
 """Of the adapter inside the library: peft's own default."""
@@ -47,7 +50,7 @@ def write_peft(job: Job) -> Report:
             f"all weights of the {whole} were trained, and a PEFT folder holds LoRA: name a rank, for "
             "example --rank 64, or take --to diffusers for all weights"
         )
-    return _tried(job, job.parts, _save_peft, _open_peft)
+    return tried(job, job.parts, _save_peft, _open_peft)
 
 
 def write_pipeline_lora(job: Job, parts: Sequence[Part]) -> Report:
@@ -58,10 +61,10 @@ def write_pipeline_lora(job: Job, parts: Sequence[Part]) -> Report:
     """
     if any(part.name == TEXT_ENCODERS[2] for part in parts):
         raise UserError(f"diffusers takes no LoRA for {TEXT_ENCODERS[2]} (T5); take --to peft")
-    return _tried(job, parts, _save_pipeline, _open_pipeline)
+    return tried(job, parts, _save_pipeline, opening(FILE))
 
 
-def _tried(
+def tried(
     job: Job,
     parts: Sequence[Part],
     save: Callable[[Job, Sequence[Part], Modules], dict[str, str]],
@@ -79,7 +82,7 @@ def _tried(
         raise UserError(f"the adapter holds a {stray[0]}, which {job.model} does not have")
     denoiser = any(part.name in DENOISERS for part in job.parts)
     own = outputs(model, denoiser=denoiser)
-    with restore(job.adapter, model).attach(model):
+    with _at_work(job, model, modules):
         adapted = outputs(model, denoiser=denoiser)
     written = []
     for part in parts:
@@ -97,13 +100,32 @@ def _tried(
         for layer in part.layers:
             a, b = part.factors(layer)
             opened: Any = modules[part.name].get_submodule(layer)
-            largest.tensor(opened.get_delta_weight(NAME), (b.float() @ a.float()) * (part.factor or 1.0))
+            largest.tensor(opened.get_delta_weight(NAME), change(a, b) * (part.factor or 1.0))
     report.check.append(largest.line("opened by the library, changes of weights", job.dtype, slack=16))
     _put_whole([part for part in job.parts if part not in parts], modules)
     exact = all(part.lora for part in parts)
     again = outputs(model, denoiser=denoiser)
     report.check += compare_outputs(own, adapted, again, "at work", exact=exact)
     return report
+
+
+@contextmanager
+def _at_work(job: Job, model: BaseModel, modules: Modules) -> Iterator[None]:
+    """The adapter at work; where its parts are not all of it, these alone."""
+    with ExitStack() as stack:
+        if job.whole:
+            stack.enter_context(restore(job.adapter, model).attach(model))
+        else:
+            for part in job.parts:
+                try:
+                    tuning = tuning_like(modules[part.name], part.state)
+                    tuning.load_state(part.state)
+                except ValueError as error:
+                    raise UserError(
+                        f"the {part.name} of the adapter does not fit {job.model}: {error}"
+                    ) from error
+                stack.enter_context(tuning.attached(part.factor or 1.0))
+        yield
 
 
 def modules_of(model: BaseModel) -> dict[str, nn.Module]:
@@ -136,7 +158,7 @@ def _save_peft(job: Job, parts: Sequence[Part], modules: Modules) -> dict[str, s
             base_model_name_or_path=hub,
             inference_mode=True,
         ).save_pretrained(folder)
-        state = {f"base_model.model.{key}": x for key, x in _cast(part.state, job.dtype).items()}
+        state = {f"base_model.model.{key}": x for key, x in cast(part.state, job.dtype).items()}
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         said[part.name] = (
             f"LoRA of rank {part.rank} on {len(part.layers)} layers; peft opens it with "
@@ -163,28 +185,33 @@ def _save_pipeline(job: Job, parts: Sequence[Part], modules: Modules) -> dict[st
         # all versions of the libraries read the keys with this level, also those that do not have it
         level = LEVEL if is_flat(modules[part.name]) else ""
         scaled = {k: x * (part.factor or 1.0) if k.endswith(LORA_B) else x for k, x in part.state.items()}
-        state = {f"{level}{key}": x for key, x in _cast(scaled, job.dtype).items()}
+        state = {f"{level}{key}": x for key, x in cast(scaled, job.dtype).items()}
         layers[f"{part.name}_lora_layers"] = convert_state_dict_to_diffusers(state)
     cls.save_lora_weights(job.folder, weight_name=FILE, **layers)
     names = " and ".join(f"{part.name} (rank {part.rank}, {len(part.layers)} layers)" for part in parts)
     return {FILE: f"LoRA of {names}; {cls.__name__}.load_lora_weights(FOLDER)"}
 
 
-def _open_pipeline(job: Job, _: Sequence[Part], modules: Modules) -> None:
-    cls = _pipeline(job)
-    required = [
-        p.name
-        for p in inspect.signature(cls.__init__).parameters.values()
-        if p.name != "self" and p.default is inspect.Parameter.empty
-    ]
-    options = {name: modules.get(name) for name in required}
-    pipe = cls(**options, **({"requires_safety_checker": False} if "safety_checker" in required else {}))
-    pipe.load_lora_weights(job.folder, weight_name=FILE, adapter_name=NAME)
+def opening(file: str) -> Callable[[Job, Sequence[Part], Modules], None]:
+    """For `tried`: `load_lora_weights` of the model's pipeline, of this file in the folder of the job."""
+
+    def open_again(job: Job, _: Sequence[Part], modules: Modules) -> None:
+        cls = _pipeline(job)
+        required = [
+            p.name
+            for p in inspect.signature(cls.__init__).parameters.values()
+            if p.name != "self" and p.default is inspect.Parameter.empty
+        ]
+        options = {name: modules.get(name) for name in required}
+        checker = {"requires_safety_checker": False} if "safety_checker" in required else {}
+        cls(**options, **checker).load_lora_weights(job.folder, weight_name=file, adapter_name=NAME)
+
+    return open_again
 
 
 def _pipeline(job: Job) -> Any:
     return getattr(diffusers, pipeline_class(job.model))
 
 
-def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: value.to(dtype).contiguous() for key, value in state.items()}

@@ -12,6 +12,15 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 """Ends of the keys of a LoRA's state, as in peft; before them is the name of the layer."""
 
 
+def by_group(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """First word of the key -> its tensors, by the rest of the key."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        group, _, rest = key.partition(".")
+        groups.setdefault(group, {})[rest] = value
+    return groups
+
+
 def check_state(shapes: Mapping[str, Sequence[int]], state: Mapping[str, Tensor]) -> None:
     """ValueError naming missing, unused and wrongly shaped keys (of each kind, the first three)."""
     missing, unused = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())

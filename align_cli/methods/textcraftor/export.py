@@ -10,34 +10,31 @@ from torch import Tensor
 from align_cli import config
 from align_cli.adapters import Adapter
 from align_cli.errors import UserError
-from align_cli.exporting import Job, Part, Report
+from align_cli.exporting import Job, Part, Report, Trained
 from align_cli.exporting.compare import Largest, writing
 from align_cli.methods.textcraftor.config import TextCraftorConfig
 from align_cli.methods.textcraftor.release import FILES, fit, official_state, read_tensors
 from align_cli.models.sources import DENOISERS, TEXT_ENCODERS
-from align_cli.models.states import LORA_A
+from align_cli.models.states import LORA_A, by_group
 
 
-def trained_parts(adapter: Adapter) -> tuple[list[Part], list[str]]:
+def trained(adapter: Adapter) -> Trained:
     """Text encoders and denoiser of an adapter, and what their files will not say."""
     where = f"adapter {adapter.path}: config"
     raw = {**adapter.info.config, "method": adapter.info.method}
     settings = config.Resolved.from_dict(raw, where=where)
     c = cast("TextCraftorConfig", settings.method_config)
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, value in adapter.state.items():
-        name, _, rest = key.partition(".")
-        states.setdefault(name, {})[rest] = value
+    states = by_group(adapter.state)
     parts = [_part(name, states[name], c) for name in (*TEXT_ENCODERS, *DENOISERS) if name in states]
     steps = settings.sample.steps
     first = c.first_tuned(steps, c.test_grad_steps)
     if first == 0 or not any(part.name in TEXT_ENCODERS for part in parts):
-        return parts, []
+        return Trained(parts, [])
     note = (
         f"t2ialign uses the tuned text encoder from step {first} of {steps} on and the original one before; "
         "what was written knows no steps and works in all of them"
     )
-    return parts, [note]
+    return Trained(parts, [note])
 
 
 def _part(name: str, state: dict[str, Tensor], c: TextCraftorConfig) -> Part:
