@@ -63,7 +63,7 @@ def adapters_info(
 def adapters_import(
     method: Annotated[
         str,
-        typer.Argument(metavar="METHOD", help="Method it was released for: softrepa, longalign or textcraftor."),
+        typer.Argument(metavar="METHOD", help="Method that it was released for: softrepa, longalign, textcraftor."),
     ],
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="The released file, or the folder that holds it.")

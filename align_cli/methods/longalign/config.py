@@ -79,7 +79,7 @@ class LongAlignConfig(MethodConfig):
     """Pictures decoded and scored at a time; 0 takes all. Changes memory and time, not the gradient."""
 
     @property
-    def pictures(self) -> bool:  # type: ignore[override]
+    def pictures(self) -> bool:
         """Whether the stage trains on pictures with captions."""
         return self.stage in WITH_PICTURES
 
