@@ -63,7 +63,9 @@ def adapters_info(
 def adapters_import(
     method: Annotated[
         str,
-        typer.Argument(metavar="METHOD", help="Method that it was released for: softrepa, longalign, textcraftor."),
+        typer.Argument(
+            metavar="METHOD", help="softrepa, longalign or textcraftor: what it was released for."
+        ),
     ],
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="The released file, or the folder that holds it.")
