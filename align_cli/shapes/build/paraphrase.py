@@ -56,19 +56,13 @@ def read(tok: T5Tokenizer, texts: list[str], length: int) -> Tensor:
 
 
 def forward(
-    model: T5ForConditionalGeneration,
-    tok: T5Tokenizer,
-    sources: list[str],
-    texts: list[str],
-    length: int,
+    model: T5ForConditionalGeneration, tok: T5Tokenizer, sources: list[str], texts: list[str], length: int
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy per written token, and for each caption whether every token has the highest score."""
     ids = read(tok, sources, length)
     wanted = tok([meaning(text) for text in texts], padding=True, return_tensors="pt")
     labels = wanted.input_ids.masked_fill(wanted.attention_mask == 0, IGNORED)
-    told = model.prepare_decoder_input_ids_from_labels(labels)
-    told = told.masked_fill(torch.rand(told.shape) < untold, tok.unk_token_id)
-    found = model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=told, labels=labels)
+    found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
     right = (found.logits.argmax(-1) == labels) | (labels == IGNORED)
     return found.loss, right.all(-1)
 
