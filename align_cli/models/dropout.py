@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PER_WORD, LEVELS = 4, 2**15
+"""Random numbers that are taken from one of 63 bits, and how many values each has: p is met to 1 / LEVELS."""
+
 
 @dataclass(frozen=True)
 class RowDropout:
@@ -35,11 +38,12 @@ class RowDropout:
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, ...)."""
         call = int(torch.randint(2**62, ()))
-        count = self.rows or len(x)
-        mask = torch.empty_like(x, dtype=torch.bool)
+        count, size = self.rows or len(x), x[0].numel()
+        bits = x.new_empty(len(x), -(-size // PER_WORD), dtype=torch.int64)
         rng = torch.Generator(x.device)
-        for i, row in enumerate(mask):
+        for i, row in enumerate(bits):
             part, place = divmod(i, count)
             rng.manual_seed(call + (part * self.world_size + self.rank) * count + place)
-            row.bernoulli_(1 - self.p, generator=rng)
-        return torch.where(mask, x, 0) / (1 - self.p)
+            row.random_(generator=rng)  # 63 bits
+        levels = (bits.view(torch.int16) & (LEVELS - 1))[:, :size].view(x.shape)
+        return torch.where(levels >= round(self.p * LEVELS), x, 0) / (1 - self.p)

@@ -221,8 +221,10 @@ class LongAlign:
         with ExitStack() as stack:
             stack.enter_context(self._reading(self.model))
             for lora in self.loras.values():
-                if c.stage != "lcm" or lora is not own:  # there the teacher comes first, which goes without
-                    stack.enter_context(lora.attached())
+                if lora is not own:
+                    stack.enter_context(lora.merged())
+            if c.stage != "lcm":  # there the teacher comes first, which goes without
+                stack.enter_context(own.attached())
             if c.lora_dropout:
                 stack.enter_context(
                     own.dropping(
@@ -448,7 +450,7 @@ class LongAlign:
             if scale:
                 stack.enter_context(self._reading(model))
                 for lora in self.loras.values():
-                    stack.enter_context(lora.attached(scale))
+                    stack.enter_context(lora.merged(scale))
             yield
 
     @contextmanager
