@@ -78,6 +78,7 @@ REWARDS = Table(
         "pickscore": "align_cli.rewards.clip:build_clip",
         "shapes": "align_cli.rewards.shapes:build_shapes",
         "tiny-clip": "align_cli.rewards.clip:build_clip",
+        "tiny-denscore": "align_cli.rewards.denscore:build_denscore",
         "vqascore": "align_cli.rewards.vqascore:build_vqascore",
     },
 )

@@ -73,6 +73,16 @@ HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 _GREY = (0.5, 0.5, 0.5)
 
+TINY_CLIP = Kind(
+    str(registry.WEIGHTS / "tiny-clip"),
+    "shapes world, 32 px",
+    "",
+    {
+        "official": replace(preprocess.SHORTEST, mean=_GREY, std=_GREY),
+        "textcraftor": replace(preprocess.TEXTCRAFTOR, mean=_GREY, std=_GREY),
+    },
+)
+
 KINDS = {
     "clip": Kind(
         "openai/clip-vit-large-patch14",
@@ -105,15 +115,7 @@ KINDS = {
     ),
     "hpsv2": _hps("v2.0"),
     "hpsv2.1": _hps("v2.1"),
-    "tiny-clip": Kind(
-        str(registry.WEIGHTS / "tiny-clip"),
-        "shapes world, 32 px",
-        "",
-        {
-            "official": replace(preprocess.SHORTEST, mean=_GREY, std=_GREY),
-            "textcraftor": replace(preprocess.TEXTCRAFTOR, mean=_GREY, std=_GREY),
-        },
-    ),
+    "tiny-clip": TINY_CLIP,
 }
 """Names and places of the published weights. Source: rewards-and-benchmarks.md."""
 

@@ -6,6 +6,7 @@ Letters: B pictures (and captions), S segments of all captions, D the common wid
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -13,21 +14,26 @@ from torch import Tensor
 
 from align_cli.rewards import preprocess
 from align_cli.rewards.base import Cut, Request
-from align_cli.rewards.clip import ClipReward, Kind, build_kind
+from align_cli.rewards.clip import TINY_CLIP, ClipReward, Kind, build_kind
 from align_cli.sentences import split_sentences
 
-KIND = Kind(
-    "luping-liu/Denscore",
-    "Denscore, ViT-H/14",
-    "ViT-H-14",
-    {
-        "official": preprocess.SHORTEST_FLOOR,
-        "longalign": preprocess.LONGALIGN,
-        "textcraftor": preprocess.TEXTCRAFTOR,
-    },
-    scale="mean over sentences of the cosine of image and sentence",
-)
-"""Source: longalign.md 5.1 and the processor that the official code names, laion/CLIP-ViT-H-14."""
+_SCALE = "mean over sentences of the cosine of image and sentence"
+
+KINDS = {
+    "denscore": Kind(
+        "luping-liu/Denscore",
+        "Denscore, ViT-H/14",
+        "ViT-H-14",
+        {
+            "official": preprocess.SHORTEST_FLOOR,
+            "longalign": preprocess.LONGALIGN,
+            "textcraftor": preprocess.TEXTCRAFTOR,
+        },
+        scale=_SCALE,
+    ),
+    "tiny-denscore": replace(TINY_CLIP, scale=_SCALE),
+}
+"""Of the published one: longalign.md 5.1 and the processor that the official code names, laion/CLIP-ViT-H-14."""
 
 
 class Denscore(ClipReward):
@@ -62,4 +68,4 @@ class Denscore(ClipReward):
 
 
 def build_denscore(request: Request) -> ClipReward:
-    return build_kind(request, KIND, Denscore)
+    return build_kind(request, KINDS[request.name], Denscore)
