@@ -263,7 +263,9 @@ def test_unknown_names(folder):
     refused("shapes has no weights; leave --weights shapes=here out", "shapes", "here")
 
 
-@pytest.mark.parametrize("name", sorted({*registry.REWARDS} - {"shapes", "tiny-clip", "tiny-denscore", "vqascore"}))
+@pytest.mark.parametrize(
+    "name", sorted({*registry.REWARDS} - {"shapes", "tiny-clip", "tiny-denscore", "vqascore"})
+)
 def test_missing_weights_name_file_place_and_option(name):
     line = refused("not in the local cache and the hub cannot be reached", name)
     assert f"--weights {name}=PATH" in line

@@ -33,7 +33,9 @@ KINDS = {
     ),
     "tiny-denscore": replace(TINY_CLIP, scale=_SCALE),
 }
-"""Of the published one: longalign.md 5.1 and the processor that the official code names, laion/CLIP-ViT-H-14."""
+"""Of the published one: longalign.md 5.1, and the processor that the official code names (CLIP-ViT-H-14 of
+laion).
+"""
 
 
 class Denscore(ClipReward):
