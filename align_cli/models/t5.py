@@ -74,8 +74,9 @@ def load_t5(source: str, *, device: torch.device | str, dtype: torch.dtype) -> t
     words = "tokenizer_3/" if prefix else ""
     found = with_tokenizer(found, words)
     weight = weight_file(found, prefix, TRANSFORMERS_STEM, half=dtype != torch.float32)
-    if weight is None or f"{prefix}config.json" not in found.files:
-        lacking = "config.json" if weight else f"{TRANSFORMERS_STEM}.safetensors (or .bin)"
+    described = f"{prefix}config.json" in found.files
+    if weight is None or not described:
+        lacking = f"{TRANSFORMERS_STEM}.safetensors (or .bin)" if described else "config.json"
         raise UserError(f"no T5 in {source}: no {prefix}{lacking} in {found.folder}; {HOW}")
     kind = read_json(found.folder / prefix / "config.json", source).get("model_type")
     if kind != "t5":

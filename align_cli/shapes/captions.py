@@ -262,6 +262,8 @@ def _parse_long(text: str) -> Spec:
             raise UserError(f"not a sentence of the shapes world: {sentence!r}")
     for a, _, b in relations:
         objects += [kind for kind in (a, b) if kind not in objects]
+    if not objects:
+        raise UserError(f"a caption of the shapes world that names no object: {text!r}")
     if total and total != len(objects):
         raise UserError(f"the caption counts {total} objects but names {len(objects)}")
     found = tuple((objects.index(a), relation, objects.index(b)) for a, relation, b in relations)

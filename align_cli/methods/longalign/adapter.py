@@ -58,10 +58,8 @@ class TextAdapter(nn.Module):
         folder = Path(path).expanduser()
         weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
         if not (folder / CONFIG).is_file() or weights is None:
-            lacking = WEIGHTS[0] + " (or .bin)" if (folder / CONFIG).is_file() else CONFIG
-            raise UserError(
-                f"{path} is no text adapter: a folder with {CONFIG} and {WEIGHTS[0]}; no {lacking}"
-            )
+            lacking = f"{WEIGHTS[0]} (or .bin)" if (folder / CONFIG).is_file() else CONFIG
+            raise UserError(f"{path} is no folder of a text adapter: there is no {lacking} in it")
         config = read_json(folder / CONFIG, f"the text adapter {path}")
         widths: list[Any] = [config.get(name) for name in WIDTHS]
         if not all(isinstance(width, int) and width > 0 for width in widths):
