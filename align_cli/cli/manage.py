@@ -63,7 +63,9 @@ def adapters_info(
 def adapters_import(
     method: Annotated[
         str,
-        typer.Argument(metavar="METHOD", help="Method it was released for: softrepa, longalign or textcraftor."),
+        typer.Argument(
+            metavar="METHOD", help="Method it was released for: softrepa, longalign or textcraftor."
+        ),
     ],
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="The released file, or the folder that holds it.")
