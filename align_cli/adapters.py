@@ -292,6 +292,7 @@ def restore(adapter: Adapter, model: BaseModel) -> Method:
             f"a model of the same family",
             stacklevel=2,
         )
+    _note_other_reading(adapter, model)
     where = f"adapter {adapter.path}: config"
     settings = configs.Resolved.from_dict({**info.config, "method": info.method}, where=where).method_config
     method = cls(model, settings)
@@ -300,6 +301,18 @@ def restore(adapter: Adapter, model: BaseModel) -> Method:
     except ValueError as error:
         raise UserError(f"adapter {adapter.path} does not fit {model.model_id}: {error}") from error
     return method
+
+
+def _note_other_reading(adapter: Adapter, model: BaseModel) -> None:
+    """A warning if the adapter was trained on prompts that were read in another way than they are now."""
+    saved = adapter.info.config.get("model", {}).get("text", "plain")
+    now = "plain" if model.reader is None else "segments"
+    if saved != now:
+        warnings.warn(
+            f"adapter {adapter.path} was trained with model.text {saved} and is used with {now}; give --text "
+            f"{saved} to draw as it was trained",
+            stacklevel=3,
+        )
 
 
 @contextmanager

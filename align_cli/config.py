@@ -232,6 +232,7 @@ def flag_name(key: str) -> str:
 
 
 _IDLE: tuple[tuple[tuple[str, ...], Callable[[Resolved], bool], str], ...] = (
+    (("model.segment_length", "model.splitter"), lambda r: r.model.text == "plain", "model.text is plain"),
     (("train.lr_every", "train.lr_period"), lambda r: r.train.lr_schedule != "cosine-restarts",
      "train.lr_schedule is not cosine-restarts"),
     (("train.lr_min",), lambda r: r.train.lr_schedule == "constant", "train.lr_schedule is constant"),
@@ -257,7 +258,7 @@ def idle_settings(resolved: Resolved) -> list[str]:
     changed = {
         key
         for key, value, origin in resolved.values()
-        if origin.startswith(("file ", "--")) and value != _class_default(key)
+        if origin.startswith(("file ", "--")) and value != class_default(key)
     }
     return [
         f"{key} (from {resolved.origin[key]}) has no effect: {reason}"
@@ -267,7 +268,7 @@ def idle_settings(resolved: Resolved) -> list[str]:
     ]
 
 
-def _class_default(key: str) -> object:
+def class_default(key: str) -> object:
     """Default of a setting that every method has; None for a method's own."""
     section, _, name = key.partition(".")
     return getattr(SECTIONS[section](), name) if section in SECTIONS else None

@@ -18,7 +18,7 @@ from align_cli.errors import UserError
 from align_cli.models.base import BaseModel
 from align_cli.models.conditioning import StepText
 from align_cli.pictures import Note, contact_sheet, save_png
-from align_cli.settings import SampleSettings, require_multiple
+from align_cli.settings import OWN_SPACING, SampleSettings, require_multiple
 
 __all__ = [
     "Note", "check_settings", "check_side", "contact_sheet", "own_settings", "picture_seeds", "sample",
@@ -104,7 +104,7 @@ def check_settings(model: BaseModel, settings: SampleSettings) -> int:
         word = "is" if settings.sampler == "euler" else "is not"
         raise UserError(
             f"sample.sampler {settings.sampler} {word} for flow-matching models; {model.model_id} draws with "
-            f"{' or '.join(allowed)}"
+            f"{', '.join(allowed)}"
         )
     return side
 
@@ -118,7 +118,7 @@ def check_side(model: BaseModel, side: int, what: str) -> None:
 
 
 def own_settings(model: BaseModel, settings: SampleSettings, open_keys: Collection[str]) -> SampleSettings:
-    """`settings` with the model's own choice of those among `open_keys`: sampler, spacing.
+    """`settings` with the own choice of model and sampler of those among `open_keys`: sampler, spacing.
 
     open_keys: names of settings that nobody chose. A flow-matching model has no spacing to choose.
     """
@@ -126,7 +126,8 @@ def own_settings(model: BaseModel, settings: SampleSettings, open_keys: Collecti
     if "sampler" in open_keys:
         own["sampler"] = samplers_of(model.process)[0]
     if "spacing" in open_keys and model.process.prediction_type != "flow":
-        own["spacing"] = model.process.timestep_spacing
+        sampler = own.get("sampler", settings.sampler)
+        own["spacing"] = OWN_SPACING.get(sampler, model.process.timestep_spacing)
     return replace(settings, **own)  # type: ignore[arg-type]
 
 

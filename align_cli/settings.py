@@ -9,11 +9,12 @@ One TOML layout serves presets, `--config` files and `config.toml` beside every 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from align_cli import registry
 from align_cli.errors import UserError
+from align_cli.sentences import SPLITTERS
 
 PROMPT_KINDS = ("single", "pair", "count", "triple", "long")
 """Of captions of the shapes world; see shapes/captions.py."""
@@ -65,6 +66,16 @@ class ModelSettings:
     """SD3: rows of the T5 part of the text, at most what its tokenizer allows. 0 leaves T5 unloaded: as
     many zeros as CLIP has rows stand in its place. Source: SoftREPA sampler.py (diffusers' pipeline has 256).
     """
+    text: str = "plain"
+    """How prompts are read: plain, as the pipeline does (77 tokens of CLIP); or segments, sentence by
+    sentence (LongAlign; SD1.x, SD2.x and SDXL).
+    """
+    segment_length: int = 240
+    """segments: tokens of a prompt that are kept. Source: LongAlign's scripts."""
+    splitter: str = "official"
+    """segments: where sentences end. official: LongAlign's pattern, which its weights know (every full stop
+    and question mark, also in 3.5); sentences: as a reader sees it (also ! ; and ends of lines, not in 3.5).
+    """
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "float16", "bfloat16"))
@@ -82,6 +93,21 @@ class ModelSettings:
         require(
             0 <= self.t5_length <= 512, f"model.t5_length must be between 0 and 512, got {self.t5_length}"
         )
+        one_of("model.text", self.text, ("plain", "segments"))
+        one_of("model.splitter", self.splitter, tuple(SPLITTERS))
+        require(self.segment_length >= 1, f"model.segment_length must be >= 1, got {self.segment_length}")
+
+    def facts(self) -> dict[str, Any]:
+        """What fixes the pictures, as plain JSON: not the devices, and of reading text what is in use."""
+        found = asdict(replace(self, device="auto", encoder_device=""))
+        if self.text == "plain":
+            for key in ("text", "segment_length", "splitter"):
+                del found[key]
+        return found
+
+    def reading(self) -> dict[str, Any]:
+        """The settings of how prompts are read."""
+        return {key: getattr(self, key) for key in ("text", "segment_length", "splitter")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,18 +284,29 @@ class GuardSettings:
             )
 
 
+OWN_SPACING = {"lcm": "lcm", "unipc": "linspace"}
+"""Samplers that are made for one spacing, whatever the model's own is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
     """How pictures are drawn."""
 
     sampler: str = "ddim"
-    """ddim or ddpm; euler for flow-matching models (SD3), which have no other."""
+    """ddim, ddpm, unipc (order 2, 10 to 25 steps) or lcm (for models distilled to 1 to 8 steps, with
+    guidance 1); euler for flow-matching models (SD3), which have no other.
+    """
     spacing: str = "leading"
-    """Timestep spacing of ddim and ddpm: leading, trailing, linspace, or lead (TextCraftor's)."""
+    """Timestep spacing: leading, trailing, linspace, lead (TextCraftor's; not for unipc) or lcm (for that
+    sampler alone, of at most 50 steps). Where none is chosen: lcm for lcm, linspace for unipc, else the
+    model's own.
+    """
     steps: int = 30
     """Denoiser evaluations along the path (NFE)."""
     guidance: float = 7.0
-    """Classifier-free guidance scale s in u + s (c - u); 1 skips the unconditional pass."""
+    """Classifier-free guidance scale s in u + s (c - u); 1 skips the unconditional pass (what LongAlign's
+    LCM sampling calls guidance 0), and 0 leaves out the prompt.
+    """
     eta: float = 0.0
     """DDIM eta: 0 is deterministic."""
     image_size: int = 0
@@ -281,9 +318,21 @@ class SampleSettings:
     for."""
 
     def __post_init__(self) -> None:
-        one_of("sample.sampler", self.sampler, ("ddim", "ddpm", "euler"))
-        one_of("sample.spacing", self.spacing, ("leading", "trailing", "linspace", "lead"))
+        one_of("sample.sampler", self.sampler, ("ddim", "ddpm", "unipc", "lcm", "euler"))
+        one_of("sample.spacing", self.spacing, ("leading", "trailing", "linspace", "lead", "lcm"))
+        require(
+            self.spacing != "lcm" or self.sampler == "lcm",
+            f"sample.spacing lcm is for sampler lcm alone, got sampler {self.sampler}; name another spacing",
+        )
+        require(
+            self.spacing != "lead" or self.sampler != "unipc",
+            "sample.spacing lead is not for sampler unipc; take linspace, leading or trailing",
+        )
         require(self.steps >= 1, f"sample.steps must be >= 1, got {self.steps}")
+        require(
+            self.spacing != "lcm" or self.steps <= 50,
+            f"sample.steps must be at most 50 with spacing lcm, got {self.steps}",
+        )
         require(self.batch_size >= 1, f"sample.batch_size must be >= 1, got {self.batch_size}")
         require(self.guidance >= 0, f"sample.guidance must be >= 0, got {self.guidance}")
         require(0 <= self.eta <= 1, f"sample.eta must be in [0, 1], got {self.eta}")
@@ -297,6 +346,7 @@ class SampleSettings:
     def words(self) -> str:
         """The settings that mean something, in one line."""
         idle = {"spacing", "eta"} if self.sampler == "euler" else set()
+        idle |= {"eta"} if self.sampler in OWN_SPACING else set()
         idle |= {"from_step"} if self.from_step < 0 else set()
         return ", ".join(f"{key} {value}" for key, value in vars(self).items() if key not in idle)
 
@@ -307,9 +357,11 @@ class SampleSettings:
             vae_factor: pixels per latent position along one side.
         """
         require_multiple("sample.image_size", self.image_size, vae_factor, model)
+        most = num_train_timesteps - (self.sampler == "unipc")
+        require(self.steps <= most, f"sample.steps must be at most {most} for {model}, got {self.steps}")
         require(
-            self.steps <= num_train_timesteps,
-            f"sample.steps must be at most {num_train_timesteps} for {model}, got {self.steps}",
+            self.spacing != "lcm" or num_train_timesteps >= 50,
+            f"sample.spacing lcm needs 50 timesteps, {model} has {num_train_timesteps}; name another spacing",
         )
 
 
@@ -400,8 +452,12 @@ class EvalSettings:
 class MethodConfig:
     """What the settings of every method have in common."""
 
-    pictures: ClassVar[bool] = True
-    """Whether it trains on pictures with captions; else captions alone are enough."""
+    @property
+    def pictures(self) -> bool:
+        """Whether it trains on pictures with captions; else captions alone are enough, and no picture is
+        read.
+        """
+        return True
 
     def check_train(self, train: TrainSettings) -> None:
         """UserError for settings of the training loop that the method cannot work with."""

@@ -196,6 +196,19 @@ def test_items_are_those_of_the_dataset(tmp_path, tiny_models, tiny_coco, name):
         assert text.pooled is None or torch.equal(text.pooled, wanted.pooled)
 
 
+def test_captions_alone_read_no_latents(tmp_path, tiny_models, tiny_coco, monkeypatch):
+    cache = encode(tmp_path / "mean", tiny_models["sd15"], tiny_coco)
+    settings = replace(tiny_coco, path="/nowhere", cache=str(cache.folder))
+    whole, alone = (CachedDataset(settings, seed=SEED, pictures=given) for given in (True, False))
+    wanted = [whole.get(i, item_rng(SEED, 0, i)) for i in range(4)]
+    for shard in cache.plan:
+        if shard.kind == "images":
+            (cache.folder / shard.name).write_bytes(b"")
+    found = [alone.get(i, item_rng(SEED, 0, i)) for i in range(4)]
+    assert [e.prompt for e in found] == [e.prompt for e in wanted]
+    assert all(e.latents is None for e in found) and all(e.latents is not None for e in wanted)
+
+
 # ------------------------------------------------------------------ what does not fit
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from training_helpers import trace
+from training_helpers import make_coco, trace
 from typer.testing import CliRunner
 
 from align_cli.adapters import load_adapter
@@ -63,6 +64,17 @@ def test_stages_one_after_the_other(options, tmp_path):
     assert second.info.stage == "unet"
     key = next(k for k in adapter.state if k.startswith("text_encoder."))
     assert torch.equal(second.state[key], adapter.state[key])
+
+
+@pytest.mark.filterwarnings("ignore:.*have no caption")
+def test_captions_of_coco_without_its_pictures(options, tmp_path):
+    root = make_coco(tmp_path / "coco")
+    given = ["train", "textcraftor", *options, "--no-eval", "--steps", 1, "--data", "coco", "--data-path"]
+    ok(*given, root, "--out", tmp_path / "whole")
+    shutil.rmtree(root / "train2017")
+    shutil.rmtree(root / "val2017")
+    ok(*given, root, "--out", tmp_path / "alone", "--set", "train.grid_every=1")
+    assert trace(tmp_path / "whole") == trace(tmp_path / "alone")
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):

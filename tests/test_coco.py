@@ -48,6 +48,21 @@ def test_val_takes_the_first_caption_of_the_file(coco):
     assert {val.get(0, np.random.default_rng(s)).prompt for s in range(9)} == {"image 2 text 4"}
 
 
+def test_captions_alone_need_no_pictures(coco):
+    with pytest.warns(UserWarning, match=UNCAPTIONED):
+        whole = CocoDataset(data_settings(coco))
+    examples = [whole.get(i, np.random.default_rng(i)) for i in range(4)]
+    before = [(example.prompt, example.extra) for example in examples]
+    shutil.rmtree(coco / "train2017")
+    with pytest.warns(UserWarning, match=UNCAPTIONED):
+        alone = CocoDataset(data_settings(coco), pictures=False)
+    assert alone.fingerprint() == whole.fingerprint()
+    for i in range(4):
+        found = alone.get(i, np.random.default_rng(i))
+        assert found.pixels is None
+        assert (found.prompt, found.extra) == before[i]
+
+
 def test_pixels(dataset, coco):
     for i in range(4):
         pixels = dataset.get(i, np.random.default_rng(0)).pixels

@@ -22,7 +22,6 @@ from align_cli.rewards.clip import ClipReward
 from align_cli.rewards.denscore import Denscore
 from align_cli.rewards.loading import load_reward
 from align_cli.rewards.towers import LAYOUTS, clip_config, from_open_clip
-from align_cli.sentences import split_sentences
 from align_cli.shapes.dataset import eval_prompts
 from align_cli.shapes.oracle import METRICS
 from align_cli.shapes.world import render, sample_scenes
@@ -76,24 +75,6 @@ def test_denscore_by_hand():
     found = dense.sentence_scores(pictures(1)[0], "red.red circle.")
     assert [s for s, _ in found] == ["red.", "red circle."]
     assert [v for _, v in found] == pytest.approx([0.8, 0.6])
-
-
-@pytest.mark.parametrize(
-    ("text", "segments"),
-    [
-        ("", [""]),
-        (" ", [" ."]),
-        ("a cat", ["a cat."]),
-        ("A cat. It runs.", ["A cat.", " It runs."]),
-        ("A cat. ", ["A cat.", " ."]),
-        ("...", ["..."]),
-        ("3.5 m", ["3.", "5 m."]),
-        ("Hello!", ["Hello!."]),
-        ('He said "Hi"! So; "a;" b', ['He said "Hi.', ' So; "a.', " b."]),
-    ],
-)
-def test_segments(text, segments):
-    assert split_sentences(text) == segments
 
 
 def test_preference_decomposition_by_hand():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, UniPCMultistepScheduler
 from model_helpers import field
 from torch import nn
 
@@ -124,7 +124,48 @@ def test_lcm_rollout_equals_diffusers(config, steps, monkeypatch):
     torch.testing.assert_close(ours, z, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("sampler", "spacing"), [("ddim", "trailing"), ("ddpm", "leading"), ("lcm", "lcm")])
+@pytest.mark.parametrize("config", [EPS, V, EPS | {"prediction_type": "sample"}])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 25])
+def test_unipc_rollout_equals_diffusers(config, spacing, steps):
+    config = config | {"timestep_spacing": spacing}
+    known = {k: v for k, v in config.items() if k not in ("clip_sample", "set_alpha_to_one")}
+    process, scheduler = NoiseProcess.from_scheduler_config(config), UniPCMultistepScheduler(**known)
+    toy = Toy()
+    with torch.no_grad():
+        z = START.clone()
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps:
+            z = scheduler.step(toy(z, t, COND), t, z).prev_sample
+        theirs = [t for _, t, _ in toy.calls]
+        toy.calls.clear()
+        ours = rollout(toy, process, START, steps=steps, cond=COND, sampler="unipc")
+    assert [t for _, t, _ in toy.calls] == theirs
+    torch.testing.assert_close(ours, z, atol=1e-5, rtol=1e-5)
+
+
+def test_unipc_is_differentiable_and_of_higher_order():
+    process, toy = NoiseProcess.from_scheduler_config(EPS), Toy()
+
+    def draw(sampler: str, steps: int) -> torch.Tensor:
+        return rollout(toy, process, START, steps=steps, cond=COND, sampler=sampler, spacing="linspace")
+
+    exact = draw("ddim", 1000)
+    near, far = ((draw(name, 20) - exact).detach().square().mean() for name in ("unipc", "ddim"))
+    assert near < far / 10
+    (gradient,) = torch.autograd.grad(draw("unipc", 5).square().mean(), toy.weight)
+    with torch.no_grad():
+        values = []
+        for change in (1e-2, -1e-2):
+            toy.weight += change
+            values.append(draw("unipc", 5).double().square().mean())
+            toy.weight -= change
+    torch.testing.assert_close(gradient.double(), (values[0] - values[1]) / 2e-2, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing"), [("ddim", "trailing"), ("ddpm", "leading"), ("lcm", "lcm"), ("unipc", "linspace")]
+)
 def test_a_rollout_may_end_with_the_clean_prediction(sampler, spacing):
     process, toy, steps = NoiseProcess.from_scheduler_config(EPS), Toy(), 4
     seen = []
@@ -254,7 +295,7 @@ def test_rollout_without_gradient_steps_has_no_graph():
 
 def test_rollout_refuses_nonsense():
     process, toy = NoiseProcess.from_scheduler_config(EPS), Toy()
-    with pytest.raises(ValueError, match="no sampler 'euler' for prediction type epsilon: ddim, ddpm, lcm"):
+    with pytest.raises(ValueError, match="no sampler 'euler' for .* epsilon: ddim, ddpm, lcm, unipc"):
         rollout(toy, process, START, steps=3, cond=COND, sampler="euler")
     with pytest.raises(ValueError, match=r"grad_steps must be in \[0, 3\)"):
         rollout(toy, process, START, steps=3, cond=COND, grad_steps=frozenset({3}))

@@ -6,9 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
+from model_helpers import load, pipeline
 
 from align_cli.errors import UserError
 from align_cli.models.loading import load_model
+from align_cli.registry import WEIGHTS
 from align_cli.sampling import check_side, own_settings, picture_seeds, sample
 from align_cli.settings import ModelSettings, SampleSettings
 
@@ -107,6 +110,46 @@ def flow_model(tiny_sd3_folder):
     return load_model(ModelSettings(name=str(tiny_sd3_folder), device="cpu"))
 
 
+LCM = SampleSettings(sampler="lcm", spacing="lcm", steps=4, guidance=1.0, batch_size=2)
+UNIPC = SampleSettings(sampler="unipc", spacing="linspace", steps=25, guidance=4.0, batch_size=2)
+
+
+class PlainLCM(LCMScheduler):
+    """As LongAlign's sample.py forces it."""
+
+    def get_scalings_for_boundary_condition_discrete(self, timestep):
+        return 0, 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "scheduler", "guidance"), [(LCM, PlainLCM, 0.0), (UNIPC, UniPCMultistepScheduler, 4.0)]
+)
+@pytest.mark.parametrize("name", ["tiny-sd15", "tiny_v_folder"])
+def test_lcm_and_unipc_as_the_pipelines_of_diffusers(name, settings, scheduler, guidance, request):
+    folder = request.getfixturevalue(name) if name.endswith("folder") else WEIGHTS / name
+    model, pipe = load(folder), pipeline(StableDiffusionPipeline, folder, torch_dtype=torch.float32)
+    known = {k: v for k, v in pipe.scheduler.config.items() if k != "timestep_spacing"}
+    pipe.scheduler = scheduler.from_config(known)
+    if settings.sampler == "lcm":
+        assert not pipe.scheduler.config.get("clip_sample")
+    seeds, shape = [3, 4], (model.latent_channels, 32 // model.vae_factor, 32 // model.vae_factor)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    start = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    text = {"prompt_embeds": model.encode_text(PROMPTS[:2]).tokens}
+    text["negative_prompt_embeds"] = model.encode_text([""] * 2).tokens
+    options = {"num_inference_steps": settings.steps, "guidance_scale": guidance, "output_type": "pt"}
+    expected = pipe(**text, latents=start, generator=generators, height=32, width=32, **options).images
+    assert len(pipe.scheduler.timesteps) == settings.steps
+    found = sample(model, PROMPTS[:2], settings, seeds)
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [LCM, UNIPC])
+def test_batch_size_changes_no_picture_of_lcm_and_unipc(model, settings):
+    together = sample(model, PROMPTS, dataclasses.replace(settings, batch_size=5), SEEDS)
+    torch.testing.assert_close(sample(model, PROMPTS, settings, SEEDS), together, atol=1e-4, rtol=0)
+
+
 def test_the_models_own_sampler(model, flow_model, tiny_v_folder):
     given = SampleSettings(sampler="ddpm", spacing="linspace")
     both = {"sampler", "spacing"}
@@ -117,17 +160,44 @@ def test_the_models_own_sampler(model, flow_model, tiny_v_folder):
         found = own_settings(one, given, both)
         assert (found.sampler, found.spacing) == ("ddim", spacing)
         assert own_settings(one, given, {"spacing"}).sampler == "ddpm"
+        for name, spacing in (("lcm", "lcm"), ("unipc", "linspace")):
+            chosen = dataclasses.replace(given, sampler=name)
+            assert own_settings(one, chosen, {"spacing"}).spacing == spacing
+            assert own_settings(one, chosen, set()).spacing == "linspace"
 
 
 def test_a_sampler_of_another_kind_is_refused(model, flow_model):
-    with pytest.raises(UserError, match="sampler euler is for flow-matching models; .* draws with ddim or"):
+    with pytest.raises(UserError, match="sampler euler is for flow-matching models; .* with ddim, ddpm"):
         sample(model, PROMPTS[:1], EULER, [1])
-    for name in ("ddim", "ddpm"):
+    for name in ("ddim", "ddpm", "lcm", "unipc"):
         wrong = dataclasses.replace(QUICK, sampler=name)
         with pytest.raises(
             UserError, match=f"sampler {name} is not for flow-matching models; .* draws with euler"
         ):
             sample(flow_model, PROMPTS[:1], wrong, [1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "ddim", "spacing": "lcm"}, "spacing lcm is for sampler lcm alone, got sampler ddim"),
+        ({"sampler": "unipc", "spacing": "lead"}, "spacing lead is not for sampler unipc"),
+        ({"sampler": "lcm", "spacing": "lcm", "steps": 51}, "at most 50 with spacing lcm, got 51"),
+        ({"sampler": "heun"}, "sampler must be one of ddim, ddpm, unipc, lcm, euler, got 'heun'"),
+    ],
+)
+def test_samplers_and_spacings_that_do_not_go_together(options, message):
+    with pytest.raises(UserError, match=message):
+        SampleSettings(**options)
+
+
+def test_numbers_of_steps_that_a_model_has_not():
+    for options, total, message in (
+        ({"sampler": "unipc", "spacing": "linspace", "steps": 1000}, 1000, "at most 999 for m, got 1000"),
+        ({"sampler": "lcm", "spacing": "lcm", "steps": 4}, 40, "spacing lcm needs 50 timesteps, m has 40"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SampleSettings(**options).check_model("m", 1, total)
 
 
 def test_size_must_fit_the_transformer(flow_model):

@@ -248,6 +248,15 @@ def test_long_mixture_has_only_true_captions_of_five_sentences(split):
     assert data.fingerprint() != other.fingerprint()
 
 
+def test_captions_alone_are_those_of_the_pictures():
+    both = [ShapesDataset(DataSettings(num_examples=20), seed=3, pictures=given) for given in (True, False)]
+    for i in range(20):
+        whole, alone = (data.get(i, np.random.default_rng(i)) for data in both)
+        assert (whole.prompt, whole.extra) == (alone.prompt, alone.extra)
+        assert whole.pixels is not None and alone.pixels is None
+    assert "rendered" not in vars(both[1]) and both[0].fingerprint() == both[1].fingerprint()
+
+
 def test_unknown_kind_and_split_are_user_errors():
     with pytest.raises(UserError, match="unknown kind of scene"):
         sample_scenes(1, np.random.default_rng(0), kinds=("quad",))

@@ -15,7 +15,7 @@ from align_cli import config, registry
 from align_cli.adapters import INFO, AdapterInfo, parse_spec, read_adapter
 from align_cli.cli.text import say_loading
 from align_cli.errors import UserError
-from align_cli.settings import ModelSettings, SampleSettings
+from align_cli.settings import OWN_SPACING, ModelSettings, SampleSettings
 from align_cli.training import run_folder
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ class Plan:
             )
         drawing = own_settings(model, self.sample, self.open_keys)
         check_settings(model, drawing)
+        if drawing.sampler == "lcm" and drawing.guidance == 0:
+            typer.echo(
+                "note: --guidance 0 leaves out the prompt; the guidance 0 of LCM pipelines is --guidance 1",
+                err=True,
+            )
         return model, replace(self, model=settings, sample=drawing)
 
     def describe(self) -> str:
@@ -86,7 +91,8 @@ class Plan:
     def _settings(self) -> str:
         s = self.sample
         spacing = "" if s.sampler == "euler" else f" ({s.spacing})"
-        return f"{self.model.name}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}"
+        text = "" if self.model.text == "plain" else f", text by {self.model.text}"
+        return f"{self.model.name}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}{text}"
 
 
 def make_plan(
@@ -108,7 +114,11 @@ def make_plan(
     if given:
         origin += ", with " + ", ".join(config.flag_name(f"sample.{key}") for key in given)
     held = {key: value for key, value in model_flags.items() if value is not None}
-    base, drawing = replace(base, **held), replace(drawing, **given)
+    sampler = given.get("sampler", drawing.sampler)
+    # a spacing that was chosen for one of these two samplers says nothing of the other
+    anew = sampler != drawing.sampler and not OWN_SPACING.keys().isdisjoint((sampler, drawing.sampler))
+    spacing = OWN_SPACING.get(sampler, SampleSettings.spacing) if anew else drawing.spacing
+    base, drawing = replace(base, **held), replace(drawing, **{"spacing": spacing, **given})
     _check_files(base.name, drawing)
     return Plan(
         model=base,
@@ -119,7 +129,8 @@ def make_plan(
         open_keys=frozenset(
             key
             for key in ("sampler", "spacing")
-            if key not in given and layers.get(f"sample.{key}", "default") == "default"
+            if key not in given
+            and (layers.get(f"sample.{key}", "default") == "default" or (anew and key == "spacing"))
         ),
         own_dtype="dtype" not in held,
     )
@@ -143,7 +154,7 @@ def _recorded(
         raw = {**info.config, "method": info.method}
         saved = config.Resolved.from_dict(raw, info.origin, where=f"adapter {adapters[0]}: config")
         same = name in (info.model_id, saved.model.name)
-        held = replace(saved.model, name=name) if same else ModelSettings(name=name)
+        held = replace(saved.model if same else ModelSettings(**saved.model.reading()), name=name)
         # where it was trained says nothing about this machine
         held = replace(held, device="auto", encoder_device="")
         return held, saved.sample, f"recorded in {adapters[0]}", saved.origin
@@ -196,13 +207,35 @@ def _read_json(model: str, file: str) -> Any:
 
 
 def note_long_prompts(model: BaseModel, texts: Iterable[str]) -> None:
-    """Tell on stderr of which prompts the model does not see the end."""
+    """Tell on stderr of which prompts the model does not see the end, and where prompts are read sentence by
+    sentence, what that adds.
+    """
     for text in dict.fromkeys(texts):
         count = model.token_count(text)
-        if count > model.token_limit:
-            short = text if len(text) <= 60 else text[:57] + "..."
-            note = f"{count} tokens, {model.model_id} reads {model.token_limit}: its end is not seen"
-            typer.echo(f"note: the prompt {short!r} has {note}", err=True)
+        note = ""
+        if model.reader is not None:
+            note = _segment_note(model, text)
+        elif count > model.token_limit:
+            note = f", {model.model_id} reads {model.token_limit}: its end is not seen"
+        if note:
+            typer.echo(f"note: the prompt {_short(text)!r} has {count} tokens{note}", err=True)
+
+
+def _segment_note(model: BaseModel, text: str) -> str:
+    plain, now = (
+        next((cut for cuts in found.values() for cut in cuts if cut.lost), None)
+        for found in (model.plain_audit([text]), model.audit_text([text]))
+    )
+    if plain is None and now is None:
+        return ""
+    said = "" if plain is None else f"; read as a whole it would lose {_short(plain.lost)!r}"
+    if now is None:
+        return f"{said}, by sentence it loses nothing"
+    return f"{said}; by sentence it loses {_short(now.lost)!r}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def choose_folder(out: Path | None, default: str, names: list[str], overwrite: bool) -> Path:

@@ -94,6 +94,7 @@ def edit(
     device: options.Device = None,
     encoder_device: options.EncoderDevice = None,
     dtype: options.Dtype = None,
+    text: options.Text = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="Folder for the pictures. Default: edits."),
@@ -118,7 +119,7 @@ def edit(
     if resume and overwrite:
         raise UserError("--resume keeps finished edits and --overwrite replaces them; give one of them")
     devices = {"device": device, "encoder_device": encoder_device}
-    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype}, {})
+    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype, "text": text}, {})
     flags = {
         "steps": steps, "n_start": n_start, "n_min": n_min, "n_avg": n_avg, "src_guidance": src_guidance,
         "tgt_guidance": tgt_guidance, "convention": convention, "image_size": image_size,

@@ -115,7 +115,9 @@ class Work:
     def facts(self, job: Job, variant: str) -> dict[str, object]:
         """PNG text of a result, or of a drawn source (variant "source")."""
         drawing = ", ".join(f"{k} {v}" for k, v in vars(self._drawing()).items() if k != "batch_size")
-        model = {"model": self.plan.model.name, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        held = self.plan.model
+        model: dict[str, object] = {"model": held.name, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        model |= held.reading() if held.text != "plain" else {}
         common = {"seed": job.seed, **model, "software": "t2ialign"}
         if variant == "source":
             return {"prompt": job.request.src, "sampling": drawing, "adapter": "none", **common}

@@ -73,6 +73,7 @@ def encode(
     device: options.Device = None,
     encoder_device: options.EncoderDevice = None,
     dtype: options.Dtype = None,
+    text: options.Text = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="Default: encodings/DATA-MODEL-SIZE."),
@@ -106,7 +107,7 @@ def encode(
     if overwrite and (resume or verify):
         raise UserError("--resume and --verify need the encodings that --overwrite removes; give one of them")
     flags = {
-        "model.name": model, "model.dtype": dtype, "model.device": device,
+        "model.name": model, "model.dtype": dtype, "model.text": text, "model.device": device,
         "model.encoder_device": encoder_device, "data.name": data,
         "data.path": None if data_path is None else data_path.expanduser().resolve(),
         "data.image_size": image_size, "data.num_examples": limit, "train.batch_size": batch_size,

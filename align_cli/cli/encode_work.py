@@ -48,6 +48,8 @@ def plan_text(request: Request, shapes: Shapes, index: Index, items: int) -> str
     again = {"all": "", "random": " in the first epoch, and later ones see the same captions again",
              "first": ", were the first caption of each the only one"}  # fmt: skip
     same = f"the loss has the bits of encoding on the fly at the same batch size{again[request.captions]}"
+    if request.model.text == "segments":  # as many rows of an encoder call as the batch has sentences
+        same = f"the text is that of encoding on the fly, up to rounding{again[request.captions]}"
     if request.posterior == "sample":
         same = "all that the text encoders say is stored"
     notes = {
@@ -107,7 +109,8 @@ def dry_run(request: Request, folder: Path) -> None:
     dataset = _dataset(request)
     index = make_index(dataset, request)
     held, pixels = request.model, _first_picture(dataset, request)
-    shapes = known_shapes(held.name, pixels.shape[-1], held.dtype, held.t5_length, held.vae)
+    rows = {"clip_rows": held.segment_length} if held.text == "segments" else {}
+    shapes = known_shapes(held.name, pixels.shape[-1], held.dtype, held.t5_length, held.vae, **rows)
     if shapes is None:
         shapes = measure(_model(request, pixels.shape[-1]), pixels).shapes
     typer.echo(plan_text(request, shapes, index, len(dataset)))
@@ -183,6 +186,8 @@ def train_command(request: Request, folder: Path) -> str:
     words += ["--data", request.data.name, "--cache", str(folder)]
     sized = ("mixture", "num_examples") if request.data.name == "shapes" else ("image_size", "interpolation")
     wanted = {f"model.{key}": getattr(request.model, key) for key in ("dtype", "unet", "vae", "t5_length")}
+    if request.model.text != "plain":
+        wanted |= {f"model.{key}": value for key, value in request.model.reading().items()}
     wanted |= {f"data.{key}": getattr(request.data, key) for key in sized}
     wanted |= {"train.batch_size": request.batch_size, "train.seed": request.seed}
     own = {key: value for key, value, _ in found.values()}

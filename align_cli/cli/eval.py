@@ -123,6 +123,7 @@ def evaluate(
     device: options.Device = None,
     encoder_device: options.EncoderDevice = None,
     dtype: options.Dtype = None,
+    text: options.Text = None,
     as_json: options.AsJson = False,
     out: Annotated[
         Path | None,
@@ -155,7 +156,7 @@ def evaluate(
             per_prompt=per_prompt, seed=seed,
             images=images or [], allow_missing=allow_missing, geneval_results=geneval_results or [],
             protocol=protocol, reference=reference, interval=interval,
-            model_flags={"device": device, "encoder_device": encoder_device, "dtype": dtype},
+            model_flags={"device": device, "encoder_device": encoder_device, "dtype": dtype, "text": text},
             sample_flags={
                 "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
                 "image_size": image_size, "batch_size": batch_size, "from_step": from_step,

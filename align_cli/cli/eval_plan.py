@@ -220,7 +220,7 @@ def _protocol(asked: Asked) -> Protocol | None:
     found = protocol(asked.protocol, asked.benchmark)
     fixed = {"--scorers": asked.scorers, "--per-prompt": asked.per_prompt, "--images": asked.images}
     fixed |= {f"--{key.replace('_', '-')}": value for key, value in asked.sample_flags.items()}
-    fixed |= {"--dtype": asked.model_flags["dtype"]}
+    fixed |= {f"--{key}": asked.model_flags[key] for key in ("dtype", "text")}
     fixed |= {"--seed": asked.seed or None}  # 0 where it is not given
     for flag, value in fixed.items():
         if _given(value):

@@ -64,7 +64,7 @@ def adapters_import(
     method: Annotated[
         str,
         typer.Argument(
-            metavar="METHOD", help="Method it was released for: softrepa, longalign or textcraftor."
+            metavar="METHOD", help="softrepa, longalign or textcraftor: what it was released for."
         ),
     ],
     path: Annotated[

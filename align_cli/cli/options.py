@@ -20,10 +20,15 @@ Adapters = Annotated[
     typer.Option("--adapter", metavar="FOLDER", help="Adapter folder, or FOLDER@SCALE; repeatable, stacks."),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option("--guidance", metavar="X", help="Guidance scale; 1 is off.")]
-Sampler = Annotated[str | None, typer.Option("--sampler", metavar="NAME", help="ddim, ddpm; SD3: euler.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", metavar="X", help="Guidance scale; 1 is off, 0 leaves out the prompt."),
+]
+Sampler = Annotated[
+    str | None, typer.Option("--sampler", metavar="NAME", help="ddim, ddpm, unipc, lcm; SD3: euler.")
+]
 Spacing = Annotated[
-    str | None, typer.Option("--spacing", metavar="NAME", help="leading, trailing, linspace or lead.")
+    str | None, typer.Option("--spacing", metavar="NAME", help="leading, trailing, linspace, lead or lcm.")
 ]
 Eta = Annotated[float | None, typer.Option("--eta", metavar="X", help="DDIM eta; 0 is deterministic.")]
 FromStep = Annotated[
@@ -47,6 +52,14 @@ EncoderDevice = Annotated[
     ),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="float32, float16 or bfloat16.")]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="NAME",
+        help="How prompts are read: plain (77 tokens), or segments (long ones, by sentence; not SD3).",
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option(

@@ -52,6 +52,7 @@ def sample(
     device: options.Device = None,
     encoder_device: options.EncoderDevice = None,
     dtype: options.Dtype = None,
+    text: options.Text = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="Folder for the pictures. Default: samples."),
@@ -73,7 +74,7 @@ def sample(
         "image_size": image_size, "batch_size": batch_size, "from_step": from_step,
     }  # fmt: skip
     devices = {"device": device, "encoder_device": encoder_device}
-    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype}, flags)
+    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype, "text": text}, flags)
     variants = ["base", "aligned"] if compare else [""]
     jobs = [Job(k, text, seed + i, v) for k, text in enumerate(texts) for i in range(n) for v in variants]
     folder = choose_folder(out, "samples", [SHEET, *(job.file for job in jobs)], overwrite)
@@ -149,7 +150,8 @@ def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndar
     used = ", ".join(
         f"{spec} sha256:{info.sha256}" for spec, info in zip(plan.adapters, plan.infos, strict=True)
     )
-    common = {"model": plan.model.name, "sampling": plan.sample.words(), "software": "t2ialign"}
+    reading = plan.model.reading() if plan.model.text != "plain" else {}
+    common = {"model": plan.model.name, **reading, "sampling": plan.sample.words(), "software": "t2ialign"}
     for job, picture in zip(jobs, pictures, strict=True):
         facts = {"prompt": job.prompt, "seed": job.seed, **common}
         save_png(

@@ -20,6 +20,7 @@ from align_cli.cli.text import columns, say_loading, say_reading
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
 from align_cli.rewards.spec import parse_places, parse_weights
+from align_cli.settings import OWN_SPACING
 from align_cli.training import run_folder
 from align_cli.training.signals import Stopped, stopped_at_once
 
@@ -87,6 +88,7 @@ def train(
         Path | None,
         typer.Option("--cache", metavar="FOLDER", help="Encodings of the dataset, by 't2ialign encode'."),
     ] = None,
+    text: options.Text = None,
     device: options.Device = None,
     encoder_device: options.EncoderDevice = None,
     out: Annotated[
@@ -131,7 +133,8 @@ def train(
     watching = {name: place for name, place in places.items() if name in (guard or [])}
     places = {name: place for name, place in places.items() if name not in watching or name in rewards}
     flags: dict[str, object] = {
-        "model.name": model, "model.device": device, "model.encoder_device": encoder_device,
+        "model.name": model, "model.text": text, "model.device": device,
+        "model.encoder_device": encoder_device,
         "data.name": data, "data.path": data_path, "data.cache": cache, "train.steps": steps,
         "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
         "guard.scorers": guard or None, "guard.every": guard_every, "guard.keep": keep,
@@ -317,7 +320,8 @@ def _dataset(resolved: config.Resolved) -> Dataset:
     named = registry.load(registry.DATASETS, resolved.data.name)
     say_reading(resolved.data.path)
     kind = CachedDataset if resolved.data.cache else named
-    dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train")
+    wanted = resolved.method_config.pictures
+    dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train", pictures=wanted)
     return dataset
 
 
@@ -347,12 +351,15 @@ def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.R
 
 
 def _with_own_sampling(resolved: config.Resolved, model: BaseModel) -> config.Resolved:
-    """The configuration with the model's own sampler and timestep spacing where no layer names one, and with
-    a look whether it can draw so.
+    """The configuration with the model's own sampler and timestep spacing where no layer names one (or a
+    preset a spacing, and a layer above it a sampler with its own), and with a look whether it can draw so.
     """
     from align_cli.sampling import check_settings, own_settings
 
-    keys = {key for key in ("sampler", "spacing") if resolved.origin[f"sample.{key}"] == "default"}
+    layers = {key: resolved.origin[f"sample.{key}"] for key in ("sampler", "spacing")}
+    keys = {key for key, layer in layers.items() if layer == "default"}
+    if resolved.sample.sampler in OWN_SPACING and layers["spacing"].startswith("preset"):
+        keys |= {"spacing"} if layers["sampler"] != layers["spacing"] else set()
     drawing = own_settings(model, resolved.sample, keys)
     check_settings(model, drawing)
     changed = {key for key in keys if getattr(drawing, key) != getattr(resolved.sample, key)}

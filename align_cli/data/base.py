@@ -31,7 +31,11 @@ class Example:
 
 
 class Dataset(Protocol):
-    """Examples by index; all randomness (which caption, ...) comes from the generator that is handed in."""
+    """Examples by index; all randomness (which caption, ...) comes from the generator that is handed in.
+
+    Built as `cls(settings, *, seed, split, pictures)`; with pictures False none is looked for or read, and
+    the examples are the same without pixels.
+    """
 
     def __len__(self) -> int: ...
 
@@ -48,8 +52,10 @@ class Dataset(Protocol):
 class Captioned(Protocol):
     """A dataset whose captions can be listed. ids: of the examples in their source; captions: of each."""
 
-    ids: list[int]
-    captions: list[list[str]]
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def captions(self) -> Sequence[Sequence[str]]: ...
 
 
 def draw_caption(captions: Sequence[object], rng: np.random.Generator) -> int:

@@ -147,10 +147,13 @@ _KNOWN = {
 """Alias -> latent channels, width of the CLIP rows, pooled width."""
 
 
-def known_shapes(model: str, image_size: int, dtype: str, t5_length: int, vae: str = "") -> Shapes | None:
+def known_shapes(
+    model: str, image_size: int, dtype: str, t5_length: int, vae: str = "", clip_rows: int = _CLIP_ROWS
+) -> Shapes | None:
     """The shapes of a published model without its weights; None for another.
 
     vae: of an autoencoder in place of its own; SDXL's own works in float32 where float16 is asked for.
+    clip_rows: of SD1.x, SD2.x and SDXL; prompts that are read by sentence have others.
 
     Raises:
         UserError: a size (pixels) that the model has no latents for.
@@ -164,9 +167,7 @@ def known_shapes(model: str, image_size: int, dtype: str, t5_length: int, vae: s
     latent = (channels, image_size // 8, image_size // 8)
     wide = "float32" if model == "sdxl" and dtype == "float16" and not vae else dtype
     if channels == 4:
-        return Shapes(
-            latent, wide, (_CLIP_ROWS, width), dtype, (Part("tokens", 0, _CLIP_ROWS, width),), pooled
-        )
+        return Shapes(latent, wide, (clip_rows, width), dtype, (Part("tokens", 0, clip_rows, width),), pooled)
     parts = [Part("clip", 0, _CLIP_ROWS, width)]
     rows = _CLIP_ROWS + (t5_length or _CLIP_ROWS)  # without T5, as many zeros as CLIP has rows
     if t5_length:
@@ -357,6 +358,7 @@ WORDS = {
     "family": "the family of the model",
     "dtype": "model.dtype",
     "t5_length": "model.t5_length",
+    "text": "model.text",
     "data": "the dataset",
     "image_size": "the size of the pictures in pixels",
     "interpolation": "the resize filter",
@@ -367,11 +369,20 @@ WORDS = {
 """What a key of the manifest is called in errors."""
 
 
+PLAIN = "plain"
+"""`text` of the manifest where prompts are read as the pipeline does, and of older ones, which do not say."""
+
+
+def reading(model: BaseModel) -> str:
+    """`text` of the manifest."""
+    return PLAIN if model.reader is None else model.reader.words()
+
+
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In words, where `now` differs from what a cache says about itself; only keys of `now` count."""
     found = []
     for key, value in now.items():
-        before = saved.get(key)
+        before = saved.get(key, PLAIN if key == "text" else None)
         if before == value:
             continue
         if key == "encoders":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from align_cli import registry
 from align_cli.data.base import Dataset, Example, draw_caption
-from align_cli.data.cache import GENERATED, Cache, differences, dtype_name, encoder_identity
+from align_cli.data.cache import GENERATED, Cache, differences, dtype_name, encoder_identity, reading
 from align_cli.data.shards import READ_ERRORS, ShardReader
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel, Posterior
@@ -27,7 +27,9 @@ class CachedDataset:
     captions stored, the caption of an epoch is the one that the dataset itself would have drawn.
     """
 
-    def __init__(self, settings: DataSettings, *, seed: int = 0, split: str = "train") -> None:
+    def __init__(
+        self, settings: DataSettings, *, seed: int = 0, split: str = "train", pictures: bool = True
+    ) -> None:
         """Open `settings.cache`.
 
         Raises:
@@ -52,11 +54,13 @@ class CachedDataset:
                 "or encode more with t2ialign encode"
             )
         self.exact = about["layout"] != "captions"
+        self.pictures = pictures
         index = self.cache.index
         self.source: Dataset | None = None
         if not index.items:
             wanted = replace(settings, cache="", num_examples=about["num_examples"])
-            self.source = registry.load(registry.DATASETS, settings.name)(wanted, seed=seed, split=split)
+            made = registry.load(registry.DATASETS, settings.name)
+            self.source = made(wanted, seed=seed, split=split, pictures=False)
         self._reader = ShardReader()
 
     def __len__(self) -> int:
@@ -64,7 +68,7 @@ class CachedDataset:
 
     def get(self, index: int, rng: np.random.Generator) -> Example:
         """Item `index`; `rng` chooses the caption as the dataset itself does."""
-        latents = self._latents(index)
+        latents = self._latents(index) if self.pictures else None
         if self.source is not None:
             example = self.source.get(index, rng)
             return Example(example.prompt, None, index, example.extra, latents)
@@ -89,6 +93,8 @@ class CachedDataset:
         now: dict[str, Any] = {"family": model.family, "dtype": dtype_name(model.dtype)}
         if self.exact and "t5_length" in about:
             now["t5_length"] = getattr(model, "t5_length", None)
+        if self.exact:
+            now["text"] = reading(model)
         self._refuse(now)
         found = encoder_identity(model, text=self.exact)
         named = {} if found.keys() >= about["encoders"].keys() else {"model_id": model.model_id}

@@ -34,8 +34,10 @@ class CocoDataset:
     0.5)); images without a caption, on which random.choice would fail there, are left out with a warning.
     """
 
-    def __init__(self, settings: DataSettings, *, seed: int = 0, split: str = "train") -> None:
-        """Read the annotations and look whether the images are there.
+    def __init__(
+        self, settings: DataSettings, *, seed: int = 0, split: str = "train", pictures: bool = True
+    ) -> None:
+        """Read the annotations and look whether the images are there, unless no `pictures` are wanted.
 
         `seed` has no use here: the order of the examples and the choice of captions are the loop's.
 
@@ -44,7 +46,7 @@ class CocoDataset:
         """
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, got {split!r}")
-        self.settings, self.split = settings, split
+        self.settings, self.split, self.pictures = settings, split, pictures
         root = find_root(settings.path)
         self.folder = root / f"{split}2017"
         path = root / "annotations" / f"captions_{split}2017.json"
@@ -56,7 +58,8 @@ class CocoDataset:
             raise UserError(
                 f"{path} holds no captions; it should be the file of that name from cocodataset.org"
             )
-        self._look_for_images()
+        if pictures:
+            self._look_for_images()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,9 +68,7 @@ class CocoDataset:
         """Example `index`; `rng` chooses the caption."""
         captions = self.captions[index]
         chosen = draw_caption(captions, rng) if self.split == "train" else 0
-        pixels = square_pixels(
-            self.folder / self.files[index], self.settings.image_size, self.settings.interpolation
-        )
+        pixels = self._pixels(index) if self.pictures else None
         return Example(prompt=captions[chosen], pixels=pixels, id=index, extra={"image_id": self.ids[index]})
 
     def fingerprint(self) -> str:
@@ -77,6 +78,10 @@ class CocoDataset:
             self.captions,
         ]  # fmt: skip
         return sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+    def _pixels(self, index: int) -> Tensor:
+        path = self.folder / self.files[index]
+        return square_pixels(path, self.settings.image_size, self.settings.interpolation)
 
     def _look_for_images(self) -> None:
         try:

@@ -28,6 +28,7 @@ from align_cli.data.cache import (
     Shapes,
     dtype_name,
     encoder_identity,
+    reading,
 )
 from align_cli.data.shards import Field
 from align_cli.errors import UserError
@@ -120,7 +121,7 @@ def make_index(dataset: Dataset, request: Request) -> Index:
         elif request.captions == "random":
             texts = [listed.captions[i][draw_caption(listed.captions[i], rng)]]
         else:
-            texts = listed.captions[i][: 1 if request.captions == "first" else None]
+            texts = list(listed.captions[i][: 1 if request.captions == "first" else None])
         items.append([numbers.setdefault(text, len(numbers)) for text in texts])
     return Index([] if listed is None else list(listed.ids), list(numbers), items)
 
@@ -188,6 +189,8 @@ def describe(
         "shift": measured.shift,
         "encoders": encoder_identity(model, text=request.layout != "captions"),
     }
+    if request.layout != "captions":
+        about["text"] = reading(model)
     if model.family == "sd3":
         about["t5_length"] = getattr(model, "t5_length", None)
     about["settings"] = request.to_json()

@@ -13,6 +13,7 @@ from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.guidance import Cond, guided
 from align_cli.diffusion.process import NoiseProcess, Process
 from align_cli.diffusion.samplers import ddim_step, ddpm_step, euler_step, lcm_step, samplers_of
+from align_cli.diffusion.unipc import UniPC, unipc_timesteps
 
 Given = TypeVar("Given")
 
@@ -45,9 +46,9 @@ def rollout(
         cond, uncond: conditioning of B rows each, or a function of the step's index that gives it; uncond is
         needed unless guidance is 1.
         spacing: leading, trailing, linspace, lead or lcm; None takes the process's own, and a flow has no
-        other.
-        sampler: "ddim" (with eta), "ddpm" or "lcm"; "euler" for a flow, which has no other. None: ddim or
-        euler.
+        other. unipc reads it as `unipc_timesteps` says.
+        sampler: "ddim" (with eta), "ddpm", "lcm" or "unipc"; "euler" for a flow, which has no other. None:
+        ddim or euler.
         grad_steps: indices (0 is the noisiest) of the steps whose prediction carries gradient; the others run
         under `torch.no_grad`. None: all. The step arithmetic itself is never detached, so gradient passes
             through the steps between two gradient steps by their linear part (DRaFT, TextCraftor, CoMat do
@@ -62,9 +63,8 @@ def rollout(
         latent, as LongAlign decodes it (they differ for ddim, which ends at final_alpha_cumprod).
     Returns:
         (B, C, H, W) the clean latent.
-    Where DDIM steps to: t - T // steps, also for linspace, where that is not the next listed timestep. DDPM
-    and LCM step to the next listed timestep. As in diffusers, and so in the official code of all five
-    methods.
+    Where DDIM steps to: t - T // steps, also for linspace, where that is not the next listed timestep. All
+    others step to the next listed timestep. As in diffusers, and so in the official code of all five methods.
     """
     if end not in ("z", "x0"):
         raise ValueError(f"a path ends in z or x0, not {end!r}")
@@ -78,7 +78,12 @@ def rollout(
     if stray:
         raise ValueError(f"grad_steps must be in [0, {steps}), got {stray}")
     model = guided(predict, guidance)
-    path = process.timesteps(steps, spacing)
+    solver: UniPC | None = None
+    if sampler == "unipc":
+        path = unipc_timesteps(cast("NoiseProcess", process), steps, spacing)
+        solver = UniPC(cast("NoiseProcess", process), path)
+    else:
+        path = process.timesteps(steps, spacing)
     stride = process.num_train_timesteps // steps
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     for i, t in enumerate(path.tolist()):
@@ -98,6 +103,8 @@ def rollout(
             z, _ = process.to_x0_eps(pred, z, t)
         elif isinstance(process, FlowProcess):
             z = euler_step(process, pred, z, t, after or 0.0)
+        elif solver is not None:
+            z = solver.step(pred, z, i)
         elif sampler == "ddim":
             noise = _draw(noise_fn, z) if eta > 0 else None
             z = ddim_step(cast("NoiseProcess", process), pred, z, t, t - stride, eta, noise)

@@ -15,7 +15,7 @@ from align_cli.diffusion.process import NoiseProcess, Process
 
 def samplers_of(process: Process) -> tuple[str, ...]:
     """The samplers that work on a process, its own first."""
-    return ("euler",) if isinstance(process, FlowProcess) else ("ddim", "ddpm", "lcm")
+    return ("euler",) if isinstance(process, FlowProcess) else ("ddim", "ddpm", "lcm", "unipc")
 
 
 def ddim_step(

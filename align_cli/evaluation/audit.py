@@ -9,6 +9,9 @@ from align_cli.evaluation.prompts import PromptSet
 
 EXAMPLES = 5
 """Prompts that are shown of each reader: the ones that lose the most tokens."""
+NOT_USED = "plain text encoder (not used)"
+"""What the pipeline's own way of reading is called where prompts are read in another way."""
+BY_SENTENCE = "text encoder, by sentence"
 
 
 def audit(prompts: PromptSet, readers: Mapping[str, Sequence[Cut]], what: str) -> list[dict[str, object]]:
@@ -16,7 +19,7 @@ def audit(prompts: PromptSet, readers: Mapping[str, Sequence[Cut]], what: str) -
 
     Args:
         readers: name -> what it reads of each prompt (`BaseModel.audit_text`, `Reward.audit`).
-        what: "text encoder" or "scorer".
+        what: "text encoder", "scorer", or one of the names above.
     Returns:
         what, name, limit (tokens; 0: none), of (prompts), cut (how many of them are not read to the end),
         share (cut / of), examples (id and lost words of those that lose most).
@@ -45,7 +48,12 @@ def audit_words(entries: Sequence[Mapping[str, object]]) -> list[str]:
     """A line per reader that cuts anything."""
     lines = []
     for e in entries:
-        if e["cut"]:
+        if e["cut"] and e["what"] == NOT_USED:
+            lines.append(
+                f"text encoder {e['name']} alone would read {e['limit']} tokens and cut {e['cut']} of "
+                f"{e['of']} prompts; they are read sentence by sentence"
+            )
+        elif e["cut"]:
             lines.append(
                 f"{e['what']} {e['name']} reads {e['limit']} tokens and cuts {e['cut']} of {e['of']} prompts"
             )

@@ -192,11 +192,16 @@ def clusters_of(prompts: PromptSet, items: Sequence[Item]) -> list[Hashable]:
 
 
 def audit(job: Evaluation, model: BaseModel | None) -> list[dict[str, object]]:
-    """What every text encoder and every scorer cuts from the prompts."""
-    texts = job.prompts.texts
-    encoders = model.audit_text(texts) if model is not None else {}
+    """What every text encoder and every scorer cuts from the prompts; of a model that reads them sentence by
+    sentence also what its plain encoders would have cut.
+    """
+    texts, found = job.prompts.texts, []
+    if model is not None and model.reader is not None:
+        found += auditing.audit(job.prompts, model.plain_audit(texts), auditing.NOT_USED)
+        found += auditing.audit(job.prompts, model.audit_text(texts), auditing.BY_SENTENCE)
+    elif model is not None:
+        found += auditing.audit(job.prompts, model.audit_text(texts), "text encoder")
     scorers = {reward.name: reward.audit(texts) for reward in job.rewards}
-    found = auditing.audit(job.prompts, encoders, "text encoder")
     return [*found, *auditing.audit(job.prompts, scorers, "scorer")]
 
 

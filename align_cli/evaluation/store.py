@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -88,7 +88,7 @@ def identity(
     """
     about = {
         **identity_of_prompts(prompts, per_prompt),
-        "model": asdict(replace(settings, device="auto", encoder_device="")),
+        "model": settings.facts(),
         "seed": seed,
         "sample": asdict(sample),
         "protocol": protocol,

@@ -177,6 +177,10 @@ class FrozenModel(ABC):
     def towers(self) -> list[Tower]:
         """The text encoders for reading sentence by sentence. UserError if the family has no use for that."""
 
+    @abstractmethod
+    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+        """See `BaseModel.predict`."""
+
     def pooled_text(self, prompts: list[str]) -> Tensor | None:
         """The pooled text (B, P) of whole prompts, None where the family has none."""
         return None

@@ -31,8 +31,10 @@ from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.errors import UserError, first_line
 from align_cli.models.base import BaseModel
+from align_cli.models.frozen import FrozenModel
 from align_cli.models.sd3 import SD3Model
 from align_cli.models.sdxl import SDXLModel
+from align_cli.models.segments import SegmentReader
 from align_cli.models.sources import (
     DENOISERS,
     DIFFUSERS_STEM,
@@ -64,7 +66,7 @@ class Family:
     denoiser: str
     parts: dict[str, Any]
     process: Callable[[dict[str, Any]], Any]
-    build: Callable[[_Parts], BaseModel]
+    build: Callable[[_Parts], FrozenModel]
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
         modules["unet"] = modules["unet"].to(memory_format=torch.channels_last)
     model = family.build(_Parts(modules, process, settings, source))
     model.device = device  # an outline is nowhere
+    if settings.text == "segments":
+        model.reader = SegmentReader(model, length=settings.segment_length, splitter=settings.splitter)
     if settings.encoder_device == "offload":
         if device.type == "cpu":
             warnings.warn("model.encoder_device offload has no effect: the model is on the CPU", stacklevel=2)
@@ -265,7 +269,7 @@ def quiet() -> Iterator[None]:
 # ---------------------------------------------------------------- families
 
 
-def _unet_model(parts: _Parts) -> BaseModel:
+def _unet_model(parts: _Parts) -> FrozenModel:
     unet, vae, text = (parts.modules[name] for name in ("unet", "vae", "text_encoder"))
     if unet.config.addition_embed_type is not None:
         raise UserError(f"the UNet of {parts.label} is one of SDXL; it needs the rest of an SDXL pipeline")
@@ -281,7 +285,7 @@ def _unet_model(parts: _Parts) -> BaseModel:
     )
 
 
-def _sdxl_model(parts: _Parts) -> BaseModel:
+def _sdxl_model(parts: _Parts) -> FrozenModel:
     names = ("unet", "vae", "text_encoder", "text_encoder_2")
     unet, vae, text, text_2 = (parts.modules[name] for name in names)
     config = unet.config
@@ -303,7 +307,7 @@ def _sdxl_model(parts: _Parts) -> BaseModel:
     )
 
 
-def _sd3_model(parts: _Parts) -> BaseModel:
+def _sd3_model(parts: _Parts) -> FrozenModel:
     names = ("transformer", "vae", "text_encoder", "text_encoder_2")
     transformer, vae, text, text_2 = (parts.modules[name] for name in names)
     config, t5 = transformer.config, parts.modules.get("text_encoder_3")

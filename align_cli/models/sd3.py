@@ -119,8 +119,8 @@ class SD3Model(FrozenModel):
     def towers(self) -> list[Tower]:
         """UserError."""
         raise UserError(
-            f"model.text segments does not apply to {self.model_id}: SD3 reads long prompts with T5 already; "
-            "leave --text away, or give --text plain"
+            f"model.text segments does not apply to {self.model_id}: it is for SD1.x, SD2.x and SDXL; SD3 "
+            "has T5 for long prompts; leave --text away, or give --text plain"
         )
 
     def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:

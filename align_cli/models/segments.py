@@ -45,6 +45,11 @@ class Tower:
     limit: int
     states: Callable[[Tensor], Tensor]
 
+    @property
+    def dropped(self) -> list[int]:
+        """Ids of the tokens that are not kept: padding and end."""
+        return [int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id)]
+
     def ids(self, texts: Sequence[str]) -> Tensor:
         """(S, L) int64, all texts in one call: truncated to `limit`, padded to the longest."""
         found: Tensor = self.tokenizer(
@@ -68,9 +73,10 @@ class SegmentReader:
         [begin s_1 ; begin s_2 ; ... ; pad* ...] cut or filled to `length`, and below it what `more` says
 
     Every sentence is encoded by itself. Its begin token is kept, end and padding go, and with them a token
-    whose id is that of the padding ("!" in SD2.x and SDXL).
-    SDXL: both towers' states side by side, with the same tokens kept; the pooled text is that of the plain
-    reading of the whole prompt.
+    whose id is that of the padding ("!" in SD2.x).
+    SDXL: both towers' states side by side, of the tokens of the first tokenizer: the second has the same
+    vocabulary, but takes every "!" for padding, and would shift all that follows. The pooled text is that of
+    the plain reading of the whole prompt.
     """
 
     def __init__(
@@ -87,9 +93,15 @@ class SegmentReader:
             length: tokens of the CLIP part. splitter: a name of `sentences.SPLITTERS`.
             more: further rows, concatenated below on the token axis. audit_more: what it reads of prompts.
         Raises:
-            UserError: a family that reads long prompts by itself (SD3).
+            UserError: a family that reads long prompts by itself (SD3); towers with different vocabularies.
         """
-        model.towers()
+        first, *others = model.towers()
+        for tower in others:
+            if tower.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+                raise UserError(
+                    f"model.text segments does not apply to {model.model_id}: the tokenizers of {first.name} "
+                    f"and {tower.name} have different vocabularies; give --text plain"
+                )
         self.model, self.length, self.splitter = model, length, splitter
         self.more, self.audit_more = more, audit_more
         self.split = SPLITTERS[splitter]
@@ -127,49 +139,31 @@ class SegmentReader:
 
     def count(self, prompt: str) -> int:
         """Tokens of the prompt that would be kept, were there no limits."""
-        return next(iter(self._cuts([prompt]).values()))[0].tokens
+        return self._cuts([prompt])[0].tokens
 
     def audit(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
         """What is read of the prompts: name of the encoder in the pipeline -> one per prompt."""
-        return self._cuts(prompts) | (self.audit_more(prompts) if self.audit_more is not None else {})
+        cuts = self._cuts(prompts)  # the towers read the same tokens
+        more = {} if self.audit_more is None else self.audit_more(prompts)
+        return {tower.name: cuts for tower in self.model.towers()} | more
 
-    def _cuts(self, prompts: Sequence[str]) -> dict[str, list[Cut]]:
-        towers = self.model.towers()
-        gone = dropped_ids(towers)
-        return {
-            t.name: segment_cuts(t.tokenizer, t.limit, self.length, prompts, self.split, gone) for t in towers
-        }
-
-
-def dropped_ids(towers: Sequence[Tower]) -> set[int]:
-    """Ids of the tokens that are not kept: end and padding of every tower."""
-    return {int(i) for t in towers for i in (t.tokenizer.pad_token_id, t.tokenizer.eos_token_id)}
+    def _cuts(self, prompts: Sequence[str]) -> list[Cut]:
+        tower = self.model.towers()[0]
+        dropped = tower.dropped
+        return segment_cuts(tower.tokenizer, tower.limit, self.length, prompts, self.split, dropped)
 
 
 def encode_segments(towers: Sequence[Tower], parts: Sequence[Sequence[str]], length: int) -> Tensor:
-    """Prompts as lists of their sentences -> (B, length, D), the towers' states side by side on D.
-
-    Raises:
-        UserError: the tokenizers of two towers cut a sentence into different tokens.
-    """
-    flat = [sentence for own in parts for sentence in own]
-    gone = dropped_ids(towers)
-    each = [tower.ids(flat) for tower in towers]
-    kept = [~torch.isin(ids, torch.tensor(sorted(gone))) for ids in each]
-    if any(not torch.equal(k * i, kept[0] * each[0]) for k, i in zip(kept, each, strict=True)):
-        names = " and ".join(tower.name for tower in towers)
-        raise UserError(
-            f"model.text segments needs tokenizers with one vocabulary, and those of {names} cut sentences "
-            "into different tokens; give --text plain"
-        )
-    keep = kept[0]
+    """Prompts as lists of their sentences -> (B, length, D), the towers' states side by side on D."""
+    ids = towers[0].ids([sentence for own in parts for sentence in own])
+    keep = ~torch.isin(ids, torch.tensor(towers[0].dropped))
     # of each prompt: the tokens before every sentence; those that begin beyond the length are not encoded
     ends = list(accumulate(map(len, parts), initial=0))
     counts = keep.sum(1)
     before = torch.cat([counts[a:b].cumsum(0) - counts[a:b] for a, b in pairwise(ends)])
     used = before < length
     longest = int((keep[used] * torch.arange(1, keep.shape[1] + 1)).max()) + 1  # with the end
-    states = torch.cat([t.states(ids[used, :longest]) for t, ids in zip(towers, each, strict=True)], dim=-1)
+    states = torch.cat([tower.states(ids[used, :longest]) for tower in towers], dim=-1)
     filler = torch.cat([tower.filler() for tower in towers]).to(states.dtype)
     keep = keep[used, :longest].to(states.device)
     first = list(accumulate((int(used[a:b].sum()) for a, b in pairwise(ends)), initial=0))

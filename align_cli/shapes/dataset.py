@@ -8,6 +8,7 @@ from hashlib import sha256
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from align_cli.data.base import Example
 from align_cli.settings import DataSettings
@@ -39,9 +40,12 @@ class ShapesDataset:
     sentences.
     """
 
-    def __init__(self, settings: DataSettings, *, seed: int = 0, split: str = "train") -> None:
+    def __init__(
+        self, settings: DataSettings, *, seed: int = 0, split: str = "train", pictures: bool = True
+    ) -> None:
         self.size = settings.num_examples or DEFAULT_SIZE
         self.seed, self.split, self.mixture = seed, split, settings.mixture
+        self.pictures = pictures
         self.kinds, self.weights, self.long_rate = MIXTURES[settings.mixture]
 
     @cached_property
@@ -54,7 +58,8 @@ class ShapesDataset:
         return found[: self.size]
 
     @cached_property
-    def pictures(self) -> np.ndarray:
+    def rendered(self) -> np.ndarray:
+        """(N, 32, 32, 3) uint8."""
         return render(self.scenes)
 
     def __len__(self) -> int:
@@ -63,11 +68,14 @@ class ShapesDataset:
     def get(self, index: int, rng: np.random.Generator) -> Example:
         scene = self.scenes[index]
         prompt = recaption(scene, rng, long_rate=self.long_rate)
-        pixels = torch.from_numpy(self.pictures[index]).permute(2, 0, 1).float() / 127.5 - 1
+        pixels = self._pixels(index) if self.pictures else None
         keep = "train" if self.split == "train" else None
         negatives = [hard_negative(prompt, rng, split=keep).text for _ in range(HARD_NEGATIVES)]
         extra = {"negatives": negatives, "boxes": scene.boxes()}
         return Example(prompt=prompt.text, pixels=pixels, id=index, extra=extra)
+
+    def _pixels(self, index: int) -> Tensor:
+        return torch.from_numpy(self.rendered[index]).permute(2, 0, 1).float() / 127.5 - 1
 
     def fingerprint(self) -> str:
         """Identity of the data: world, size, seed and split."""

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from align_cli.config import class_default
 from align_cli.errors import UserError
 from align_cli.files import blocking
 
@@ -157,7 +158,7 @@ def check_same(
     saved: Mapping[str, Any], now: Mapping[str, Any], saved_data: str, data: str, out: Path
 ) -> None:
     """Refuse to go on with other settings or data than the run began with. Sections that the version which
-    began it did not have are free.
+    began it did not have are free, single settings that it did not have are at their defaults.
 
     Raises:
         UserError: naming the first setting that differs, with both values.
@@ -169,9 +170,10 @@ def check_same(
         section = key.partition(".")[0]
         if (key in FREE and not whole_run) or section in FREE_SECTIONS or section in unknown:
             continue
-        if before.get(key) != after.get(key):
+        first = before.get(key, class_default(key))
+        if first != after.get(key):
             raise UserError(
-                f"{out} was begun with {key} = {before.get(key)!r}, now it is {after.get(key)!r}; a resumed "
+                f"{out} was begun with {key} = {first!r}, now it is {after.get(key)!r}; a resumed "
                 f"run keeps "
                 f"its settings: leave it away, or start a new run with another --out"
             )

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from align_cli.diffusion.consistency import c_out, c_skip, consistency
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.diffusion.samplers import ddim_step
+from align_cli.diffusion.unipc import unipc_timesteps
 from align_cli.losses import huber_loss
 from golden_checks.lines import Kind, Line, same
 from golden_checks.longalign import tensor_named, values
@@ -47,6 +48,9 @@ def lcm_math(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
     for name, expected in case["sampler_timesteps"].items():
         if match := re.fullmatch(r"lcm_(\d+)_from_sd15_config", name):
             yield same(name, process.timesteps(int(match[1]), "lcm").tolist(), expected)
+        if match := re.fullmatch(r"unipc_(\d+)_from_sd15_config", name):
+            spacing = case["sampler_timesteps"]["unipc_timestep_spacing"]
+            yield same(name, unipc_timesteps(process, int(match[1]), spacing).tolist(), expected)
     path = list(range(len(abar) - 1, -1, -case["step_ratio"]))
     found = process.timesteps(case["num_ddim_timesteps"], "trailing").tolist()
     yield same("timesteps of the reward stage", found, path)

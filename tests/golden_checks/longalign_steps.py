@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from align_cli.diffusion.consistency import consistency
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from align_cli.diffusion.consistency import consistency
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.losses import common_direction, reweight_text
 from align_cli.methods.base import StepContext
@@ -91,7 +91,14 @@ def train_steps(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
         told = torch.cat([x["cond_clip"], x["cond_t5"]], dim=1)
         free = torch.cat([x["uncond_clip"], x["uncond_t5"]], dim=1)
         model = GivenModel(unet, told, free)
-        config = LongAlignConfig(stage=stage, t5="", lora_rank=facts["rank"], lora_dropout=0.0, **settings)
+        config = LongAlignConfig(
+            stage=stage,
+            t5="",
+            rewards={"denscore": 1.0},
+            lora_rank=facts["rank"],
+            lora_dropout=0.0,
+            **settings,
+        )
         method = LongAlign(model, config)  # type: ignore[arg-type]
         method.use_rewards({"denscore": GivenReward(x["image_projection"], texts)})
         method.loras[OWN].load_state(named(load_file(beside / "lora_fp32.safetensors")))
@@ -159,7 +166,7 @@ def train_steps(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
         if not few:
             guided = told_last[0] + method.config.guidance * (told_last[1] - told_last[0])
             yield values(f"{name}/last_noise_pred_guided", guided, x[f"{name}/last_noise_pred_guided"])
-        reward = method.rewards["denscore"]
+        reward = method.rewards.rewards["denscore"]
         used = reweight_text(texts, common_direction(texts), omega)
         yield values(f"{name}/image", image, x[f"{name}/image"])
         yield values(f"{name}/scores", (reward.image_vectors(image) * used).sum(-1), x[f"{name}/scores"])

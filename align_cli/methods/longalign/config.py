@@ -60,9 +60,9 @@ class LongAlignConfig(MethodConfig):
     """lcm: timesteps between student and target, 1000 // 50. Source: official code."""
     first_timestep: int = 10
     """lcm: the smallest timestep that is drawn. Source: official code."""
-    rewards: dict[str, float] = field(default_factory=lambda: {"denscore": 1.0})
+    rewards: dict[str, float] = field(default_factory=dict)
     """reward, reward-lcm: reward -> weight of its loss. CLIP-like ones alone have the text vectors that are
-    decomposed. Source: official code, one reward of weight 1."""
+    decomposed. Source: official code, denscore, of weight 1."""
     reward_weights: dict[str, str] = field(default_factory=dict)
     """Reward -> hub id, folder or file of its weights, where it is not the published place."""
     reward_preprocessing: str = "longalign"
@@ -79,7 +79,7 @@ class LongAlignConfig(MethodConfig):
     """Pictures decoded and scored at a time; 0 takes all. Changes memory and time, not the gradient."""
 
     @property
-    def pictures(self) -> bool:  # type: ignore[override]
+    def pictures(self) -> bool:
         """Whether the stage trains on pictures with captions."""
         return self.stage in WITH_PICTURES
 
@@ -89,7 +89,8 @@ class LongAlignConfig(MethodConfig):
         one_of("longalign.loss", self.loss, ("l2", "huber"))
         one_of("longalign.reward_preprocessing", self.reward_preprocessing, ("longalign", "official"))
         one_of("longalign.reward_dtype", self.reward_dtype, ("float32", "float16", "bfloat16"))
-        check_weights("longalign.rewards", self.rewards)
+        if self.rewards:
+            check_weights("longalign.rewards", self.rewards)
         for name in self.reward_weights:
             require(
                 name in self.rewards,
@@ -112,6 +113,8 @@ class LongAlignConfig(MethodConfig):
         )
 
     def check_train(self, train: TrainSettings) -> None:
+        if self.stage in WITH_REWARD and not self.rewards:
+            raise UserError(f"stage {self.stage} climbs a reward: name one, --reward denscore=1")
         if self.stage == "align" and self.from_adapter:
             raise UserError("stage align stands on no other: leave --from away, or name another --stage")
         if self.stage != "align" and self.t5 and not self.from_adapter:

@@ -44,9 +44,11 @@ from align_cli.models.lora import LoraTuning
 from align_cli.models.segments import SegmentReader
 from align_cli.models.states import check_state
 from align_cli.models.t5 import T5Reader, load_t5
+from align_cli.rewards.base import Reward
 from align_cli.rewards.clip import ClipReward
 from align_cli.rewards.loading import load_reward
 from align_cli.rewards.preprocess import LONGALIGN_CROP
+from align_cli.rewards.weighted import WeightedRewards
 from align_cli.sampling import check_side
 from align_cli.settings import TrainSettings
 
@@ -74,7 +76,7 @@ class LongAlign:
             tokenizer, encoder = load_t5(config.t5, device=model.encoder_device, dtype=model.dtype)
             self.t5 = T5Reader(tokenizer, encoder, config.token_length)
             self.adapter = self._text_adapter(self.t5.width, config.adapter_width)
-        self._rewards: dict[str, ClipReward] | None = None
+        self._rewards: WeightedRewards | None = None
 
     def _lora(self, rank: int, rng: torch.Generator | None = None) -> LoraTuning:
         return LoraTuning(
@@ -133,8 +135,8 @@ class LongAlign:
             raise UserError(f"{where} does not fit: {error}") from error
 
     @property
-    def rewards(self) -> dict[str, ClipReward]:
-        """The frozen rewards, on the denoiser's device."""
+    def rewards(self) -> WeightedRewards:
+        """The frozen rewards, on the denoiser's device; none in a stage without."""
         if self._rewards is None:
             c = self.config
             found = {
@@ -146,27 +148,29 @@ class LongAlign:
                     dtype=getattr(torch, c.reward_dtype),
                 )
                 for name, weight in c.rewards.items()
-                if weight
+                if weight and c.stage in WITH_REWARD
             }
             self.use_rewards(found)
         assert self._rewards is not None
         return self._rewards
 
-    def use_rewards(self, rewards: Mapping[str, object]) -> None:
+    def use_rewards(self, rewards: Mapping[str, Reward]) -> None:
         """Train on these scorers, one for every name in the configuration, in place of the published ones.
 
         Raises:
             UserError: one without text vectors, which alone can be decomposed.
         """
-        taken: dict[str, ClipReward] = {}
         for name, reward in rewards.items():
             if not isinstance(reward, ClipReward):
                 raise UserError(
                     f"longalign.rewards: {name} has no text vectors to decompose; take denscore, clip, "
                     "pickscore or hpsv2, or train textcraftor on it"
                 )
-            taken[name] = reward
-        self._rewards = taken
+        self._rewards = WeightedRewards(rewards, self.config.rewards)
+
+    @property
+    def _towers(self) -> dict[str, ClipReward]:
+        return cast("dict[str, ClipReward]", self.rewards.rewards)
 
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """One group, as officially its gradients are clipped together: the stage's LoRA, in align also the
@@ -335,7 +339,7 @@ class LongAlign:
         crop = self._crop(z, ctx)
         texts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            for name, reward in self.rewards.items():
+            for name, reward in self._towers.items():
                 own = reward.text_vectors(prompts)
                 direction = common_direction(ctx.gather(own))
                 relevant = reweight_text(own, direction, 0.0)
@@ -344,7 +348,7 @@ class LongAlign:
         def judge(images: Tensor, rows: slice) -> Judged:
             images, share = crop(images), len(images) / count
             loss, means = z.new_zeros(()), {}
-            for name, reward in self.rewards.items():
+            for name, reward in self._towers.items():
                 x = reward.image_vectors(images)
                 whole, relevant, used = ((x * text[rows]).sum(-1) for text in texts[name])
                 loss = loss + c.rewards[name] * share * preference_loss(used, c.omega)
@@ -352,7 +356,7 @@ class LongAlign:
                 means[f"relevant/{name}"] = relevant.sum() / count
             if not torch.isfinite(loss.detach()):
                 raise UserError(
-                    f"a reward ({', '.join(self.rewards)}) is not finite for a picture of "
+                    f"a reward ({', '.join(self._towers)}) is not finite for a picture of "
                     f"{prompts[rows][0]!r}; try other rewards, a lower --lr, or --set train.max_grad_norm=0.3"
                 )
             return loss, means

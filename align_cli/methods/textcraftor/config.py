@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from align_cli.rewards.spec import check_weights
 from align_cli.settings import MethodConfig, one_of, require
@@ -16,8 +15,6 @@ OFFICIAL_STEPS = 25
 @dataclass(frozen=True, kw_only=True)
 class TextCraftorConfig(MethodConfig):
     """What is trained, on which rewards, through how many sampling steps. The learning rate is train.lr."""
-
-    pictures: ClassVar[bool] = False
 
     stage: str = "text"
     """text: the text encoders. unet: the denoiser, under the frozen tuned text encoders of from_adapter (the
@@ -110,6 +107,11 @@ class TextCraftorConfig(MethodConfig):
             one_of("textcraftor.encoders", name, ("text_encoder", "text_encoder_2", "text_encoder_3"))
         for key in ("lr_unet", "lora_rank", "lora_alpha", "decode_chunk", "image_size", "kept_steps"):
             require(getattr(self, key) >= 0, f"textcraftor.{key} must be >= 0, got {getattr(self, key)}")
+
+    @property
+    def pictures(self) -> bool:
+        """False: it draws its own."""
+        return False
 
     def first_tuned(self, steps: int, tuned: int) -> int:
         """Index of the first of `steps` sampling steps that sees the tuned encoder, for `tuned` such steps at

@@ -11,7 +11,7 @@ STAGES = {
     "vae": ("autoencoder", 900),
     "clip": ("contrastive", 3000),
     "clip-refine": ("contrastive", 4000),
-    "t5": ("paraphrase", 1500),
+    "t5": ("paraphrase", 2000),
     "denoiser": ("denoiser", 8000),
     "denoiser-refine": ("denoiser", 5000),
     "denoiser-sdxl": ("denoiser", 3000),

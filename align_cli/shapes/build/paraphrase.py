@@ -24,10 +24,6 @@ MISSING = 0.1
 """Share of the words that are hidden in training: many can be told from the other sentences."""
 LENGTHS = (64, 80, components.T5_LIMIT)
 """Tokens that captions are filled up to. Fillers are read like words, as LongAlign reads them."""
-UNTOLD = 0.5
-"""Share of the words written so far that the decoder is not told in training: what it writes it has to read,
-not to know by heart.
-"""
 IGNORED = -100
 CONTENT = {*COLORS, *SHAPES, *(f"{s}s" for s in SHAPES), *BACKGROUNDS, "two", "three"}
 CONTENT |= {word for relation in RELATIONS for word in relation.split()}
@@ -60,20 +56,13 @@ def read(tok: T5Tokenizer, texts: list[str], length: int) -> Tensor:
 
 
 def forward(
-    model: T5ForConditionalGeneration,
-    tok: T5Tokenizer,
-    sources: list[str],
-    texts: list[str],
-    length: int,
-    untold: float = 0.0,
+    model: T5ForConditionalGeneration, tok: T5Tokenizer, sources: list[str], texts: list[str], length: int
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy per written token, and for each caption whether every token has the highest score."""
     ids = read(tok, sources, length)
     wanted = tok([meaning(text) for text in texts], padding=True, return_tensors="pt")
     labels = wanted.input_ids.masked_fill(wanted.attention_mask == 0, IGNORED)
-    told = model.prepare_decoder_input_ids_from_labels(labels)
-    told = told.masked_fill(torch.rand(told.shape) < untold, tok.unk_token_id)
-    found = model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=told, labels=labels)
+    found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
     right = (found.logits.argmax(-1) == labels) | (labels == IGNORED)
     return found.loss, right.all(-1)
 
@@ -110,8 +99,7 @@ def train(out: Path, steps: int, seed: int, name: str) -> None:
         rng = np.random.default_rng([seed, 6, step])
         texts = [p.text for p in examples(BATCH, rng, "train")]
         sources = [hidden(text, rng) for text in texts]
-        torch.manual_seed(int(rng.integers(2**31)))
-        return forward(model, tok, sources, texts, int(rng.choice(LENGTHS)), UNTOLD)[0]
+        return forward(model, tok, sources, texts, int(rng.choice(LENGTHS)))[0]
 
     report = lambda: line(evaluate(model, tok, "val", 300))  # noqa: E731
     stage.fit(loss_at, steps=steps, lr=LR, warmup=100, every=200, report=report)

@@ -1,0 +1,138 @@
+"""`t2ialign train longalign` on a tiny random model: stages, resume, drawing long prompts with the result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from training_helpers import trace
+from typer.testing import CliRunner
+
+from align_cli.adapters import load_adapter
+from align_cli.cli.main import app
+from align_cli.evaluation.arms import make_arms
+
+LONG = (
+    "in this picture there is a red circle . the whole background is plainly black . there are exactly two "
+    "objects in total"
+)
+
+
+@pytest.fixture
+def options(tiny_sd15_folder) -> list[str]:
+    """A run of seconds."""
+    sets = {
+        "data.num_workers": 0, "data.num_examples": 16, "data.mixture": "long", "train.log_every": 1,
+        "train.save_every": 1, "train.num_threads": 1, "sample.steps": 3, "sample.guidance": 2.0,
+        "eval.num_prompts": 4, "eval.kinds": '["long"]', "longalign.t5": "embedded:tiny-t5",
+        "longalign.token_length": 40, "longalign.adapter_width": 24, "longalign.lora_rank": 2,
+    }  # fmt: skip
+    given = ["--model", str(tiny_sd15_folder), "--preset", "none", "--batch-size", "2", "--lr", "1e-2"]
+    return given + [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+
+
+REWARD = ["--reward", "tiny-clip=1", "--set", "longalign.reward_preprocessing=official"]
+
+
+def call(*args: object):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def ok(*args: object):
+    result = call(*args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*args: object) -> str:
+    result = call(*args)
+    assert result.exit_code == 2, result.output
+    said = re.sub(r"^loading .* \.\.\.\n", "", result.stderr)
+    assert said.startswith("error: ") and said.count("\n") == 1, result.stderr
+    return said
+
+
+def test_all_stages_one_after_the_other(options, tmp_path):
+    """align, then reward, then lcm on it, then reward-lcm; the last one draws in two steps."""
+    few = ["--set", "longalign.steps=4", "--set", "longalign.grad_stride=2"]
+    stages = {
+        "align": (None, []),
+        "reward": ("align", [*REWARD, *few]),
+        "lcm": ("reward", []),
+        "reward-lcm": ("lcm", [*REWARD, "--set", "longalign.steps=2", "--set", "longalign.grad_stride=1"]),
+    }
+    for stage, (before, more) in stages.items():
+        start = ["--from", tmp_path / before] if before else []
+        quick = [] if stage == "align" else ["--no-eval"]
+        ok("train", "longalign", *options, "--stage", stage, *start, *more, *quick, "--steps", 2,
+           "--out", tmp_path / stage)  # fmt: skip
+        assert load_adapter(tmp_path / stage).info.stage == stage
+    groups = {key.partition(".")[0] for key in load_adapter(tmp_path / "reward-lcm").state}
+    assert groups == {"adapter", "align", "reward", "lcm", "unet"}
+    assert json.loads((tmp_path / "align" / "result.json").read_text())["evaluation"] is not None
+    trained = {s: make_arms([str(tmp_path / s)], [])[1].trained_on for s in ("align", "reward")}
+    assert trained == {"align": (), "reward": ("tiny-clip",)}
+    drawing = ["--sampler", "lcm", "--spacing", "lcm", "--steps", 2, "--guidance", 1]
+    ok("sample", "--prompt", LONG, "--adapter", tmp_path / "reward-lcm", *drawing, "--out", tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("001-*.png")
+    assert Image.open(path).size[0] > 0
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
+    """With dropout of captions, LoRA and text adapter."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    given = ["train", "longalign", *options, "--no-eval"]
+    ok(*given, "--steps", 3, "--out", whole)
+    ok(*given, "--steps", 1, "--out", parts)
+    ok("train", "longalign", "--resume", "--steps", 3, "--out", parts)
+    assert trace(whole) == trace(parts)
+    one, two = load_adapter(whole).state, load_adapter(parts).state
+    assert all(torch.equal(one[k], two[k]) for k in one | two)
+
+
+def test_what_lies_beyond_the_plain_encoder_changes_the_picture(options, tmp_path):
+    """The last sentence of a long prompt is read, which the plain encoder cuts away."""
+    ok("train", "longalign", *options, "--no-eval", "--steps", 1, "--out", tmp_path / "run")
+    texts = [f"{LONG} . {last} ." for last in ("a blue square is there", "two yellow triangles are there")]
+
+    def pictures(name: str, *more: object) -> list[bytes]:
+        given = [word for text in texts for word in ("--prompt", text)]
+        model = ["--model", options[1], "--steps", 2, "--guidance", 2]
+        ok("sample", *given, *model, "--seed", 1, "--out", tmp_path / name, *more)
+        found = sorted((tmp_path / name).glob("0*.png"))
+        return [Image.open(path).tobytes() for path in found]
+
+    long = pictures("long", "--adapter", tmp_path / "run")
+    assert len(long) == 2 and long[0] != long[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--stage", "final"], "longalign has no preset for the model 'tiny-sd15' and stage 'final'"),
+        (["--stage", "final", "--preset", "none"], "longalign.stage must be one of align, reward, lcm"),
+        (["--stage", "reward"], "stage reward stands on an earlier one: give its adapter with --from"),
+        (["--from", "x"], "stage align stands on no other"),
+        (["--model", "tiny-sd3"], "longalign has no preset for the model 'tiny-sd3' and stage 'align'"),
+        (["--model", "tiny-sd3", "--preset", "none"], "does not train models of the family sd3"),
+        (["--set", "longalign.t5=nowhere"], "no T5 'nowhere': there is no such folder; get it with"),
+        (["--data", "prompts", "--data-path", "list.txt"], "trains on pictures with captions"),
+        (["--stage", "reward", "--from", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_wrong_input(args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused("train", "longalign", *args, "--no-eval")
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("stage", ["align", "reward", "lcm", "reward-lcm"])
+@pytest.mark.parametrize("model", ["sd15", "tiny-sd15"])
+def test_every_stage_has_its_preset(model, stage):
+    start = [] if stage == "align" else ["--from", "x"]
+    result = ok("train", "longalign", "--model", model, "--stage", stage, *start, "--dry-run")
+    assert f"preset longalign/{model}-{stage}" in result.stdout
