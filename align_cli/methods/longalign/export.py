@@ -18,28 +18,39 @@ from align_cli.methods.longalign.release import BELOW, FAMILIES, PLAIN, read_rel
 from align_cli.models.parts import outline
 from align_cli.models.states import LORA_A, by_group
 
+STAGES = ("align", "reward", "lcm")
+"""Groups of an adapter's tensors: LoRAs of the stages below, from the lowest."""
 OWN, ADAPTER = "unet", "adapter"
-"""Groups of an adapter's tensors: LoRA of its own stage, text adapter. The others: LoRAs of stages below."""
+"""The LoRA of its own stage, and the text adapter."""
 
 
 def trained(adapter: Adapter) -> Trained:
-    """The denoiser's LoRA, those of all stages stacked, and what a LoRA file will not say."""
+    """The denoiser's LoRA, those of all stages stacked; the text adapter beside it.
+
+    Raises:
+        UserError: it holds no LoRA.
+    """
     states = by_group(adapter.state)
-    loras = [state for name, state in states.items() if name != ADAPTER]
-    notes = [
-        "t2ialign reads captions sentence by sentence, beyond 77 tokens"
-        + (", and as a whole through T5 and the text adapter" if ADAPTER in states else "")
-        + "; a LoRA file cannot say so: with the plain text of other tools the LoRA works, but not as trained"
-    ]
-    if len(loras) > 1:
-        names = ", ".join(f"{name} ({_rank(state)})" for name, state in states.items() if name != ADAPTER)
-        notes.append(f"the LoRAs of all stages became one, exactly, of the sum of their ranks: {names}")
+    if OWN not in states:
+        raise UserError(f"adapter {adapter.path} is damaged: it holds no LoRA of its own stage ({OWN}.*)")
+    loras = {name: states[name] for name in (*STAGES, OWN) if name in states}
 
     def beside(folder: Path) -> Report:
-        return _write_adapter(states[ADAPTER], folder)
+        report = _write_adapter(states[ADAPTER], folder) if ADAPTER in states else Report()
+        whole = ", and as a whole through T5 and the text adapter" if ADAPTER in states else ""
+        report.notes.append(
+            f"t2ialign reads captions sentence by sentence, beyond 77 tokens{whole}; a LoRA file cannot say "
+            "so: with the plain text of other tools the LoRA works, but not as it was trained"
+        )
+        if len(loras) > 1:
+            ranks = ", ".join(
+                f"{adapter.info.stage if name == OWN else name} ({_rank(state)})"
+                for name, state in loras.items()
+            )
+            report.notes.append(f"the LoRAs of all stages are one here, whose rank is their sum: {ranks}")
+        return report
 
-    part = Part(OWN, stacked(loras), 1.0)
-    return Trained([part], notes, whole=False, beside=beside if ADAPTER in states else None)
+    return Trained([Part(OWN, stacked(list(loras.values())), 1.0)], [], whole=False, beside=beside)
 
 
 def stacked(loras: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -89,8 +100,8 @@ def write_official(job: Job) -> Report:
             "the official code of LongAlign reads T5 through a text adapter, and this adapter was trained "
             "without: export it with --to diffusers, peft or kohya"
         )
-    below = [name for name in states if name not in (OWN, ADAPTER)]
-    if set(below) != set(BELOW[info.stage]):
+    below = tuple(name for name in STAGES if name in states)
+    if below != BELOW[info.stage]:
         raise UserError(
             f"the official code has stage {info.stage} on {' and '.join(BELOW[info.stage]) or 'nothing'}, "
             f"here it is on {' and '.join(below) or 'nothing'}: export it with --to diffusers, peft or kohya"

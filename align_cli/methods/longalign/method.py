@@ -42,7 +42,7 @@ from align_cli.models.decoding import Judged, through_pictures
 from align_cli.models.frozen import FrozenModel
 from align_cli.models.lora import LoraTuning
 from align_cli.models.segments import SegmentReader
-from align_cli.models.states import check_state
+from align_cli.models.states import by_group, check_state
 from align_cli.models.t5 import T5Reader, load_t5
 from align_cli.rewards.base import Reward
 from align_cli.rewards.clip import ClipReward
@@ -127,7 +127,7 @@ class LongAlign:
             raise UserError(f"{where}: an adapter of stage {stage}; stage {mine} stands on one of {before}")
         if mine == "reward-lcm" and stage != "lcm":
             raise UserError(f"{where}: an adapter of stage {stage}; stage reward-lcm stands on one of lcm")
-        groups = _groups(adapter.state)
+        groups = by_group(adapter.state)
         groups[stage] = groups.pop(OWN, {})
         try:
             self._take(groups)
@@ -396,7 +396,7 @@ class LongAlign:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take trained tensors. ValueError naming missing, unused and wrongly shaped keys."""
-        groups = _groups(state)
+        groups = by_group(state)
         if OWN not in groups:
             raise ValueError(f"missing {OWN}")
         self._take(groups)
@@ -471,14 +471,6 @@ class LongAlign:
         assert self.t5 is not None and self.adapter is not None
         rows: Tensor = self.adapter(self.t5.states(prompts).to(self.model.device))
         return rows
-
-
-def _groups(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        group, _, rest = key.partition(".")
-        groups.setdefault(group, {})[rest] = value
-    return groups
 
 
 def _load(lora: LoraTuning, name: str, state: Mapping[str, Tensor]) -> None:
