@@ -96,8 +96,8 @@ class DataSettings:
     prompts: .csv, .tsv, .jsonl or .json; prompts also .txt); unused by shapes.
     """
     column: str = ""
-    """Prompts and captions only: the column or key of the prompt; empty for prompt, text or caption (captions:
-    caption, text or prompt), whichever is there; prompts: else the first column of a table.
+    """Prompts and captions only: the column or key of the text; empty for prompt, text or caption (captions:
+    caption, text or prompt), whichever is there first; prompts: else the first column of a table.
     """
     images: str = ""
     """Captions only: folder that the names of the pictures begin at; empty for that of the list."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -58,15 +57,17 @@ class CaptionedImages(RecordFile):
         self.root = Path(settings.images or Path(settings.path).parent).expanduser()
         if pictures and settings.images and not self.root.is_dir():
             raise UserError(f"data.images: no folder {self.root}; name the one that the pictures lie in")
+        self.ids: list[int] = []  # a record has no name but its place in the list
         self.places = (0, 0)
-        self.missing: list[str] = []
+        self.num_missing, self.first_missing = 0, ""
         self.looking = pictures
         super().__init__(settings.path, most=settings.num_examples)
         self.looking = False
-        if self.missing:
+        if self.num_missing:
             raise UserError(
-                f"{self.missing[0]}; {len(self.missing)} of {len(self)} pictures of the list are missing. "
-                "Name their folder with --set data.images=FOLDER, or use fewer with --set data.num_examples=N"
+                f"{self.first_missing}; {self.num_missing} of the {len(self)} pictures of the list are "
+                "missing: name their folder with --set data.images=FOLDER, or use fewer with --set "
+                "data.num_examples=N"
             )
 
     def get(self, index: int, rng: np.random.Generator) -> Example:
@@ -78,15 +79,9 @@ class CaptionedImages(RecordFile):
         pixels = square_pixels(self.root / path, side, way) if self.pictures else None
         return Example(prompt=caption, pixels=pixels, id=index)
 
-    @property
-    def ids(self) -> Sequence[int]:
-        """None: a record is known by its place in the list."""
-        return []
-
-    @property
-    def captions(self) -> Sequence[Sequence[str]]:
-        """The one caption of each record, read when it is asked for."""
-        return _Captions(self)
+    def captions_of(self, index: int) -> list[str]:
+        """The one caption of record `index`."""
+        return [self.record(index)[1]]
 
     def fingerprint(self) -> str:
         """Of the bytes of the list (up to the last record that is used), of their number, the column, size
@@ -123,7 +118,8 @@ class CaptionedImages(RecordFile):
         if not isinstance(path, str) or not path.strip() or "\0" in path:
             raise UserError(f"{where}: the picture is no name of a file but {path!r}"[:200])
         if self.looking and not (self.root / path).is_file():
-            self.missing.append(f"{where}: no picture {self.root / path}" if not self.missing else "")
+            self.num_missing += 1
+            self.first_missing = self.first_missing or f"{where}: no picture {self.root / path}"
         return path, text
 
     def _caption_key(self, names: Any, where: str) -> Any:
@@ -138,20 +134,3 @@ class CaptionedImages(RecordFile):
         if key is None:
             raise no_prompt(where, names, None, PICTURE_COLUMNS)
         return key
-
-
-class _Captions(Sequence[Sequence[str]]):
-    def __init__(self, data: CaptionedImages) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    @overload
-    def __getitem__(self, index: int) -> Sequence[str]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sequence[str]]: ...
-    def __getitem__(self, index: int | slice) -> Sequence[Any]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return [self.data.record(index)[1]]

@@ -158,25 +158,27 @@ def _rows(lines: Lines, *, quoted: bool) -> Iterator[list[str]]:
             if cells is None:
                 return
             if len(cells) > 1 or (cells and not lines.blank):
+                lines.began = first
                 yield cells
 
 
 class Lines:
     """The lines of a file, or of a part that begins at byte `end`, counted and hashed on the way.
 
-    number: of the last one, from 1. end: byte behind it. blank: it has spaces and tabs alone.
+    number: of the last one, from 1. began: of the first one of the row that was just read, in a table. end:
+    byte behind the last one. blank: it has spaces and tabs alone.
     """
 
     def __init__(self, file: BinaryIO, path: Path, end: int = 0) -> None:
         self.file, self.path, self.end = file, path, end
-        self.number = 0
+        self.number = self.began = 0
         self.digest = sha256()
         self.text = ""
 
     @property
     def where(self) -> str:
-        """ "prompts.csv, line 7": the last line, for an error message."""
-        return f"{self.path}, line {self.number}"
+        """ "prompts.csv, line 7": where the last record begins, for an error message."""
+        return f"{self.path}, line {self.began or self.number}"
 
     @property
     def blank(self) -> bool:
@@ -185,8 +187,8 @@ class Lines:
     def __iter__(self) -> Iterator[str]:
         while raw := self.file.readline(LONGEST + 1):
             if len(raw) > LONGEST:
-                self.number += 1
-                raise UserError(f"{self.where}: longer than {LONGEST >> 20} MiB, so a line end is missing")
+                where = f"{self.path}, line {self.number + 1}"
+                raise UserError(f"{where}: longer than {LONGEST >> 20} MiB, so a line end is missing")
             for line in raw.splitlines(keepends=True) if b"\r" in raw else (raw,):
                 self.number += 1
                 text = decoded(line, self.path, self.number)
@@ -225,8 +227,7 @@ class Entries:
 
     def begin(self) -> None:
         """Pass the bracket that opens the list. UserError if there is none."""
-        self._more()
-        if self.text.startswith(BOM):
+        if self._next_sign() == BOM:
             self._pass(1)
         if self._next_sign() != "[":
             if not self.text:
