@@ -40,6 +40,7 @@ METHOD_CONFIGS = Table(
 DATASETS = Table(
     "dataset",
     {
+        "captions": "align_cli.data.captioned_images:CaptionedImages",
         "coco": "align_cli.data.coco:CocoDataset",
         "prompts": "align_cli.data.prompt_lists:PromptDataset",
         "shapes": "align_cli.shapes.dataset:ShapesDataset",

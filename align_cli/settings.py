@@ -115,15 +115,19 @@ class DataSettings:
     """Training data."""
 
     name: str = "shapes"
-    """Registered dataset: shapes, coco, or prompts (a list without pictures)."""
+    """Registered dataset: shapes, coco, captions (a list that names pictures), or prompts (a list without
+    pictures).
+    """
     path: str = ""
-    """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations), or its file (prompts:
-    .txt, .csv, .tsv, .jsonl or .json); unused by shapes.
+    """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations), or its file (captions,
+    prompts: .csv, .tsv, .jsonl or .json; prompts also .txt); unused by shapes.
     """
     column: str = ""
-    """Prompts only: the column or key of the prompt; empty for prompt, text or caption, whichever is there,
-    else the first column of a table.
+    """Prompts and captions only: the column or key of the text; empty for prompt, text or caption (captions:
+    caption, text or prompt), whichever is there first; prompts: else the first column of a table.
     """
+    images: str = ""
+    """Captions only: folder that the names of the pictures begin at; empty for that of the list."""
     image_size: int = 512
     """Pixels of the square training image (shapes: fixed by the world)."""
     interpolation: str = "bicubic"

@@ -146,6 +146,7 @@ def test_shapes_are_the_prompts_of_before():
     assert named.fingerprint == found.fingerprint
     long = load_set("shapes", SetOptions(num=20, kinds=("long",)))
     assert {row.groups["Kind"] for row in long.rows} == {"long"} and len(long) == 20
+    assert named.source == found.source and long.source.endswith("seed 0, long prompts")
     assert all(row.text.count(" .") == 5 for row in long.rows)
 
 

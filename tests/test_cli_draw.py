@@ -17,6 +17,7 @@ from align_cli import config
 from align_cli.adapters import save_adapter
 from align_cli.cli.drawing import make_plan
 from align_cli.cli.main import app
+from align_cli.cli.train import _with_own_sampling
 from align_cli.methods.softrepa.method import SoftREPA
 from align_cli.models.loading import load_model
 from align_cli.pictures import read_metadata
@@ -84,6 +85,46 @@ def test_recorded_settings_that_nobody_chose_leave_the_sampler_to_the_model(tiny
     result = call(*args, "--out", tmp_path / "a")
     assert result.exit_code == 0, result.stderr
     assert ": euler, 2 steps" in result.stderr
+
+
+@pytest.mark.parametrize(("sampler", "spacing"), [("lcm", "lcm"), ("unipc", "linspace")])
+def test_a_sampler_with_its_own_spacing_leaves_that_of_a_preset(sampler, spacing, tiny_models):
+    """What a preset says of spacing, it says of its own sampler."""
+    resolved = config.resolve(
+        "textcraftor", preset="textcraftor/tiny-sd15", sets=[f"sample.sampler={sampler}"]
+    )
+    assert resolved.sample.spacing == "leading"
+    found = _with_own_sampling(resolved, tiny_models["sd15"])
+    assert (found.sample.sampler, found.sample.spacing) == (sampler, spacing)
+    chosen = config.resolve(
+        "textcraftor",
+        preset="textcraftor/tiny-sd15",
+        sets=[f"sample.sampler={sampler}", "sample.spacing=trailing"],
+    )
+    assert _with_own_sampling(chosen, tiny_models["sd15"]).sample.spacing == "trailing"
+    plan = make_plan("sd15", [], {}, {"sampler": sampler, "steps": 4})
+    assert plan.sample.spacing == spacing and "spacing" in plan.open_keys
+    plan = make_plan("sd15", [], {}, {"sampler": sampler, "steps": 4, "spacing": "trailing"})
+    assert plan.sample.spacing == "trailing" and "spacing" not in plan.open_keys
+    plan = make_plan("sd15", [], {}, {"sampler": "ddpm"})
+    assert plan.sample.spacing == "leading" and "spacing" not in plan.open_keys
+
+
+def test_sample_with_lcm_and_unipc(tiny_sd15_folder, tmp_path):
+    base = ("sample", "--model", tiny_sd15_folder, "--device", "cpu", "--prompt", "a red circle")
+    given = {"lcm": ("--steps", 4, "--guidance", 1), "unipc": ("--steps", 5, "--eta", 0.5)}
+    for sampler, more in given.items():
+        result = call(*base, "--sampler", sampler, *more, "--out", tmp_path / sampler)
+        assert result.exit_code == 0, result.stderr
+        facts = read_metadata(tmp_path / sampler / "001-a-red-circle-seed42.png")
+        spacing = {"lcm": "lcm", "unipc": "linspace"}[sampler]
+        assert facts["sampling"].startswith(f"sampler {sampler}, spacing {spacing}, steps {more[1]}, ")
+        assert "eta" not in facts["sampling"] and "note:" not in result.stderr
+    nothing = call(*base, "--sampler", "lcm", "--steps", 1, "--guidance", 0, "--out", tmp_path / "nothing")
+    assert "note: --guidance 0 leaves out the prompt; " in nothing.stderr and nothing.exit_code == 0
+    assert_one_line(call(*base, "--sampler", "lcm", "--steps", 51), "at most 50 with spacing lcm, got 51")
+    assert_one_line(call(*base, "--spacing", "lcm"), "spacing lcm is for sampler lcm alone")
+    assert_one_line(call(*base, "--sampler", "unipc", "--steps", 1000), "steps must be at most 999")
 
 
 def test_sample_base(tiny_sd15_folder, tmp_path):
@@ -167,7 +208,7 @@ def test_sample_bad_input(tiny_sd15_folder, adapter, tmp_path):
     assert_one_line(call(*base, "--prompts", tmp_path / "no.txt"), "no prompt file")
     one = (*base, "--prompt", "a red circle")
     assert_one_line(call(*one, "--compare"), "--adapter")
-    assert_one_line(call(*one, "--sampler", "heun"), "ddim, ddpm, euler")
+    assert_one_line(call(*one, "--sampler", "heun"), "ddim, ddpm, unipc, lcm, euler")
     assert_one_line(call(*one, "--sampler", "euler"), "is for flow-matching models", "ddim or ddpm")
     assert_one_line(call(*one, "--image-size", "33", "--out", tmp_path / "s"), "multiple of")
     assert_one_line(call(*one, "--adapter", tmp_path / "nothing"), "nothing")

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from align_cli import config
 from align_cli.cli import text as cli_text
 from align_cli.cli.main import app
-from align_cli.data import prompt_lists
+from align_cli.data import records
 from align_cli.data.base import collate
 from align_cli.data.prompt_lists import PromptDataset
 from align_cli.errors import UserError
@@ -275,7 +275,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
 def test_a_quote_that_swallows_the_file(tmp_path, monkeypatch):
     """The row where it began is named, and memory has an end."""
-    monkeypatch.setattr(prompt_lists, "LONGEST", 1000)
+    monkeypatch.setattr(records, "LONGEST", 1000)
     before = csv.field_size_limit()
     path = write(tmp_path / "p.csv", 'prompt\na\n"b\n' + "c, d\n" * 1000)
     assert "line 3: field larger than field limit (1000); is a quote not closed" in error(path)
@@ -394,7 +394,7 @@ def test_idle_settings(tmp_path):
 
 def test_help_names_the_datasets():
     for command in ("train", "encode"):
-        assert "Dataset: coco, prompts, shapes." in " ".join(call(command, "--help").stdout.split())
+        assert "Dataset: captions, coco, prompts, shapes." in " ".join(call(command, "--help").stdout.split())
 
 
 def test_dry_run_reads_no_file(tmp_path):
@@ -427,7 +427,7 @@ def test_lists_are_refused_before_a_model_is_loaded(tmp_path, no_model):
 def test_methods_that_need_pictures_say_so_at_once(tmp_path, no_model):
     path = write(tmp_path / "p.txt", "a\n")
     given = ("--data", "prompts", "--data-path", path, "--out", tmp_path / "out")
-    said = "the prompts dataset has captions only; name another with --data (coco, shapes)"
+    said = "the prompts dataset has captions only; name another with --data (captions, coco, shapes)"
     for more in ((), ("--dry-run",)):
         text = refused("train", "softrepa", *given, *more)
         assert "softrepa trains on pictures with captions" in text and said in text

@@ -76,7 +76,9 @@ Data = Annotated[
 ]
 DataPath = Annotated[
     Path | None,
-    typer.Option("--data-path", metavar="PATH", help="Folder of the dataset; of prompts the file."),
+    typer.Option(
+        "--data-path", metavar="PATH", help="Folder of the dataset; of captions and prompts the file."
+    ),
 ]
 Overwrite = Annotated[
     bool,

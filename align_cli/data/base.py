@@ -50,12 +50,13 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class Captioned(Protocol):
-    """A dataset whose captions can be listed. ids: of the examples in their source; captions: of each."""
+    """A dataset whose captions can be listed. ids: of the examples in their source, empty for none."""
 
-    @property
-    def ids(self) -> Sequence[int]: ...
-    @property
-    def captions(self) -> Sequence[Sequence[str]]: ...
+    ids: list[int]
+
+    def captions_of(self, index: int) -> list[str]:
+        """The captions that example `index` may have."""
+        ...
 
 
 def draw_caption(captions: Sequence[object], rng: np.random.Generator) -> int:

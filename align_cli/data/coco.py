@@ -71,6 +71,10 @@ class CocoDataset:
         pixels = self._pixels(index) if self.pictures else None
         return Example(prompt=captions[chosen], pixels=pixels, id=index, extra={"image_id": self.ids[index]})
 
+    def captions_of(self, index: int) -> list[str]:
+        """All captions of image `index`."""
+        return self.captions[index]
+
     def fingerprint(self) -> str:
         """Of ids, file names, captions, size and filter; the pixels of the files are not read for it."""
         what = [

@@ -119,9 +119,10 @@ def make_index(dataset: Dataset, request: Request) -> Index:
         if listed is None:
             texts = [dataset.get(i, rng).prompt]
         elif request.captions == "random":
-            texts = [listed.captions[i][draw_caption(listed.captions[i], rng)]]
+            captions = listed.captions_of(i)
+            texts = [captions[draw_caption(captions, rng)]]
         else:
-            texts = list(listed.captions[i][: 1 if request.captions == "first" else None])
+            texts = listed.captions_of(i)[: 1 if request.captions == "first" else None]
         items.append([numbers.setdefault(text, len(numbers)) for text in texts])
     return Index([] if listed is None else list(listed.ids), list(numbers), items)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,28 +124,35 @@ def parse_list(text: str, path: Path) -> list[Any]:
     """The entries of a JSON file of prompts. UserError if it is no list."""
     content = parse_json(text, str(path))
     if not isinstance(content, list):
-        raise UserError(
-            f'{path} is no list; write ["a red circle", ...] or [{{"prompt": "a red circle"}}, ...]'
-        )
+        raise no_list(path)
     return content
+
+
+def no_list(path: Path) -> UserError:
+    """What is said of a JSON file that is none."""
+    return UserError(f'{path} is no list; write ["a red circle", ...] or [{{"prompt": "a red circle"}}, ...]')
 
 
 # ---------------------------------------------------------------- which part is the prompt
 
 
-def prompt_key(names: Collection[Any], column: str | None = None) -> Any:
-    """The name of the column or key with the prompt: `column` itself, else the first of TEXT_COLUMNS. None if
-    it is not among the names.
+def prompt_key(
+    names: Collection[Any], column: str | None = None, columns: Sequence[str] = TEXT_COLUMNS
+) -> Any:
+    """The name of the column or key with the prompt: `column` itself, else the first of `columns`, in any
+    case. None if it is not among the names.
     """
     if column is not None:
         return column if column in names else None
     lower = {str(name).strip().lower(): name for name in names}
-    return next((lower[c] for c in TEXT_COLUMNS if c in lower), None)
+    return next((lower[c] for c in columns if c in lower), None)
 
 
-def no_prompt(where: str, names: Collection[Any], column: str | None = None) -> UserError:
+def no_prompt(
+    where: str, names: Collection[Any], column: str | None = None, columns: Sequence[str] = TEXT_COLUMNS
+) -> UserError:
     """What is said where `prompt_key` finds none."""
-    wanted = repr(column) if column is not None else " or ".join(map(repr, TEXT_COLUMNS))
+    wanted = repr(column) if column is not None else " or ".join(map(repr, columns))
     return UserError(f"{where}: no {wanted} among {', '.join(map(repr, names)) or 'no columns'}")
 
 
@@ -156,7 +163,7 @@ def prompt_of(record: Any, where: str, column: str | None = None) -> tuple[str, 
         UserError: neither of both, no such key, or no text under it; begins with `where`.
     """
     if isinstance(record, str):
-        return _whole(record, where), None
+        return whole_text(record, where), None
     if not isinstance(record, dict):
         raise UserError(f"{where}: neither a text nor an object with a prompt")
     key = prompt_key(record, column)
@@ -165,10 +172,10 @@ def prompt_of(record: Any, where: str, column: str | None = None) -> tuple[str, 
     text = record[key]
     if not isinstance(text, str):
         raise UserError(f"{where}: the prompt is no text but {text!r}"[:200])
-    return _whole(text, where), key
+    return whole_text(text, where), key
 
 
-def _whole(text: str, where: str) -> str:
+def whole_text(text: str, where: str) -> str:
     """The text. UserError for half of a surrogate pair, which JSON can hold and no tokenizer reads."""
     if half := re.search("[\ud800-\udfff]", text):
         raise UserError(f"{where}: the prompt holds {half[0]!a}, half of a character; write it in full")

@@ -168,6 +168,8 @@ def shapes(options: SetOptions) -> PromptSet:
     scenes = ShapesBenchmark().prompts(num, options.seed, split=split, kinds=options.kinds)
     rows = tuple(PromptRow(str(i), p.text, {"Kind": p.kind}) for i, p in enumerate(scenes))
     source = f"the shapes world, {split} split, seed {options.seed}"
+    if options.kinds not in (None, EvalSettings().kinds):
+        source += f", {', '.join(options.kinds or ())} prompts"
     return PromptSet("shapes", source, rows, scenes=tuple(scenes), image_size=SIZE)
 
 
