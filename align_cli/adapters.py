@@ -192,6 +192,18 @@ def load_adapter(path: Path | str) -> Adapter:
         raise UserError(f"adapter {path} is damaged: {TENSORS}: {error}") from error
 
 
+def load_adapter_of(path: str, method: str, family: str, where: str) -> Adapter:
+    """`load_adapter`, of one method and family only. where: the setting that names it, for the UserError."""
+    adapter = load_adapter(path)
+    info = adapter.info
+    if info.method != method or info.family != family:
+        raise UserError(
+            f"{where} {path}: an adapter of {info.method} for the family {info.family}; training starts from "
+            f"one of {method} for {family}"
+        )
+    return adapter
+
+
 def read_adapter(path: Path | str) -> tuple[Path, AdapterInfo, bytes]:
     """Folder, facts and tensor file of an adapter, without torch.
 

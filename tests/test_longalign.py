@@ -305,7 +305,7 @@ def test_starts_that_do_not_fit(sd15, tmp_path, tiny_sdxl_folder):
     with pytest.raises(UserError, match="it has a text adapter, and longalign.t5 '' goes with no"):
         make(sd15, "reward", from_adapter=place, t5="").check(TrainSettings())
     with pytest.raises(
-        UserError, match="for the family sd15; this stage stands on one of longalign for sdxl"
+        UserError, match="for the family sd15; training starts from one of longalign for sdxl"
     ):
         make(load(tiny_sdxl_folder), "reward", from_adapter=place).check(TrainSettings())
     make(sd15, "reward", from_adapter=without, t5="").check(TrainSettings())

@@ -13,6 +13,27 @@ from torch import Tensor
 from align_cli.errors import UserError
 from align_cli.rewards.base import Reward
 from align_cli.rewards.clip import ClipReward
+from align_cli.rewards.loading import load_reward
+
+
+def load_rewards(
+    weights: Mapping[str, float],
+    *,
+    places: Mapping[str, str],
+    preprocessing: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Reward]:
+    """The rewards whose weight is not 0. places: hub id, folder or file of those that are not at the published
+    place. UserError if weights are missing.
+    """
+    return {
+        name: load_reward(
+            name, source=places.get(name), preprocessing=preprocessing, device=device, dtype=dtype
+        )
+        for name, weight in weights.items()
+        if weight
+    }
 
 
 class WeightedRewards:

@@ -21,7 +21,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from align_cli.adapters import load_adapter
+from align_cli.adapters import load_adapter_of
 from align_cli.diffusion.consistency import consistency
 from align_cli.diffusion.rollout import rollout
 from align_cli.errors import UserError
@@ -46,9 +46,8 @@ from align_cli.models.states import by_group, check_state
 from align_cli.models.t5 import T5Reader, load_t5
 from align_cli.rewards.base import Reward
 from align_cli.rewards.clip import ClipReward
-from align_cli.rewards.loading import load_reward
 from align_cli.rewards.preprocess import LONGALIGN_CROP
-from align_cli.rewards.weighted import WeightedRewards
+from align_cli.rewards.weighted import WeightedRewards, load_rewards
 from align_cli.sampling import check_side
 from align_cli.settings import TrainSettings
 
@@ -113,13 +112,9 @@ class LongAlign:
 
     def _stand_on(self, path: str) -> None:
         """Take the adapter of the stage before: its own LoRA gets the name of its stage."""
-        adapter = load_adapter(path)
-        info, where = adapter.info, f"longalign.from_adapter {path}"
-        if info.method != self.name or info.family != self.model.family:
-            raise UserError(
-                f"{where}: an adapter of {info.method} for the family {info.family}; this stage stands on "
-                f"one of {self.name} for {self.model.family}"
-            )
+        setting = "longalign.from_adapter"
+        adapter = load_adapter_of(path, self.name, self.model.family, setting)
+        info, where = adapter.info, f"{setting} {path}"
         stage, mine = info.stage, self.config.stage
         order = (*EARLIER, "reward-lcm")
         if stage not in EARLIER or order.index(stage) >= order.index(mine):
@@ -139,17 +134,13 @@ class LongAlign:
         """The frozen rewards, on the denoiser's device; none in a stage without."""
         if self._rewards is None:
             c = self.config
-            found = {
-                name: load_reward(
-                    name,
-                    source=c.reward_weights.get(name),
-                    preprocessing=c.reward_preprocessing,
-                    device=self.model.device,
-                    dtype=getattr(torch, c.reward_dtype),
-                )
-                for name, weight in c.rewards.items()
-                if weight and c.stage in WITH_REWARD
-            }
+            found = load_rewards(
+                c.rewards if c.stage in WITH_REWARD else {},
+                places=c.reward_weights,
+                preprocessing=c.reward_preprocessing,
+                dtype=getattr(torch, c.reward_dtype),
+                device=self.model.device,
+            )
             self.use_rewards(found)
         assert self._rewards is not None
         return self._rewards

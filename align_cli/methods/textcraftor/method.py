@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from align_cli import config as configs
-from align_cli.adapters import load_adapter
+from align_cli.adapters import load_adapter_of
 from align_cli.diffusion.rollout import rollout
 from align_cli.errors import UserError
 from align_cli.losses import with_gradient
@@ -33,8 +33,7 @@ from align_cli.models.decoding import Judged, through_pictures
 from align_cli.models.lora import LoraTuning, most_rank
 from align_cli.models.tuning import FullTuning, tuning_like
 from align_cli.rewards.base import Reward
-from align_cli.rewards.loading import load_reward
-from align_cli.rewards.weighted import WeightedRewards
+from align_cli.rewards.weighted import WeightedRewards, load_rewards
 from align_cli.sampling import check_side
 from align_cli.settings import TrainSettings
 
@@ -127,13 +126,9 @@ class TextCraftor:
         self.rewards  # noqa: B018
 
     def _start_from(self, path: str) -> None:
-        adapter = load_adapter(path)
-        info, where = adapter.info, f"textcraftor.from_adapter {path}"
-        if info.method != self.name or info.family != self.model.family:
-            raise UserError(
-                f"{where}: an adapter of {info.method} for the family {info.family}; training starts from "
-                f"one of {self.name} for {self.model.family}"
-            )
+        setting = "textcraftor.from_adapter"
+        adapter = load_adapter_of(path, self.name, self.model.family, setting)
+        info, where = adapter.info, f"{setting} {path}"
         raw = {**info.config, "method": info.method}
         config = configs.Resolved.from_dict(raw, where=f"{where}: config").method_config
         other = type(self)(self.model, cast("TextCraftorConfig", config), seed=self.seed)
@@ -173,18 +168,13 @@ class TextCraftor:
         """The frozen rewards, on the denoiser's device."""
         if self._rewards is None:
             c = self.config
-            dtype = getattr(torch, c.reward_dtype)
-            found = {
-                name: load_reward(
-                    name,
-                    source=c.reward_weights.get(name),
-                    preprocessing=c.reward_preprocessing,
-                    device=self.model.device,
-                    dtype=dtype,
-                )
-                for name, weight in c.rewards.items()
-                if weight
-            }
+            found = load_rewards(
+                c.rewards,
+                places=c.reward_weights,
+                preprocessing=c.reward_preprocessing,
+                dtype=getattr(torch, c.reward_dtype),
+                device=self.model.device,
+            )
             self.use_rewards(found)
         assert self._rewards is not None
         return self._rewards
