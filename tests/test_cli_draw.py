@@ -209,7 +209,7 @@ def test_sample_bad_input(tiny_sd15_folder, adapter, tmp_path):
     one = (*base, "--prompt", "a red circle")
     assert_one_line(call(*one, "--compare"), "--adapter")
     assert_one_line(call(*one, "--sampler", "heun"), "ddim, ddpm, unipc, lcm, euler")
-    assert_one_line(call(*one, "--sampler", "euler"), "is for flow-matching models", "ddim or ddpm")
+    assert_one_line(call(*one, "--sampler", "euler"), "is for flow-matching models", "ddim, ddpm")
     assert_one_line(call(*one, "--image-size", "33", "--out", tmp_path / "s"), "multiple of")
     assert_one_line(call(*one, "--adapter", tmp_path / "nothing"), "nothing")
     assert_one_line(call(*one, "--adapter", f"{adapter}@lots"), "lots")
