@@ -323,7 +323,7 @@ def test_training_starts_from_a_given_text_adapter(sd15, tmp_path):
     wanted = first.adapter.state_dict()
     assert all(torch.equal(wanted[k], v) for k, v in second.adapter.state_dict().items())
     assert all(p.requires_grad for p in second.adapter.parameters())
-    with pytest.raises(UserError, match="is no text adapter"):
+    with pytest.raises(UserError, match="is no folder of a text adapter"):
         make(sd15, text_adapter=str(tmp_path)).check(TrainSettings())
 
 

@@ -464,13 +464,17 @@ def test_an_offloaded_autoencoder_stays_for_the_backward_pass(sd15, checkpoint_v
 
 
 def test_frozen_text_is_not_under_autocast(sd15, monkeypatch):
-    method, seen, real = make(sd15), [], sd15.encode_text
+    method, seen = make(sd15), []
 
-    def encode(prompts):
-        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
-        return real(prompts)
+    def noting(real):
+        def call(given):
+            seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            return real(given)
 
-    monkeypatch.setattr(sd15, "encode_text", encode)
+        return call
+
+    for name in ("encode_text", "uncond"):
+        monkeypatch.setattr(sd15, name, noting(getattr(sd15, name)))
     with torch.autocast("cpu", torch.bfloat16):
         run(method)
     assert seen == [(False, False)] * 2 + [(True, True)] * 2

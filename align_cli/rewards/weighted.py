@@ -24,7 +24,7 @@ def load_rewards(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Reward]:
-    """The rewards whose weight is not 0. places: hub id, folder or file of those that are not at the published
+    """The rewards whose weight is not 0. places: hub id, folder or file of those not at the published
     place. UserError if weights are missing.
     """
     return {
