@@ -13,6 +13,7 @@ from transformers import CLIPModel
 from align_cli import config, registry
 from align_cli.evaluation.benchmarks import measure
 from align_cli.models.loading import load_model
+from align_cli.models.t5 import load_t5
 from align_cli.settings import ModelSettings
 from align_cli.shapes.dataset import eval_prompts
 
@@ -26,8 +27,22 @@ def card(name: str) -> dict:
 
 
 def test_every_folder_is_a_model_and_all_are_small():
-    assert sorted(path.name for path in registry.WEIGHTS.iterdir()) == sorted([*PIPELINES, "tiny-clip"])
+    assert sorted(path.name for path in registry.WEIGHTS.iterdir()) == sorted(
+        [*PIPELINES, "tiny-clip", "tiny-t5"]
+    )
     assert sum(path.stat().st_size for path in registry.WEIGHTS.rglob("*.safetensors")) < MOST_BYTES
+
+
+def test_card_of_tiny_t5():
+    """Its class and size; and every word of the grammar is one token, so that no caption is cut."""
+    facts = card("tiny-t5")
+    tokenizer, encoder = load_t5("embedded:tiny-t5", device="cpu", dtype=torch.float32)
+    assert facts["class"] == f"transformers.{type(encoder).__name__}"
+    assert facts["parameters"] == sum(p.numel() for p in encoder.parameters())
+    texts = [p.text for p in eval_prompts(200, 0, kinds=("long",))]
+    counts = [len(tokenizer(text)["input_ids"]) for text in texts]
+    assert counts == [len(text.split()) + 1 for text in texts] and max(counts) <= 64
+    assert facts["measured_fp16"]["test_written_right"] > 0.5
 
 
 @pytest.mark.parametrize("name", PIPELINES)
