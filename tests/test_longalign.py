@@ -15,6 +15,7 @@ from align_cli.errors import UserError
 from align_cli.methods.base import Batch, StepContext
 from align_cli.methods.longalign.config import STAGES, WITH_PICTURES, LongAlignConfig
 from align_cli.methods.longalign.method import OWN, LongAlign
+from align_cli.rewards import clip
 from align_cli.rewards.aesthetic import Aesthetic
 from align_cli.rewards.loading import load_reward
 from align_cli.settings import SampleSettings, TrainSettings
@@ -128,8 +129,8 @@ def test_the_same_seed_gives_the_same_step(sd15, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_do_what_one_does(sd15, stage):
-    """Each with half the prompts, their gradients averaged; with LoRA dropout."""
-    method = moved(make(sd15, stage, adapter_dropout=0.0, lora_dropout=0.5, caption_dropout=0.0))
+    """Each with half the prompts, their gradients averaged; with dropout in the LoRA and in the adapter."""
+    method = moved(make(sd15, stage, adapter_dropout=0.5, lora_dropout=0.5, caption_dropout=0.0))
     whole_batch = batch_of(sd15)
     whole, wanted = run(method, whole_batch), gradients(method)
     texts = load_reward("tiny-clip").text_vectors(whole_batch.prompts)
@@ -155,6 +156,26 @@ def test_captions_are_dropped_by_their_share(sd15):
     assert make(sd15, caption_dropout=0.0)._dropped(prompts, context()) == prompts
     halves = [method._dropped(["x"] * 500, context(rank=r, world_size=2)) for r in range(2)]
     assert halves[0] + halves[1] == method._dropped(prompts, context())
+
+
+def test_dropping_captions_trains_the_unconditional_text(model):
+    """Of SDXL that is zeros, of the others what the empty caption says."""
+    method = make(model)
+    with method._reading(model):
+        told, empty = method._told(["a red circle", ""]), method._untold(1)
+        assert torch.allclose(told.tokens[1], empty.tokens[0], atol=1e-5) and told.tokens[0].abs().max() > 0
+        assert bool(told.tokens[1].any()) != model.zeros_for_empty
+        if told.pooled is not None:
+            assert torch.equal(told.pooled[1], empty.pooled[0]) and told.pooled[0].any()
+
+
+def test_text_is_read_in_its_own_precision(sd15):
+    """As for drawing, whatever the precision of the step."""
+    method = make(sd15)
+    with method._reading(sd15):
+        wanted = sd15.encode_text(PROMPTS[:2]).tokens
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(method._told(PROMPTS[:2]).tokens, wanted)
 
 
 def test_velocity_models_regress_their_own_target(tiny_v_folder):
@@ -208,6 +229,14 @@ def test_the_crop_is_one_for_all_and_moves(sd15):
     assert len(corners) > 5 and min(corners) >= 0 and max(corners) <= 16
     assert method._crop(z, context())(picture).shape[-2:] == (504, 504)
     assert method._crop(z[..., :4, :4], context())(picture[..., :32, :32]).shape[-2:] == (32, 32)
+
+
+def test_every_clip_like_reward_sees_pictures_as_officially(sd15):
+    """The crop is the default of the method: whatever reward can be named takes it."""
+    assert all(LongAlignConfig().reward_preprocessing in kind.ways for kind in clip.KINDS.values())
+    method = make(sd15, "reward", reward_preprocessing="longalign")
+    method.check(TrainSettings())
+    assert method.rewards.rewards["tiny-clip"].facts()["preprocessing"].startswith("longalign")
 
 
 def test_a_reward_without_text_vectors_is_refused(sd15):
@@ -309,6 +338,28 @@ def test_starts_that_do_not_fit(sd15, tmp_path, tiny_sdxl_folder):
     ):
         make(load(tiny_sdxl_folder), "reward", from_adapter=place).check(TrainSettings())
     make(sd15, "reward", from_adapter=without, t5="").check(TrainSettings())
+
+
+@pytest.mark.parametrize(("key", "value"), [("token_length", 24), ("splitter", "sentences")])
+def test_a_stage_reads_as_the_one_before(sd15, tmp_path, key, value):
+    place = saved(make(sd15, **{key: value}), tmp_path / "align")
+    with pytest.raises(UserError, match=rf"was trained with .*give --set longalign\.{key}={value}"):
+        make(sd15, "reward", from_adapter=place).check(TrainSettings())
+    make(sd15, "reward", from_adapter=place, **{key: value}).check(TrainSettings())
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "words"),
+    [("lcm", "first_timestep", "must be below the 1000 timesteps"), ("reward", "steps", "must be at most")],
+)
+def test_more_steps_than_there_are(sd15, stage, key, words):
+    with pytest.raises(UserError, match=words):
+        make(sd15, stage, **{key: 5000}).check(TrainSettings())
+
+
+def test_one_caption_has_nothing_of_its_own(sd15):
+    with pytest.warns(UserWarning, match="no text-relevant part is left"):
+        make(sd15, "reward").check(TrainSettings(batch_size=1))
 
 
 def test_training_starts_from_a_given_text_adapter(sd15, tmp_path):

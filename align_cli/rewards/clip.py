@@ -55,7 +55,8 @@ class Kind:
 
 
 def _ways(official: Preprocess, **more: Preprocess) -> dict[str, Preprocess]:
-    return {"official": official, "textcraftor": preprocess.TEXTCRAFTOR, **more}
+    both = {"longalign": preprocess.LONGALIGN, "textcraftor": preprocess.TEXTCRAFTOR}
+    return {"official": official, **both, **more}
 
 
 def _hps(version: str) -> Kind:
@@ -77,10 +78,7 @@ TINY_CLIP = Kind(
     str(registry.WEIGHTS / "tiny-clip"),
     "shapes world, 32 px",
     "",
-    {
-        "official": replace(preprocess.SHORTEST, mean=_GREY, std=_GREY),
-        "textcraftor": replace(preprocess.TEXTCRAFTOR, mean=_GREY, std=_GREY),
-    },
+    {name: replace(way, mean=_GREY, std=_GREY) for name, way in _ways(preprocess.SHORTEST).items()},
 )
 
 KINDS = {

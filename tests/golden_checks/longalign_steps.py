@@ -37,6 +37,7 @@ class GivenModel:
 
     family, text_width, vae_factor, latent_channels = "sd15", 0, 1, 4
     device = encoder_device = torch.device("cpu")
+    zeros_for_empty = False
 
     def __init__(self, unet: nn.Module, told: Tensor, free: Tensor) -> None:
         self.denoiser, self.told, self.free = unet, told, free

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from align_cli.adapters import load_pickle, load_safetensors
 from align_cli.errors import UserError
 from align_cli.files import new_folder, write_text
+from align_cli.models.dropout import RowDropout
 from align_cli.models.sources import read_json
 
 CONFIG = "config.json"
@@ -30,15 +33,15 @@ LAVI_BRIDGE = (1024, 896, 768)
 class TextAdapter(nn.Module):
     """y = FF2(LN2(FF1(LN1(x)))), no residual; FF: Linear to 2 * 4 * its input, a * gelu(g), dropout, Linear.
 
-    Source: LongAlign modules/adapters.py (from LaVi-Bridge). Deviations: forward returns the tensor itself.
+    Source: LongAlign modules/adapters.py (from LaVi-Bridge). Deviations: forward returns the tensor itself;
+    dropout is at work inside `dropping`, not in training mode.
     """
 
-    def __init__(self, in_dim: int, int_dim: int, out_dim: int, dropout: float = 0.1) -> None:
-        """dropout: share of the inner activations that is left out in training mode."""
+    def __init__(self, in_dim: int, int_dim: int, out_dim: int) -> None:
         super().__init__()
         self.in_dim, self.int_dim, self.out_dim = in_dim, int_dim, out_dim
-        self.ff1 = FeedForward(in_dim, int_dim, mult=4, activation_fn="geglu", dropout=dropout)
-        self.ff2 = FeedForward(int_dim, out_dim, mult=4, activation_fn="geglu", dropout=dropout)
+        self.ff1 = FeedForward(in_dim, int_dim, mult=4, activation_fn="geglu")
+        self.ff2 = FeedForward(int_dim, out_dim, mult=4, activation_fn="geglu")
         self.norm1 = nn.LayerNorm(in_dim)
         self.norm2 = nn.LayerNorm(int_dim)
 
@@ -48,8 +51,21 @@ class TextAdapter(nn.Module):
         found: Tensor = self.ff2(self.norm2(x))
         return found
 
+    @contextmanager
+    def dropping(self, dropout: RowDropout) -> Iterator[None]:
+        """Inside, the inner activations of both layers go through dropout."""
+        hooks = [
+            ff.net[1].register_forward_hook(lambda _layer, _inputs, x: dropout(x))
+            for ff in (self.ff1, self.ff2)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     @classmethod
-    def from_folder(cls, path: Path | str, dropout: float = 0.1) -> TextAdapter:
+    def from_folder(cls, path: Path | str) -> TextAdapter:
         """Read config.json and diffusion_pytorch_model.safetensors (or .bin), float32, on the CPU.
 
         Raises:
@@ -65,7 +81,7 @@ class TextAdapter(nn.Module):
         if not all(isinstance(width, int) and width > 0 for width in widths):
             raise UserError(f"{folder / CONFIG}: {', '.join(WIDTHS)} must be whole numbers > 0, got {widths}")
         state = load_safetensors(weights) if weights.suffix == ".safetensors" else load_pickle(weights, ())
-        adapter = cls(widths[0], widths[1], widths[2], dropout)
+        adapter = cls(widths[0], widths[1], widths[2])
         adapter.load(state, str(weights))
         return adapter
 

@@ -14,6 +14,7 @@ Letters: B prompts of this process, C h w latent, D width of the reward's towers
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import ClassVar, cast
@@ -39,6 +40,7 @@ from align_cli.methods.longalign.config import WITH_REWARD, LongAlignConfig
 from align_cli.methods.longalign.layers import longalign_layers
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.decoding import Judged, through_pictures
+from align_cli.models.dropout import RowDropout
 from align_cli.models.frozen import FrozenModel
 from align_cli.models.lora import LoraTuning
 from align_cli.models.segments import SegmentReader
@@ -49,7 +51,7 @@ from align_cli.rewards.clip import ClipReward
 from align_cli.rewards.preprocess import LONGALIGN_CROP
 from align_cli.rewards.weighted import WeightedRewards, load_rewards
 from align_cli.sampling import check_side
-from align_cli.settings import TrainSettings
+from align_cli.settings import TrainSettings, require
 
 OWN = "unet"
 """Key of the LoRA that the stage itself trains; those of earlier stages are called as their stage."""
@@ -85,7 +87,7 @@ class LongAlign:
     def _text_adapter(self, read: int, between: int) -> TextAdapter:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            made = TextAdapter(read, between, self.model.text_width, dropout=self.config.adapter_dropout)
+            made = TextAdapter(read, between, self.model.text_width)
         made.to(self.model.device).eval()
         return made.requires_grad_(self.config.stage == "align")
 
@@ -97,8 +99,24 @@ class LongAlign:
         Raises:
             UserError: from_adapter is no adapter of LongAlign that fits; weights are missing.
         """
-        c = self.config
+        c, most = self.config, self.model.process.num_train_timesteps
+        if c.stage == "lcm":
+            require(
+                c.first_timestep < most,
+                f"longalign.first_timestep must be below the {most} timesteps of {self.model.model_id}, got "
+                f"{c.first_timestep}",
+            )
         if c.stage in WITH_REWARD:
+            require(
+                c.steps <= most,
+                f"longalign.steps must be at most {most} for {self.model.model_id}, got {c.steps}",
+            )
+            if settings.batch_size == 1 and c.omega < 1:
+                warnings.warn(
+                    "with --batch-size 1 the common direction is that of the one caption: no text-relevant "
+                    "part is left, and longalign.omega decomposes nothing",
+                    stacklevel=2,
+                )
             check_side(self.model, c.image_size or self.model.image_size, "longalign.image_size")
             self.rewards  # noqa: B018
         if c.text_adapter and self.adapter is not None and c.stage == "align":
@@ -122,12 +140,24 @@ class LongAlign:
             raise UserError(f"{where}: an adapter of stage {stage}; stage {mine} stands on one of {before}")
         if mine == "reward-lcm" and stage != "lcm":
             raise UserError(f"{where}: an adapter of stage {stage}; stage reward-lcm stands on one of lcm")
+        self._check_reading(info.config.get("longalign"), where)
         groups = by_group(adapter.state)
         groups[stage] = groups.pop(OWN, {})
         try:
             self._take(groups)
         except ValueError as error:
             raise UserError(f"{where} does not fit: {error}") from error
+
+    def _check_reading(self, before: object, where: str) -> None:
+        """UserError if the stage before read captions in another way: its weights know no other."""
+        for key in ("token_length", "splitter"):
+            now = getattr(self.config, key)
+            then = before.get(key, now) if isinstance(before, Mapping) else now
+            if then != now:
+                raise UserError(
+                    f"{where} was trained with longalign.{key} {then}, and this run has {now}; give --set "
+                    f"longalign.{key}={then}"
+                )
 
     @property
     def rewards(self) -> WeightedRewards:
@@ -205,6 +235,26 @@ class LongAlign:
         drawn = ctx.rows(torch.rand(len(prompts) * ctx.world_size, generator=ctx.rng))
         return [text if keep else "" for text, keep in zip(prompts, (drawn >= share).tolist(), strict=True)]
 
+    def _told(self, prompts: list[str]) -> TextCond:
+        """The captions as the denoiser reads them, not under autocast, as they are read for drawing. Where
+        the unconditional text is zeros (SDXL), that of an empty caption is too: dropping captions trains it.
+        """
+        with self._own_precision():
+            cond = self.model.encode_text(prompts)
+        if not cast("FrozenModel", self.model).zeros_for_empty:
+            return cond
+        told = torch.tensor([float(text != "") for text in prompts]).to(cond.tokens)
+        pooled = None if cond.pooled is None else cond.pooled * told[:, None]
+        return TextCond(cond.tokens * told[:, None, None], pooled, cond.time_ids)
+
+    def _untold(self, count: int) -> TextCond:
+        """The unconditional text, as `_told`."""
+        with self._own_precision():
+            return self.model.uncond(count)
+
+    def _own_precision(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, enabled=False)
+
     @contextmanager
     def _training(self, count: int, ctx: StepContext) -> Iterator[None]:
         """Inside, the model works with what is trained, under the dropout of training."""
@@ -222,9 +272,9 @@ class LongAlign:
                         ctx.rng, c.lora_dropout, rows=count, rank=ctx.rank, world_size=ctx.world_size
                     )
                 )
-            if c.stage == "align" and self.adapter is not None:
-                self.adapter.train()
-                stack.callback(self.adapter.eval)
+            if c.stage == "align" and self.adapter is not None and c.adapter_dropout:
+                dropout = RowDropout(c.adapter_dropout, count, ctx.rank, ctx.world_size)
+                stack.enter_context(self.adapter.dropping(dropout))
             yield
 
     # ------------------------------------------------------------ align
@@ -239,7 +289,7 @@ class LongAlign:
         latents, eps: (B, C, h, w). t: (B,) int64. Source: unet_align_ct5.py.
         """
         process = self.model.process
-        cond = self.model.encode_text(prompts)
+        cond = self._told(prompts)
         pred = self.model.predict(process.add_noise(latents, eps, t), t, cond)
         loss = self._distance(pred, process.target(latents, eps, t))
         ctx.backward(loss)
@@ -268,7 +318,7 @@ class LongAlign:
             return consistency(process, model.predict(z, t, cond).float(), z, t)
 
         with torch.no_grad():
-            cond, empty = model.encode_text(prompts), model.uncond(len(prompts))
+            cond, empty = self._told(prompts), self._untold(len(prompts))
             z, e = process.add_noise(latents, eps, t), (t - c.skip).clamp(min=0)
             rows = torch.cat([z, z]), torch.cat([t, t]), TextCond.cat([empty, cond])
             free, told = model.predict(*rows).float().chunk(2)
@@ -305,8 +355,8 @@ class LongAlign:
         chosen = frozenset(range(first, c.steps, 1 if few else c.grad_stride))
         guidance = 1.0 if few else c.guidance
         with torch.no_grad():
-            cond = model.encode_text(prompts)
-            empty = None if guidance == 1 else model.uncond(len(prompts))
+            cond = self._told(prompts)
+            empty = None if guidance == 1 else self._untold(len(prompts))
         return rollout(
             model.predict,
             model.process,
