@@ -463,5 +463,10 @@ class MethodConfig:
         """
         return True
 
+    @property
+    def cached_text(self) -> bool:
+        """Whether encodings of text that were computed beforehand stand in for the text encoders."""
+        return self.pictures
+
     def check_train(self, train: TrainSettings) -> None:
         """UserError for settings of the training loop that the method cannot work with."""

@@ -327,7 +327,7 @@ def _dataset(resolved: config.Resolved) -> Dataset:
 
 def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.Resolved:
     """The configuration with text encoders and autoencoder resting on the CPU where a cache holds everything
-    that they give, the method draws nothing itself, no layer says where they are, and the model is on another
+    that they give and the method takes it, no layer says where they are, and the model is on another
     device.
     """
     from align_cli.data.cached import CachedDataset
@@ -337,7 +337,7 @@ def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.R
     key, said = "model.encoder_device", "the cache"
     if resolved.origin[key] not in ("default", said):
         return resolved
-    idle = resolved.method_config.pictures and isinstance(dataset, CachedDataset) and dataset.exact
+    idle = resolved.method_config.cached_text and isinstance(dataset, CachedDataset) and dataset.exact
     if idle and pick_device(on_rank(resolved.model).device).type != "cpu":
         if is_main():
             typer.echo(

@@ -54,7 +54,8 @@ class Kind:
     scale: str = COSINE
 
 
-def _ways(official: Preprocess, **more: Preprocess) -> dict[str, Preprocess]:
+def ways(official: Preprocess, **more: Preprocess) -> dict[str, Preprocess]:
+    """The ways in which pictures reach such a scorer: its authors' own, LongAlign's, TextCraftor's."""
     both = {"longalign": preprocess.LONGALIGN, "textcraftor": preprocess.TEXTCRAFTOR}
     return {"official": official, **both, **more}
 
@@ -64,7 +65,7 @@ def _hps(version: str) -> Kind:
         "xswu/HPSv2",
         version,
         "ViT-H-14",
-        _ways(preprocess.LONGEST) | {"no-antialias": preprocess.LONGEST_PLAIN},
+        ways(preprocess.LONGEST) | {"no-antialias": preprocess.LONGEST_PLAIN},
         files=(HPS_FILES[version],),
         unescape=True,
     )
@@ -78,7 +79,7 @@ TINY_CLIP = Kind(
     str(registry.WEIGHTS / "tiny-clip"),
     "shapes world, 32 px",
     "",
-    {name: replace(way, mean=_GREY, std=_GREY) for name, way in _ways(preprocess.SHORTEST).items()},
+    {name: replace(way, mean=_GREY, std=_GREY) for name, way in ways(preprocess.SHORTEST).items()},
 )
 
 KINDS = {
@@ -86,28 +87,28 @@ KINDS = {
         "openai/clip-vit-large-patch14",
         "ViT-L/14 openai",
         "ViT-L-14",
-        _ways(preprocess.SHORTEST),
+        ways(preprocess.SHORTEST),
         unescape=True,
     ),
     "clip-b32": Kind(
         "openai/clip-vit-base-patch32",
         "ViT-B/32 openai",
         "ViT-B-32",
-        _ways(preprocess.SHORTEST),
+        ways(preprocess.SHORTEST),
         unescape=True,
     ),
     "clip-g14": Kind(
         "laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
         "ViT-g/14 laion2b_s34b_b88k",
         "ViT-g-14",
-        _ways(preprocess.SHORTEST),
+        ways(preprocess.SHORTEST),
         unescape=True,
     ),
     "pickscore": Kind(
         "yuvalkirstain/PickScore_v1",
         "PickScore v1, ViT-H/14",
         "ViT-H-14",
-        _ways(preprocess.SHORTEST_FLOOR),
+        ways(preprocess.SHORTEST_FLOOR),
         scaled=True,
         scale=LOGIT,
     ),

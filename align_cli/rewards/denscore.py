@@ -14,7 +14,7 @@ from torch import Tensor
 
 from align_cli.rewards import preprocess
 from align_cli.rewards.base import Cut, Request
-from align_cli.rewards.clip import TINY_CLIP, ClipReward, Kind, build_kind
+from align_cli.rewards.clip import TINY_CLIP, ClipReward, Kind, build_kind, ways
 from align_cli.sentences import split_sentences
 
 _SCALE = "mean over sentences of the cosine of image and sentence"
@@ -24,11 +24,7 @@ KINDS = {
         "luping-liu/Denscore",
         "Denscore, ViT-H/14",
         "ViT-H-14",
-        {
-            "official": preprocess.SHORTEST_FLOOR,
-            "longalign": preprocess.LONGALIGN,
-            "textcraftor": preprocess.TEXTCRAFTOR,
-        },
+        ways(preprocess.SHORTEST_FLOOR),
         scale=_SCALE,
     ),
     "tiny-denscore": replace(TINY_CLIP, scale=_SCALE),

@@ -83,6 +83,11 @@ class LongAlignConfig(MethodConfig):
         """Whether the stage trains on pictures with captions."""
         return self.stage in WITH_PICTURES
 
+    @property
+    def cached_text(self) -> bool:
+        """Captions are read anew in every step: some are dropped, and the text adapter trains."""
+        return False
+
     def __post_init__(self) -> None:
         one_of("longalign.stage", self.stage, STAGES)
         one_of("longalign.splitter", self.splitter, ("official", "sentences"))
@@ -108,7 +113,7 @@ class LongAlignConfig(MethodConfig):
         require(self.huber_c > 0, f"longalign.huber_c must be > 0, got {self.huber_c}")
         require(0 <= self.omega <= 1, f"longalign.omega must be in [0, 1], got {self.omega}")
         require(
-            self.grad_stride <= self.steps,
+            self.stage != "reward" or self.grad_stride <= self.steps,
             f"longalign.grad_stride must be at most longalign.steps ({self.steps}), got {self.grad_stride}",
         )
 

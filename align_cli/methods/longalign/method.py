@@ -51,6 +51,7 @@ from align_cli.rewards.clip import ClipReward
 from align_cli.rewards.preprocess import LONGALIGN_CROP
 from align_cli.rewards.weighted import WeightedRewards, load_rewards
 from align_cli.sampling import check_side
+from align_cli.sentences import drop_captions
 from align_cli.settings import TrainSettings, require
 
 OWN = "unet"
@@ -232,8 +233,8 @@ class LongAlign:
         share = self.config.caption_dropout
         if share == 0:
             return prompts
-        drawn = ctx.rows(torch.rand(len(prompts) * ctx.world_size, generator=ctx.rng))
-        return [text if keep else "" for text, keep in zip(prompts, (drawn >= share).tolist(), strict=True)]
+        drawn = iter(ctx.rows(torch.rand(len(prompts) * ctx.world_size, generator=ctx.rng)).tolist())
+        return drop_captions(prompts, share, lambda: next(drawn))
 
     def _told(self, prompts: list[str]) -> TextCond:
         """The captions as the denoiser reads them, not under autocast, as they are read for drawing. Where
