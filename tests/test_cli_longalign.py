@@ -99,15 +99,18 @@ def test_what_lies_beyond_the_plain_encoder_changes_the_picture(options, tmp_pat
     ok("train", "longalign", *options, "--no-eval", "--steps", 1, "--out", tmp_path / "run")
     texts = [f"{LONG} . {last} ." for last in ("a blue square is there", "two yellow triangles are there")]
 
+    said: list[str] = []
+
     def pictures(name: str, *more: object) -> list[bytes]:
         given = [word for text in texts for word in ("--prompt", text)]
         model = ["--model", options[1], "--steps", 2, "--guidance", 2]
-        ok("sample", *given, *model, "--seed", 1, "--out", tmp_path / name, *more)
+        said.append(ok("sample", *given, *model, "--seed", 1, "--out", tmp_path / name, *more).stderr)
         found = sorted((tmp_path / name).glob("0*.png"))
         return [Image.open(path).tobytes() for path in found]
 
     long = pictures("long", "--adapter", tmp_path / "run")
     assert len(long) == 2 and long[0] != long[1]
+    assert "its end is not seen" not in said[0] and "read as a whole it would lose" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def sample(
     The same prompt, seed and settings give the same picture. Sampling settings come from the adapter,
     else from the preset of the model; flags go above them.
     """
-    from align_cli.cli.drawing import choose_folder, make_folder, make_plan, note_long_prompts
+    from align_cli.cli.drawing import choose_folder, make_folder, make_plan
 
     texts = _texts(prompt or [], prompts)
     if compare and not adapter:
@@ -81,7 +81,6 @@ def sample(
     loaded, plan = plan.load()
     make_folder(folder)
     typer.echo(plan.describe(), err=True)
-    note_long_prompts(loaded, texts)
     pictures = _draw(loaded, plan, jobs)
     _write(loaded, plan, jobs, pictures, folder)
     typer.echo(f"{len(jobs)} picture{'s' * (len(jobs) > 1)} in {folder}")
@@ -122,6 +121,7 @@ def _draw(model: BaseModel, plan: Plan, jobs: list[Job]) -> list[np.ndarray]:
     """(H, W, 3) uint8 per job, in the order of jobs."""
     from align_cli import sampling
     from align_cli.adapters import attach
+    from align_cli.cli.drawing import note_long_prompts
     from align_cli.cli.progress import DrawingProgress
     from align_cli.pictures import to_uint8
 
@@ -135,6 +135,8 @@ def _draw(model: BaseModel, plan: Plan, jobs: list[Job]) -> list[np.ndarray]:
                 progress(name, done, total)
 
             with nullcontext() if variant == "base" else attach(model, plan.adapters):
+                if variant != "base":  # an adapter may read more of a prompt than the model does
+                    note_long_prompts(model, [job.prompt for job in part])
                 drawn = sampling.sample(
                     model, [job.prompt for job in part], plan.sample, [job.seed for job in part], report
                 )
