@@ -96,9 +96,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
 
 def test_what_lies_beyond_the_plain_encoder_changes_the_picture(options, tmp_path):
     """The last sentence of a long prompt is read, which the plain encoder cuts away."""
-    ok("train", "longalign", *options, "--no-eval", "--steps", 1, "--out", tmp_path / "run")
-    texts = [f"{LONG} . {last} ." for last in ("a blue square is there", "two yellow triangles are there")]
-
+    more = ["--set", "longalign.token_length=400"]
+    ok("train", "longalign", *options, *more, "--no-eval", "--steps", 1, "--out", tmp_path / "run")
+    start = " . ".join([LONG] * 5)
+    texts = [f"{start} . {last} ." for last in ("a blue square is there", "two yellow triangles are there")]
     said: list[str] = []
 
     def pictures(name: str, *more: object) -> list[bytes]:
@@ -108,9 +109,11 @@ def test_what_lies_beyond_the_plain_encoder_changes_the_picture(options, tmp_pat
         found = sorted((tmp_path / name).glob("0*.png"))
         return [Image.open(path).tobytes() for path in found]
 
+    plain = pictures("plain")
+    assert len(plain) == 2 and plain[0] == plain[1] and "its end is not seen" in said[0]
     long = pictures("long", "--adapter", tmp_path / "run")
     assert len(long) == 2 and long[0] != long[1]
-    assert "its end is not seen" not in said[0] and "read as a whole it would lose" in said[0]
+    assert "its end is not seen" not in said[1] and "read as a whole it would lose" in said[1]
 
 
 @pytest.mark.parametrize(
