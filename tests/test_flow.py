@@ -130,7 +130,7 @@ def test_samplers_of_a_process():
     eps = NoiseProcess.from_scheduler_config({})
     assert samplers_of(FLOW) == ("euler",)
     assert samplers_of(eps) == ("ddim", "ddpm", "lcm", "unipc")
-    for sampler in ("ddim", "ddpm"):
+    for sampler in ("ddim", "ddpm", "lcm", "unipc"):
         with pytest.raises(ValueError, match=f"no sampler '{sampler}' for prediction type flow: euler"):
             rollout(toy, FLOW, START, steps=3, cond=COND, sampler=sampler)
     with pytest.raises(ValueError, match="no sampler 'euler' for prediction type epsilon: ddim, ddpm"):
