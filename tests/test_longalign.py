@@ -374,6 +374,9 @@ def test_training_starts_from_a_given_text_adapter(sd15, tmp_path):
     wanted = first.adapter.state_dict()
     assert all(torch.equal(wanted[k], v) for k, v in second.adapter.state_dict().items())
     assert all(p.requires_grad for p in second.adapter.parameters())
+    place = saved(second, tmp_path / "align")
+    with pytest.warns(UserWarning, match="text_adapter has no effect: stage reward takes that of --from"):
+        make(sd15, "reward", from_adapter=place, text_adapter="x").check(TrainSettings(batch_size=4))
     with pytest.raises(UserError, match="is no folder of a text adapter"):
         make(sd15, text_adapter=str(tmp_path)).check(TrainSettings())
 

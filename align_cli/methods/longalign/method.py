@@ -120,7 +120,10 @@ class LongAlign:
                 )
             check_side(self.model, c.image_size or self.model.image_size, "longalign.image_size")
             self.rewards  # noqa: B018
-        if c.text_adapter and self.adapter is not None and c.stage == "align":
+        if c.text_adapter and (c.stage != "align" or self.adapter is None):
+            other = "takes that of --from" if c.stage != "align" else "reads CLIP alone"
+            warnings.warn(f"longalign.text_adapter has no effect: stage {c.stage} {other}", stacklevel=2)
+        elif c.text_adapter:
             given = TextAdapter.from_folder(c.text_adapter).state_dict()
             try:
                 self._take_adapter(given)
