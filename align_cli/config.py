@@ -483,8 +483,10 @@ def _preset_name(method: str, preset: str | None, user: _User) -> str | None:
     model = user.wants("model.name") or ModelSettings().name
     source = registry.model_source(model)
     aliases = [alias for alias, target in registry.MODELS.items() if target == source]
-    first = getattr(registry.load(registry.METHOD_CONFIGS, method), "stage", "")
-    stage = user.wants(f"{method}.stage") or first
+    settings = registry.load(registry.METHOD_CONFIGS, method)
+    stage = user.wants(f"{method}.stage") or getattr(settings, "stage", "")
+    if stage and hasattr(settings, "stage"):
+        settings(stage=stage)  # an unknown one is an error here, not one of presets
     names = [f"{method}/{alias}{tail}" for tail in (f"-{stage}", "", PAPER) for alias in aliases]
     for name in names:
         if name in known:

@@ -119,7 +119,7 @@ def test_what_lies_beyond_the_plain_encoder_changes_the_picture(options, tmp_pat
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--stage", "final"], "longalign has no preset for the model 'tiny-sd15' and stage 'final'"),
+        (["--stage", "final"], "longalign.stage must be one of align, reward, lcm, reward-lcm, got 'final'"),
         (["--stage", "final", "--preset", "none"], "longalign.stage must be one of align, reward, lcm"),
         (["--stage", "reward"], "stage reward stands on an earlier one: give its adapter with --from"),
         (["--from", "x"], "stage align stands on no other"),
