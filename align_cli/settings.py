@@ -100,14 +100,15 @@ class ModelSettings:
     def facts(self) -> dict[str, Any]:
         """What fixes the pictures, as plain JSON: not the devices, and of reading text what is in use."""
         found = asdict(replace(self, device="auto", encoder_device=""))
-        if self.text == "plain":
-            for key in ("text", "segment_length", "splitter"):
-                del found[key]
-        return found
+        return {k: v for k, v in found.items() if k not in self.reading()} | self.reading_in_use()
 
     def reading(self) -> dict[str, Any]:
         """The settings of how prompts are read."""
         return {key: getattr(self, key) for key in ("text", "segment_length", "splitter")}
+
+    def reading_in_use(self) -> dict[str, Any]:
+        """The same; nothing where prompts are read plainly, as the pipeline does."""
+        return {} if self.text == "plain" else self.reading()
 
 
 @dataclass(frozen=True, kw_only=True)

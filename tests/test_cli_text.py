@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 
 import pytest
 from cache_helpers import SEED, encode
+from cli_helpers import ok, refused
 from softrepa_helpers import save_random_adapter
-from typer.testing import CliRunner
 
-from align_cli.cli.main import app
 from align_cli.data.cache import MANIFEST
 from align_cli.data.cached import CachedDataset
 from align_cli.errors import UserError
@@ -26,24 +24,6 @@ LONG = (
     "A large red circle is left of a small blue square. A green triangle is above the red circle. "
     "The background is white. There are two yellow circles in the picture."
 )
-
-
-def call(*args: object):
-    return CliRunner().invoke(app, [str(a) for a in args])
-
-
-def ok(*args: object):
-    result = call(*args)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(*args: object) -> str:
-    result = call(*args)
-    assert result.exit_code == 2, result.output
-    said = re.sub(r"^loading .* \.\.\.\n", "", result.stderr)
-    assert said.startswith("error: ") and said.count("\n") == 1, result.stderr
-    return said
 
 
 def test_sample(tiny_sd15_folder, tmp_path):

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_helpers import ok, refused
 from PIL import Image
 from training_helpers import make_coco, trace
-from typer.testing import CliRunner
 
 from align_cli.adapters import load_adapter
-from align_cli.cli.main import app
 from align_cli.evaluation.arms import make_arms
 
 
@@ -30,24 +29,6 @@ def options(tiny_sd15_folder) -> list[str]:
     given = ["--model", str(tiny_sd15_folder), "--preset", "none", "--batch-size", "2", "--lr", "1e-2"]
     given += ["--reward", "tiny-clip=10"]
     return given + [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-
-
-def call(*args: object):
-    return CliRunner().invoke(app, [str(a) for a in args])
-
-
-def ok(*args: object):
-    result = call(*args)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(*args: object) -> str:
-    result = call(*args)
-    assert result.exit_code == 2, result.output
-    said = re.sub(r"^loading .* \.\.\.\n", "", result.stderr)
-    assert said.startswith("error: ") and said.count("\n") == 1, result.stderr
-    return said
 
 
 def test_stages_one_after_the_other(options, tmp_path):

@@ -186,8 +186,7 @@ def train_command(request: Request, folder: Path) -> str:
     words += ["--data", request.data.name, "--cache", str(folder)]
     sized = ("mixture", "num_examples") if request.data.name == "shapes" else ("image_size", "interpolation")
     wanted = {f"model.{key}": getattr(request.model, key) for key in ("dtype", "unet", "vae", "t5_length")}
-    if request.model.text != "plain":
-        wanted |= {f"model.{key}": value for key, value in request.model.reading().items()}
+    wanted |= {f"model.{key}": value for key, value in request.model.reading_in_use().items()}
     wanted |= {f"data.{key}": getattr(request.data, key) for key in sized}
     wanted |= {"train.batch_size": request.batch_size, "train.seed": request.seed}
     own = {key: value for key, value, _ in found.values()}

@@ -152,7 +152,7 @@ def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndar
     used = ", ".join(
         f"{spec} sha256:{info.sha256}" for spec, info in zip(plan.adapters, plan.infos, strict=True)
     )
-    reading = plan.model.reading() if plan.model.text != "plain" else {}
+    reading = plan.model.reading_in_use()
     common = {"model": plan.model.name, **reading, "sampling": plan.sample.words(), "software": "t2ialign"}
     for job, picture in zip(jobs, pictures, strict=True):
         facts = {"prompt": job.prompt, "seed": job.seed, **common}

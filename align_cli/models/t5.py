@@ -41,10 +41,10 @@ class T5Reader:
     Source: LongAlign tools.py, caption2embed: no attention mask, and every state is used.
     """
 
-    def __init__(self, tokenizer: Any, encoder: nn.Module, length: int) -> None:
+    def __init__(self, tokenizer: Any, encoder: T5EncoderModel, length: int) -> None:
         """length: tokens, the end token included."""
         self.tokenizer, self.encoder, self.length = tokenizer, encoder, length
-        self.width = int(encoder.config.d_model)  # type: ignore[union-attr, arg-type]
+        self.width = int(encoder.config.d_model)
 
     @torch.no_grad()
     def states(self, prompts: list[str]) -> Tensor:
@@ -56,7 +56,7 @@ class T5Reader:
         return {"t5": cuts(self.tokenizer, self.length, prompts)}
 
 
-def load_t5(source: str, *, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, nn.Module]:
+def load_t5(source: str, *, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, T5EncoderModel]:
     """Tokenizer and frozen encoder of a T5; of a whole T5 the encoder's weights alone are kept.
 
     Args:

@@ -6,6 +6,7 @@ Letters: B pictures of this process, G prompts of all processes, D width of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,22 +17,30 @@ from align_cli.rewards.clip import ClipReward
 from align_cli.rewards.loading import load_reward
 
 
-def load_rewards(
-    weights: Mapping[str, float],
-    *,
-    places: Mapping[str, str],
-    preprocessing: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Reward]:
-    """The rewards whose weight is not 0. places: hub id, folder or file of those not at the published
-    place. UserError if weights are missing.
-    """
+class RewardSettings(Protocol):
+    """The settings of a method that trains on rewards, as far as they say which."""
+
+    @property
+    def rewards(self) -> Mapping[str, float]: ...
+    @property
+    def reward_weights(self) -> Mapping[str, str]: ...
+    @property
+    def reward_preprocessing(self) -> str: ...
+    @property
+    def reward_dtype(self) -> str: ...
+
+
+def load_rewards(settings: RewardSettings, device: torch.device) -> dict[str, Reward]:
+    """The rewards whose weight is not 0. UserError if weights are missing."""
     return {
         name: load_reward(
-            name, source=places.get(name), preprocessing=preprocessing, device=device, dtype=dtype
+            name,
+            source=settings.reward_weights.get(name),
+            preprocessing=settings.reward_preprocessing,
+            device=device,
+            dtype=getattr(torch, settings.reward_dtype),
         )
-        for name, weight in weights.items()
+        for name, weight in settings.rewards.items()
         if weight
     }
 

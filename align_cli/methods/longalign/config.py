@@ -8,7 +8,15 @@ from align_cli.errors import UserError
 from align_cli.rewards.spec import check_weights
 from align_cli.settings import MethodConfig, TrainSettings, one_of, require
 
-STAGES = ("align", "reward", "lcm", "reward-lcm")
+STANDS_ON: dict[str, tuple[str, ...]] = {
+    "align": (), "reward": ("align",), "lcm": ("align", "reward"), "reward-lcm": ("lcm",),
+}  # fmt: skip
+"""Stage -> the stages of which one is just below it."""
+STAGES = tuple(STANDS_ON)
+EARLIER = ("align", "reward", "lcm")
+"""Stages that another may stand on, in the order of their LoRAs: groups of an adapter's tensors."""
+OWN, ADAPTER = "unet", "adapter"
+"""Groups of the LoRA that the stage itself trains, and of the text adapter."""
 WITH_PICTURES = ("align", "lcm")
 """Stages that train on pictures with captions; the others on captions alone."""
 WITH_REWARD = ("reward", "reward-lcm")

@@ -13,15 +13,11 @@ from align_cli.errors import UserError
 from align_cli.exporting import Job, Part, Report, Trained
 from align_cli.exporting.compare import Largest, writing
 from align_cli.methods.longalign.adapter import TextAdapter
+from align_cli.methods.longalign.config import ADAPTER, EARLIER, OWN
 from align_cli.methods.longalign.lora_file import to_list
 from align_cli.methods.longalign.release import BELOW, FAMILIES, PLAIN, read_release
 from align_cli.models.parts import outline
 from align_cli.models.states import LORA_A, by_group
-
-STAGES = ("align", "reward", "lcm")
-"""Groups of an adapter's tensors: LoRAs of the stages below, from the lowest."""
-OWN, ADAPTER = "unet", "adapter"
-"""The LoRA of its own stage, and the text adapter."""
 
 
 def trained(adapter: Adapter) -> Trained:
@@ -33,7 +29,7 @@ def trained(adapter: Adapter) -> Trained:
     states = by_group(adapter.state)
     if OWN not in states:
         raise UserError(f"adapter {adapter.path} is damaged: it holds no LoRA of its own stage ({OWN}.*)")
-    loras = {name: states[name] for name in (*STAGES, OWN) if name in states}
+    loras = {name: states[name] for name in (*EARLIER, OWN) if name in states}
 
     def beside(folder: Path) -> Report:
         report = _write_adapter(states[ADAPTER], folder) if ADAPTER in states else Report()
@@ -100,7 +96,7 @@ def write_official(job: Job) -> Report:
             "the official code of LongAlign reads T5 through a text adapter, and this adapter was trained "
             "without: export it with --to diffusers, peft or kohya"
         )
-    below = tuple(name for name in STAGES if name in states)
+    below = tuple(name for name in EARLIER if name in states)
     if below != BELOW[info.stage]:
         raise UserError(
             f"the official code has stage {info.stage} on {' and '.join(BELOW[info.stage]) or 'nothing'}, "

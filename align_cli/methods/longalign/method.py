@@ -36,7 +36,14 @@ from align_cli.losses import (
 )
 from align_cli.methods.base import Batch, StepContext, encoded_latents, latent_shape
 from align_cli.methods.longalign.adapter import TextAdapter
-from align_cli.methods.longalign.config import WITH_REWARD, LongAlignConfig
+from align_cli.methods.longalign.config import (
+    ADAPTER,
+    EARLIER,
+    OWN,
+    STANDS_ON,
+    WITH_REWARD,
+    LongAlignConfig,
+)
 from align_cli.methods.longalign.layers import longalign_layers
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.decoding import Judged, through_pictures
@@ -44,7 +51,7 @@ from align_cli.models.dropout import RowDropout
 from align_cli.models.frozen import FrozenModel
 from align_cli.models.lora import LoraTuning
 from align_cli.models.segments import SegmentReader
-from align_cli.models.states import by_group, check_state
+from align_cli.models.states import LORA_A, by_group, check_state
 from align_cli.models.t5 import T5Reader, load_t5
 from align_cli.rewards.base import Reward
 from align_cli.rewards.clip import ClipReward
@@ -53,12 +60,6 @@ from align_cli.rewards.weighted import WeightedRewards, load_rewards
 from align_cli.sampling import check_side
 from align_cli.sentences import drop_captions
 from align_cli.settings import TrainSettings, require
-
-OWN = "unet"
-"""Key of the LoRA that the stage itself trains; those of earlier stages are called as their stage."""
-ADAPTER = "adapter"
-EARLIER = ("align", "reward", "lcm")
-"""Stages that another may stand on, in the order of their LoRAs."""
 
 
 class LongAlign:
@@ -138,12 +139,9 @@ class LongAlign:
         adapter = load_adapter_of(path, self.name, self.model.family, setting)
         info, where = adapter.info, f"{setting} {path}"
         stage, mine = info.stage, self.config.stage
-        order = (*EARLIER, "reward-lcm")
-        if stage not in EARLIER or order.index(stage) >= order.index(mine):
-            before = ", ".join(EARLIER[: order.index(mine)])
+        if stage not in STANDS_ON[mine]:
+            before = ", ".join(STANDS_ON[mine])
             raise UserError(f"{where}: an adapter of stage {stage}; stage {mine} stands on one of {before}")
-        if mine == "reward-lcm" and stage != "lcm":
-            raise UserError(f"{where}: an adapter of stage {stage}; stage reward-lcm stands on one of lcm")
         self._check_reading(info.config.get("longalign"), where)
         groups = by_group(adapter.state)
         groups[stage] = groups.pop(OWN, {})
@@ -167,15 +165,8 @@ class LongAlign:
     def rewards(self) -> WeightedRewards:
         """The frozen rewards, on the denoiser's device; none in a stage without."""
         if self._rewards is None:
-            c = self.config
-            found = load_rewards(
-                c.rewards if c.stage in WITH_REWARD else {},
-                places=c.reward_weights,
-                preprocessing=c.reward_preprocessing,
-                dtype=getattr(torch, c.reward_dtype),
-                device=self.model.device,
-            )
-            self.use_rewards(found)
+            climbs = self.config.stage in WITH_REWARD
+            self.use_rewards(load_rewards(self.config, self.model.device) if climbs else {})
         assert self._rewards is not None
         return self._rewards
 
@@ -465,7 +456,7 @@ class LongAlign:
         self.loras = {name: self.loras[name] for name in (*EARLIER, OWN) if name in self.loras}
 
     def _earlier(self, name: str, state: Mapping[str, Tensor]) -> LoraTuning:
-        ranks = {len(x) for key, x in state.items() if key.endswith("lora_A.weight")}
+        ranks = {len(x) for key, x in state.items() if key.endswith(LORA_A)}
         if len(ranks) != 1:
             raise ValueError(f"{name} holds LoRA of {len(ranks)} ranks, expected one")
         lora = self._lora(ranks.pop())

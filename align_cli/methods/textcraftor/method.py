@@ -167,15 +167,7 @@ class TextCraftor:
     def rewards(self) -> WeightedRewards:
         """The frozen rewards, on the denoiser's device."""
         if self._rewards is None:
-            c = self.config
-            found = load_rewards(
-                c.rewards,
-                places=c.reward_weights,
-                preprocessing=c.reward_preprocessing,
-                dtype=getattr(torch, c.reward_dtype),
-                device=self.model.device,
-            )
-            self.use_rewards(found)
+            self.use_rewards(load_rewards(self.config, self.model.device))
         assert self._rewards is not None
         return self._rewards
 
