@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import T5EncoderModel, T5TokenizerFast
 
 from align_cli.cuts import Cut, cuts
