@@ -42,6 +42,23 @@ def compare(quantity: str, got: Tensor, expected: Tensor, relative: float) -> Li
     return Line(quantity, error, relative * scale)
 
 
+def close(quantity: str, got: Tensor, expected: Tensor, atol: float, rtol: float) -> Line:
+    """Each value within rtol of itself plus atol, NaN where NaN is expected; the line shows the one that is
+    nearest to the border, or beyond it.
+    """
+    if got.shape == expected.shape:
+        both = got.isnan() & expected.isnan()
+        got, expected = got.detach().masked_fill(both, 0), expected.masked_fill(both, 0)
+    line = compare(quantity, got, expected, rtol)
+    if not math.isfinite(line.error) or not expected.numel():
+        return line
+    expected = expected.double().flatten()
+    error = (got.detach().double().flatten() - expected).abs()
+    allowed = atol + rtol * expected.abs()
+    worst = int((error - allowed).argmax())
+    return Line(quantity, float(error[worst]), float(allowed[worst]))
+
+
 def same(quantity: str, got: object, expected: object) -> Line:
     """Exact equality."""
     text = quantity if got == expected else f"{quantity} (got {got}, expected {expected})"
