@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FORWARD, DERIVED = 1e-5, 1e-4
@@ -42,19 +43,20 @@ def compare(quantity: str, got: Tensor, expected: Tensor, relative: float) -> Li
     return Line(quantity, error, relative * scale)
 
 
-def close(quantity: str, got: Tensor, expected: Tensor, atol: float, rtol: float) -> Line:
-    """Each value within rtol of itself plus atol, NaN where NaN is expected; the line shows the one that is
-    nearest to the border, or beyond it.
+def close(quantity: str, got: Tensor, expected: Tensor, *, atol: float, rtol: float) -> Line:
+    """Each value within rtol of itself plus atol, and NaN just where NaN is expected; the line shows the one
+    that is nearest to the border, or beyond it.
     """
-    if got.shape == expected.shape:
-        both = got.isnan() & expected.isnan()
-        got, expected = got.detach().masked_fill(both, 0), expected.masked_fill(both, 0)
-    line = compare(quantity, got, expected, rtol)
-    if not math.isfinite(line.error) or not expected.numel():
+    line = compare(quantity, got.nan_to_num(), expected.nan_to_num(), rtol)
+    if not math.isfinite(line.error):
         return line
-    expected = expected.double().flatten()
-    error = (got.detach().double().flatten() - expected).abs()
-    allowed = atol + rtol * expected.abs()
+    got = got.reshape(expected.shape).detach().double()
+    if not torch.equal(got.isnan(), expected.isnan()):
+        return Line(f"{quantity} (NaN elsewhere)", math.inf, 0.0)
+    error = (got - expected.double()).nan_to_num().abs().flatten()
+    if not len(error):
+        return Line(quantity, 0.0, atol)
+    allowed = atol + rtol * expected.double().nan_to_num().abs().flatten()
     worst = int((error - allowed).argmax())
     return Line(quantity, float(error[worst]), float(allowed[worst]))
 

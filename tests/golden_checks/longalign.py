@@ -27,8 +27,8 @@ AS_THEY_ARE = Preprocess("none", lambda images, _: images, (0, 0, 0), (1, 1, 1))
 
 
 def values(quantity: str, got: Tensor, expected: Tensor) -> Line:
-    """`close` with the tolerances of the specification."""
-    return close(quantity, got, expected, ATOL, RTOL)
+    """Each value within the tolerances of the specification."""
+    return close(quantity, got, expected, atol=ATOL, rtol=RTOL)
 
 
 def reward_clip(folder: Path, case: dict[str, Any]) -> Iterator[Line]:

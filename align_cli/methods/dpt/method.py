@@ -241,11 +241,11 @@ class DPT:
             caption. summaries: (B, 4, D) of these.
         """
         count, process = len(told), cast("NoiseProcess", self.model.process)
-        states, prediction = self._look(latents, t, eps, cond)
+        states, prediction = self.look(latents, t, eps, cond)
         terms: dict[str, Tensor] = {}
         found: dict[str, float] = {}
         if GROUND in self.passes:
-            terms |= self._grounding_terms(self._of(states, GROUND), told, found, ctx)
+            terms |= self._grounding_terms(self.of(states, GROUND), told, found, ctx)
         embeddings = self.discriminator.matching(states)[0].float().unflatten(0, (count, -1))
         for name, candidates in (("i2t", TEXTS_OF_ONE), ("t2i", PICTURES_OF_ONE)):
             if self.config.weight(name):
@@ -263,7 +263,7 @@ class DPT:
         ctx.backward(loss)
         return {"loss": float(loss.detach())} | {f"loss/{k}": float(x.detach()) for k, x in terms.items()} | found
 
-    def _look(
+    def look(
         self, latents: Tensor, t: Tensor, eps: Tensor, cond: TextCond
     ) -> tuple[Tensor, Tensor | None]:
         """States (layers, R, Q, d) of all passes, and the prediction (B, C, h, w) of the positive one, None
@@ -291,7 +291,7 @@ class DPT:
         states = self.discriminator(self.discriminator.features(seen), times)
         return states, prediction
 
-    def _of(self, states: Tensor, one: Pass) -> Tensor:
+    def of(self, states: Tensor, one: Pass) -> Tensor:
         """(layers, B, Q, d) of one pass."""
         return states[:, self.passes.index(one) :: len(self.passes)]
 
