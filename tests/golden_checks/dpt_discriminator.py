@@ -68,7 +68,7 @@ def discriminator(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
     found = discriminator_of(settings, own)
 
     def line(name: str, value: Tensor) -> Line:
-        return close(name, value, x[name], tol["atol"], tol["rtol"])
+        return close(name, value, x[name], atol=tol["atol"], rtol=tol["rtol"])
 
     features, t = x["features"], x["timesteps"]
     height, width = features.shape[-2:]
