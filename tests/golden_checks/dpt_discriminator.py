@@ -25,7 +25,9 @@ def config_of(settings: dict[str, Any], **more: Any) -> DPTConfig:
         "position_embedding": "position", "num_queries_matching": "num_matching_queries",
         "num_queries_rec": "num_grounding_queries", "contrastive_hdim": "phrase_dim",
     }  # fmt: skip
-    return DPTConfig(**{ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}, **more)
+    return DPTConfig(
+        **{ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}, **more
+    )
 
 
 def weights_of(x: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

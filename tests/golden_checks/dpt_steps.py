@@ -16,7 +16,7 @@ from align_cli.data.grounded import Grounded
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.diffusion.rollout import rollout
 from align_cli.methods.base import StepContext
-from align_cli.methods.dpt.method import GROUND, PICTURES_OF_ONE, POSITIVE, TEXTS_OF_ONE, DPT
+from align_cli.methods.dpt.method import DPT, GROUND, PICTURES_OF_ONE, POSITIVE, TEXTS_OF_ONE
 from align_cli.methods.dpt.release import own_key
 from align_cli.models.base import TextCond
 from align_cli.models.features import blocks, observe
@@ -134,7 +134,9 @@ def train_step(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
         said = method.discriminator.grounding(method.of(states, GROUND))
         yield line("pred_logits", said.logits)
         yield line("pred_boxes", said.boxes)
-        one = {p: method.discriminator.matching(method.of(states, p))[0] for p in method.passes if p != GROUND}
+        one = {
+            p: method.discriminator.matching(method.of(states, p))[0] for p in method.passes if p != GROUND
+        }
         yield line("q_whole", one[POSITIVE])
         yield line("img_cond_different_txt", torch.stack([one[p] for p in TEXTS_OF_ONE], 1))
         yield line("different_img_cond_same_txt", torch.stack([one[p] for p in PICTURES_OF_ONE], 1))
@@ -165,7 +167,9 @@ def train_step(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
         norms[group_of(name)] += float(p.grad.square().sum())
     for key, expected in case["grad_norm_per_group"].items():
         got = torch.tensor(norms[key]).sqrt()
-        yield close(f"grad_norm_per_group.{key}", got, torch.tensor(expected), atol=tol["atol"], rtol=tol["rtol"])
+        yield close(
+            f"grad_norm_per_group.{key}", got, torch.tensor(expected), atol=tol["atol"], rtol=tol["rtol"]
+        )
     chosen = [key.removeprefix("grad.") for key in x if key.startswith("grad.")]
     ours_of = {name: own_key(name) or "" for name in chosen}
     for name, key in ours_of.items():
