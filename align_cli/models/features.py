@@ -95,7 +95,8 @@ def observe(
             prediction = call()
         except _EnoughError:
             return seen, None
-    return seen, prediction
+    assert to_end is not None
+    return seen, prediction if order[last + 1 :] else prediction[to_end]
 
 
 @contextmanager
