@@ -109,8 +109,8 @@ class DPT:
         if config.stage == "tune":
             if config.lora_rank > (most := most_rank(model.denoiser, ATTENTION)):
                 raise UserError(
-                    f"dpt.lora_rank must be at most {most}, the smaller side of the largest layer of the unet "
-                    f"of {model.model_id}, got {config.lora_rank}"
+                    f"dpt.lora_rank must be at most {most}, the smaller side of the largest layer of the "
+                    f"unet of {model.model_id}, got {config.lora_rank}"
                 )
             self.lora = LoraTuning(
                 model.denoiser,
@@ -162,9 +162,9 @@ class DPT:
                 "probe first",
                 stacklevel=2,
             )
-        self.use_phrases(
-            load_roberta(c.phrase_encoder, device=self.model.encoder_device, dtype=torch.float32)
-        )
+        if GROUND in self.passes:
+            device = self.model.encoder_device
+            self.use_phrases(load_roberta(c.phrase_encoder, device=device, dtype=torch.float32))
         if c.from_adapter:
             self._start_from(c.from_adapter)
 
