@@ -18,7 +18,10 @@ from align_cli.shapes.world import COLORS, SHAPES, sample_scenes
 BATCH = 64
 LR = 2e-3
 WEIGHTS = (0.2, 0.3, 0.2, 0.3)
-LONG_RATE = 0.4
+LONG_RATE = 0.2
+"""Share of the batches whose pairs and triples have long captions; in other batches none has, so that short
+captions are not filled up to their length.
+"""
 CHOSEN = 0.2
 """Share of the words to guess in training."""
 HIDDEN, REPLACED = 0.7, 0.15
@@ -26,10 +29,10 @@ HIDDEN, REPLACED = 0.7, 0.15
 IGNORED = -100
 
 
-def captions(n: int, rng: np.random.Generator, split: str) -> list[str]:
+def captions(n: int, rng: np.random.Generator, split: str, long_rate: float) -> list[str]:
     """Captions of n scenes: a fifth of them name one object, a fifth several of one kind."""
     scenes = sample_scenes(n, rng, weights=WEIGHTS, split=split)
-    return [recaption(s, rng, long_rate=LONG_RATE).text for s in scenes]
+    return [recaption(s, rng, long_rate=long_rate).text for s in scenes]
 
 
 def covered(
@@ -50,14 +53,14 @@ def covered(
 
 
 @torch.no_grad()
-def evaluate(model: RobertaForMaskedLM, tok: RobertaTokenizer, split: str, n: int = 500) -> dict[str, float]:
+def evaluate(model: RobertaForMaskedLM, tok: RobertaTokenizer, split: str, n: int = 400) -> dict[str, float]:
     """Share of words that are guessed right, one hidden at a time: all words; colours and shapes, which only
     another sentence of a long caption can tell, by length of caption. And of the same words read plainly.
     """
     rng = np.random.default_rng(78)
     right: dict[str, list[bool]] = {}
     named = {*COLORS, *SHAPES, *(f"{s}s" for s in SHAPES)}
-    for text in captions(n, rng, split):
+    for text in captions(n, rng, split, LONG_RATE):
         words = text.split()
         read = tok(text, return_tensors="pt").input_ids
         ids = read.repeat(len(words) + 1, 1)
@@ -86,7 +89,8 @@ def train(out: Path, steps: int, seed: int, name: str) -> None:
 
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 7, step])
-        ids, mask, labels = covered(tok, captions(BATCH, rng, "train"), rng)
+        texts = captions(BATCH, rng, "train", float(rng.random() < LONG_RATE))
+        ids, mask, labels = covered(tok, texts, rng)
         logits = model(input_ids=ids, attention_mask=mask).logits
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
