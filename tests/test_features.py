@@ -7,7 +7,7 @@ import torch
 from model_helpers import load
 
 from align_cli.errors import UserError
-from align_cli.models.features import blocks, check_blocks, observe
+from align_cli.models.features import alike_at_first, blocks, check_blocks, observe
 
 
 @pytest.fixture(params=["sd15", "sdxl"])
@@ -95,3 +95,21 @@ def test_detached_after_a_block_the_prediction_sends_nothing_back_through_it(mod
 def test_an_unknown_block_is_told(model):
     with pytest.raises(UserError, match=r"dpt.feature: the UNet of .* has no block up7 \(it has bottom0, "):
         check_blocks(model.denoiser, ["up7"], "dpt.feature", model.model_id)
+
+
+def test_rows_of_the_same_latent_share_what_comes_before_the_text(tiny_sd15_folder):
+    model = load(tiny_sd15_folder)
+    side = model.image_size // model.vae_factor
+    latents = torch.randn(2, model.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    again = torch.tensor([0, 0, 1, 0, 1])
+    z, t = latents[again], torch.tensor([30, 700])[again]
+    cond = model.encode_text(["a red circle", "b", "c d", "", "e"])
+    sizes = []
+    hook = model.denoiser.conv_in.register_forward_hook(lambda _m, args, _o: sizes.append(len(args[0])))
+    whole = model.predict(z, t, cond)
+    with alike_at_first(model.denoiser, torch.tensor([0, 2]), again):
+        shared = model.predict(z, t, cond)
+    hook.remove()
+    assert sizes == [5, 2]
+    torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-4)
+    assert torch.equal(model.predict(z, t, cond), whole)
