@@ -16,6 +16,7 @@ from align_cli.models.loading import load_model
 from align_cli.models.roberta import load_roberta
 from align_cli.models.t5 import load_t5
 from align_cli.settings import ModelSettings
+from align_cli.shapes.build import components
 from align_cli.shapes.dataset import eval_prompts
 
 PIPELINES = [name for name, source in registry.MODELS.items() if source.startswith("embedded:")]
@@ -61,6 +62,7 @@ def test_card_of_tiny_roberta():
     for row, text in enumerate(texts[:20]):
         ends = [encoding.token_to_chars(row, i + 1) for i in range(len(text.split()))]
         assert [text[at.start : at.end] for at in ends] == text.split()
+    assert reader.tokenizer.get_vocab() == components.roberta_tokenizer().get_vocab()
     states = reader.states(reader.read(["two red circles", "two blue circles"]))
     assert (states[0] - states[1]).norm(dim=-1).argmax() == 2
     measured = facts["measured_fp16"]
