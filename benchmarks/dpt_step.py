@@ -1,7 +1,7 @@
 """One DPT step of stage tune against the straightforward form: the loop of the official code, in which each
-of the six passes is a call of the UNet of its own (five stop at the feature, one runs to the end) and a call of
-the discriminator. Also what self-correction costs. Random weights; time, peak memory, difference of loss and
-gradient, in one run.
+of the six passes is a call of the UNet of its own (five stop at the feature, one runs to the end) and a call
+of the discriminator. Also what self-correction costs. Random weights; time, peak memory, difference of loss
+and gradient, in one run.
 
     python benchmarks/dpt_step.py --size small medium --batch 4 --threads 1
     python benchmarks/dpt_step.py --size real --batch 8 --device cuda
@@ -168,11 +168,14 @@ def correcting(
 
     def draw(correct: Callable[[Tensor, Tensor], Tensor] | None) -> Tensor:
         return rollout(
-            method.model.predict, method.model.process, noise, steps=4, cond=cond, uncond=uncond, guidance=7.5,
-            grad_steps=frozenset(), correct=correct,
+            method.model.predict, method.model.process, noise, steps=4, cond=cond, uncond=uncond,
+            guidance=7.5, grad_steps=frozenset(), correct=correct,
         )  # fmt: skip
 
-    runs = {"drawing": lambda: draw(None), "self-correcting": lambda: draw(lambda z, t: 0.5 * climb(z, t)[1])}
+    runs = {
+        "drawing": lambda: draw(None),
+        "self-correcting": lambda: draw(lambda z, t: 0.5 * climb(z, t)[1]),
+    }
     for run in runs.values():
         run()
     times = in_turns(runs, options)
