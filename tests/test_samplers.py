@@ -299,7 +299,7 @@ def test_rollout_refuses_nonsense():
         rollout(toy, process, START, steps=3, cond=COND, sampler="euler")
     with pytest.raises(ValueError, match=r"grad_steps must be in \[0, 3\)"):
         rollout(toy, process, START, steps=3, cond=COND, grad_steps=frozenset({3}))
-    with pytest.raises(ValueError, match="ends in z or x0, not 'x1'"):
+    with pytest.raises(ValueError, match="ends in z, x0 or before, not 'x1'"):
         rollout(toy, process, START, steps=3, cond=COND, end="x1")
     for options in ({"sampler": "ddpm"}, {"sampler": "lcm"}, {"eta": 0.5}):
         with pytest.raises(ValueError, match="needs noise_fn"):
