@@ -48,6 +48,16 @@ DATASETS = Table(
 )
 """Classes that follow `align_cli.data.base.Dataset`."""
 
+GROUNDED = Table(
+    "dataset",
+    {
+        "refcoco": "align_cli.data.refcoco:RefCoco",
+        "shapes": "align_cli.shapes.grounded:GroundedShapes",
+    },
+)
+"""Datasets whose examples have a `data.grounded.Grounded`, for methods that learn to tell pictures and texts
+apart."""
+
 CAPTIONS_ONLY = frozenset({"prompts"})
 """Datasets without pictures."""
 
@@ -135,6 +145,22 @@ def model_source(name: str) -> str:
     if name.count("/") == 1 and all(name.split("/")):
         return name
     raise unknown("model", name, MODELS)
+
+
+def dataset_table(name: str, *, grounded: bool = False) -> Table:
+    """Where the dataset `name` is registered: in GROUNDED for methods that learn to tell pictures and texts
+    apart, in DATASETS for all other work.
+
+    UserError for an unknown name, and for one that is in the other table only; both list the names.
+    """
+    table, other = (GROUNDED, DATASETS) if grounded else (DATASETS, GROUNDED)
+    if name in other and name not in table:
+        lack = "has no boxes and no false captions and pictures, which this method learns from"
+        use = "is for methods that learn to tell pictures and texts apart"
+        names = ", ".join(table)
+        raise UserError(f"the {name} dataset {lack if grounded else use}; name another with --data ({names})")
+    path_of(table, name)
+    return table
 
 
 def no_pictures(dataset: str, wants: str) -> UserError:

@@ -465,6 +465,13 @@ class MethodConfig:
         return True
 
     @property
+    def grounded(self) -> bool:
+        """Whether it learns to tell pictures and texts apart, and where things are: its datasets are those
+        of `registry.GROUNDED`.
+        """
+        return False
+
+    @property
     def cached_text(self) -> bool:
         """Whether encodings of text that were computed beforehand stand in for the text encoders."""
         return self.pictures

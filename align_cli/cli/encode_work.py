@@ -75,7 +75,8 @@ def _dataset(request: Request) -> Dataset:
     """UserError for a dataset without pictures."""
     if request.data.name in registry.CAPTIONS_ONLY:
         raise registry.no_pictures(request.data.name, "encode stores pictures with their captions")
-    dataset: Dataset = registry.load(registry.DATASETS, request.data.name)(
+    table = registry.dataset_table(request.data.name)
+    dataset: Dataset = registry.load(table, request.data.name)(
         replace(request.data, cache=""), seed=request.seed, split="train"
     )
     return dataset

@@ -74,6 +74,15 @@ Data = Annotated[
     str | None,
     typer.Option("--data", metavar="NAME", help=f"Dataset: {', '.join(registry.DATASETS)}."),
 ]
+TrainData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="NAME",
+        help=f"Dataset: {', '.join(registry.DATASETS)}; of methods that tell pictures and texts apart: "
+        f"{', '.join(registry.GROUNDED)}.",
+    ),
+]
 DataPath = Annotated[
     Path | None,
     typer.Option(

@@ -59,7 +59,7 @@ def train(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="SEED", help="The only source of randomness.")
     ] = None,
-    data: options.Data = None,
+    data: options.TrainData = None,
     data_path: options.DataPath = None,
     stage: Annotated[
         str | None, typer.Option("--stage", metavar="NAME", help="Stage of a method that has stages.")
@@ -249,9 +249,22 @@ def describe(resolved: config.Resolved) -> str:
 
 
 def _check_data(resolved: config.Resolved) -> None:
-    """UserError for captions alone where the method needs pictures."""
+    """UserError for an unknown dataset, for captions alone where the method needs pictures, and for encodings
+    where it needs false pictures, too.
+    """
+    _table(resolved)
+    if resolved.method_config.grounded and resolved.data.cache:
+        raise UserError(
+            f"{resolved.method} learns from false pictures and captions, too, and encodings hold none: leave "
+            "--cache (data.cache) away"
+        )
     if resolved.method_config.pictures and resolved.data.name in registry.CAPTIONS_ONLY:
         raise registry.no_pictures(resolved.data.name, f"{resolved.method} trains on pictures with captions")
+
+
+def _table(resolved: config.Resolved) -> registry.Table:
+    """Where the dataset is registered. UserError if it is not there."""
+    return registry.dataset_table(resolved.data.name, grounded=resolved.method_config.grounded)
 
 
 def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -317,7 +330,7 @@ def _dataset(resolved: config.Resolved) -> Dataset:
     """The training data: a registered dataset, or what was encoded of it."""
     from align_cli.data.cached import CachedDataset
 
-    named = registry.load(registry.DATASETS, resolved.data.name)
+    named = registry.load(_table(resolved), resolved.data.name)
     say_reading(resolved.data.path)
     kind = CachedDataset if resolved.data.cache else named
     wanted = resolved.method_config.pictures

@@ -39,7 +39,8 @@ def val_prompts(
 
     few = replace(resolved.data, num_examples=num)
     try:
-        dataset = registry.load(registry.DATASETS, few.name)(few, seed=seed, split="val", pictures=False)
+        table = registry.dataset_table(few.name, grounded=resolved.method_config.grounded)
+        dataset = registry.load(table, few.name)(few, seed=seed, split="val", pictures=False)
     except UserError as error:
         if is_main():
             typer.echo(f"note: {what} training captions, there are no others: {error}{advice}", err=True)

@@ -110,11 +110,16 @@ def _prompt(spec: Spec, kind: str, order: tuple[int, ...] = ()) -> Prompt:
     return Prompt(" ".join(sentences[i] for i in order), spec, kind, order)
 
 
+def phrase(kind: Kind, number: int = 1) -> str:
+    """What so many objects of one kind are called: "a red circle", "two red circles"."""
+    color, shape = kind
+    return f"a {color} {shape}" if number == 1 else f"{NUMBERS[number]} {color} {shape}s"
+
+
 def _short_text(spec: Spec, kind: str) -> str:
-    names = [f"a {c} {s}" for c, s in spec.objects]
+    names = [phrase(k) for k in spec.objects]
     if kind == "count":
-        color, shape = spec.objects[0]
-        text = f"{NUMBERS[len(spec.objects)]} {color} {shape}s"
+        text = phrase(spec.objects[0], len(spec.objects))
     elif kind == "triple":
         text = f"{names[0]} , {names[1]} and {names[2]}"
     elif kind == "pair":

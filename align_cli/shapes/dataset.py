@@ -40,6 +40,9 @@ class ShapesDataset:
     sentences.
     """
 
+    world = "shapes-2"
+    """Name of what is drawn, in the fingerprint: another one wherever that changes."""
+
     def __init__(
         self, settings: DataSettings, *, seed: int = 0, split: str = "train", pictures: bool = True
     ) -> None:
@@ -69,17 +72,26 @@ class ShapesDataset:
         scene = self.scenes[index]
         prompt = recaption(scene, rng, long_rate=self.long_rate)
         pixels = self._pixels(index) if self.pictures else None
-        keep = "train" if self.split == "train" else None
-        negatives = [hard_negative(prompt, rng, split=keep).text for _ in range(HARD_NEGATIVES)]
+        negatives = [hard_negative(prompt, rng, split=self.kept_split).text for _ in range(HARD_NEGATIVES)]
         extra = {"negatives": negatives, "boxes": scene.boxes()}
         return Example(prompt=prompt.text, pixels=pixels, id=index, extra=extra)
 
+    @property
+    def kept_split(self) -> str | None:
+        """The split that false captions keep to, so that training never meets a held-out composition."""
+        return "train" if self.split == "train" else None
+
+    @staticmethod
+    def to_pixels(rendered: np.ndarray) -> Tensor:
+        """(3, 32, 32) float32 in [-1, 1] of a picture (32, 32, 3) uint8."""
+        return torch.from_numpy(rendered).permute(2, 0, 1).float() / 127.5 - 1
+
     def _pixels(self, index: int) -> Tensor:
-        return torch.from_numpy(self.rendered[index]).permute(2, 0, 1).float() / 127.5 - 1
+        return self.to_pixels(self.rendered[index])
 
     def fingerprint(self) -> str:
         """Identity of the data: world, size, seed and split."""
-        text = json.dumps(["shapes-2", self.size, self.seed, self.split, self.mixture])
+        text = json.dumps([self.world, self.size, self.seed, self.split, self.mixture])
         return sha256(text.encode()).hexdigest()[:16]
 
 
