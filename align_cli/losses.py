@@ -1,15 +1,21 @@
 """Loss functions of the methods: pure, float32, each under its formula and its source.
 
-Shape letters: I images, T texts (candidates of an image), B batch, C h w latent.
+Shape letters: I images, T texts (candidates of an image), B batch, C h w latent. DPT: B pictures, J
+candidates of a picture, Q queries, D width, K class slots (the last: no object), L tokens, H aligned width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from align_cli.grounding.boxes import paired_giou, to_corners
+from align_cli.grounding.matching import Match, joined, matched_tokens
+from align_cli.grounding.targets import Targets
 
 # ---------------------------------------------------------------- denoising
 
@@ -148,6 +154,135 @@ def preference_loss(scores: Tensor, omega: float) -> Tensor:
     Source: LongAlign unet_reward.py. Deviations: none.
     """
     return 0.5 * (1 - scores.float().mean()) - 0.09 * (1 - omega)
+
+
+# ---------------------------------------------------------------- DPT
+
+
+def matching_logits(embeddings: Tensor, texts: Tensor) -> Tensor:
+    """s_j = max_q cos(E_jq, p_j): how well a picture fits each candidate, by the query that fits best.
+
+    Args:
+        embeddings: (B, J, Q, D), of one picture under each of J texts, or of J pictures under one text.
+        texts: (B, J, D), or (B, 1, D) for one text.
+    Returns:
+        (B, J) float32 in [-1, 1]. Gradient flows through the best query alone.
+    Source: DPT models/loss.py, ContrastiveLoss_V1_MaxQueryMatching. Deviations: float32, there float16.
+    """
+    cosines = F.normalize(embeddings.float(), dim=-1) * F.normalize(texts.float(), dim=-1)[:, :, None]
+    return cosines.sum(-1).max(-1).values
+
+
+def matching_loss(logits: Tensor, log_scale: Tensor) -> Tensor:
+    """mean_b -log softmax_j(exp(log_scale) s_bj) at j = 0: the true candidate comes first.
+
+    Args:
+        logits: (B, J). log_scale: ().
+    Returns:
+        () float32 in nats: log J if all candidates fit alike.
+    Source: DPT models/loss.py, ContrastiveLoss_V1_MaxQueryMatching: no negatives of other rows.
+    """
+    true = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return F.cross_entropy(logits.float() * log_scale.float().exp(), true)
+
+
+def soft_token_loss(
+    logits: Tensor, matches: Sequence[Match], targets: Targets, count: float, eos_weight: float = 0.1
+) -> Tensor:
+    """sum_bq w_bq (-sum_k y_bqk log softmax(logits)_bqk) / count, y the tokens of the query's phrase or, for
+    a query without box, no object.
+
+    Args:
+        logits: (B, Q, K). count: boxes per process, >= 1. eos_weight: w of queries without box; 1 for others.
+    Returns:
+        () float32 in nats. A phrase of n tokens counts n times.
+    Source: DPT models/criterion.py, loss_labels_st. Deviations: none.
+    """
+    wanted = torch.zeros_like(logits, dtype=torch.float32)
+    wanted[..., -1] = 1
+    weight = torch.full_like(wanted[..., 0], eos_weight)
+    picture, query, target = joined(matches, targets.counts)
+    wanted[picture, query] = targets.classes[target]
+    weight[picture, query] = 1
+    return -((wanted * logits.float().log_softmax(-1)).sum(-1) * weight).sum() / count
+
+
+def box_losses(
+    boxes: Tensor, matches: Sequence[Match], targets: Targets, count: float
+) -> tuple[Tensor, Tensor]:
+    """Sums over the pairs of |box - target|_1 and of 1 - GIoU, each / count.
+
+    Args:
+        boxes: (B, Q, 4) centres relative to the picture. count: boxes per process, >= 1.
+    Returns:
+        () float32 twice; 0 without pairs.
+    Source: DPT models/criterion.py, loss_boxes. Deviations: none.
+    """
+    picture, query, target = joined(matches, targets.counts)
+    found, wanted = boxes[picture, query].float(), targets.boxes[target]
+    apart = 1 - paired_giou(to_corners(found), to_corners(wanted))
+    return (found - wanted).abs().sum() / count, apart.sum() / count
+
+
+def align_loss(
+    queries: Tensor,
+    tokens: Tensor,
+    matches: Sequence[Match],
+    targets: Targets,
+    count: float,
+    temperature: float = 0.07,
+) -> Tensor:
+    """Contrastive loss between queries and the tokens of their phrases, both ways, halved, / count.
+
+        S = queries . tokens / temperature
+        one way: sum over rows with positives of logsumexp(S) - sum_positives S / (positives + 1e-6)
+
+    Args:
+        queries: (B, Q, H) and tokens: (B, L, H) of unit length; padding tokens count as negatives.
+        count: boxes per process, >= 1.
+    Returns:
+        () float32 in nats.
+    Source: DPT models/criterion.py, loss_contrastive_align. Deviations: blanks, see targets.token_spans.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    similar = queries.float() @ tokens.float().transpose(1, 2) / temperature
+    positive = matched_tokens(matches, targets, queries.shape[1])
+    return (_one_way(similar, positive) + _one_way(similar.mT, positive.mT)) / 2 / count
+
+
+def _one_way(similar: Tensor, positive: Tensor) -> Tensor:
+    """Sum over the rows that have positives; (B, R, S) similarities and bool."""
+    mean = (similar * positive).sum(-1) / (positive.sum(-1) + 1e-6)
+    return ((similar.logsumexp(-1) - mean) * positive.any(-1)).sum()
+
+
+def cardinality_error(logits: Tensor, targets: Targets) -> Tensor:
+    """Mean over pictures of |queries that say an object - boxes|, () float32; for the log alone.
+
+    Args:
+        logits: (B, Q, K).
+    Source: DPT models/criterion.py, loss_cardinality.
+    """
+    found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1).float()
+    return F.l1_loss(found, found.new_tensor(targets.counts))
+
+
+def snr_weighted_error(pred: Tensor, target: Tensor, snr: Tensor, gamma: float) -> Tensor:
+    """mean_b min(snr_b, gamma) / snr_b * |pred_b - target_b|^2: less weight where there is little noise.
+
+    Args:
+        pred, target: (B, C, h, w). snr: (B,) alphas_cumprod / (1 - alphas_cumprod), >= 0. gamma: > 0; 0 is no
+        weighting.
+    Returns:
+        () float32, in latent units squared.
+    Source: Min-SNR (arXiv 2303.09556) as in DPT models/loss.py, MSELoss. Deviations: the weight is 1
+    where snr is 0.
+    """
+    if gamma < 0:
+        raise ValueError(f"gamma must be >= 0, got {gamma}")
+    error = denoising_error(pred, target)
+    return (error * (gamma / snr.float()).clamp(max=1) if gamma else error).mean()
 
 
 # ---------------------------------------------------------------- gradients that are known

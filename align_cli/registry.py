@@ -20,6 +20,7 @@ class Table(dict[str, str]):
 METHODS = Table(
     "method",
     {
+        "dpt": "align_cli.methods.dpt.method:DPT",
         "longalign": "align_cli.methods.longalign.method:LongAlign",
         "softrepa": "align_cli.methods.softrepa.method:SoftREPA",
         "textcraftor": "align_cli.methods.textcraftor.method:TextCraftor",
@@ -30,6 +31,7 @@ METHODS = Table(
 METHOD_CONFIGS = Table(
     "method",
     {
+        "dpt": "align_cli.methods.dpt.config:DPTConfig",
         "longalign": "align_cli.methods.longalign.config:LongAlignConfig",
         "softrepa": "align_cli.methods.softrepa.config:SoftREPAConfig",
         "textcraftor": "align_cli.methods.textcraftor.config:TextCraftorConfig",

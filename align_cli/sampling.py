@@ -75,6 +75,7 @@ def sample(
             if callback is not None:
                 callback(first + (step + 1) * size, total)
 
+        correct = Correction(model, part, seeds[start : start + settings.batch_size], settings)
         z = rollout(
             model.predict,
             model.process,
@@ -89,6 +90,9 @@ def sample(
             grad_steps=frozenset(),
             noise_fn=noise,
             callback=report,
+            end="before" if correct.at_work and settings.correction == "official" else "z",
+            correct=correct if correct.at_work else None,
+            correct_path=settings.correction == "latent",
         )
         pictures.append(model.decode(z).float().cpu())
     return torch.cat(pictures)
@@ -134,6 +138,39 @@ def own_settings(model: BaseModel, settings: SampleSettings, open_keys: Collecti
 def picture_seeds(seed: int, n: int) -> list[int]:
     """`n` start-noise seeds of an evaluation; those of different `seed` do not overlap (seed + i would)."""
     return [int(s) for s in np.random.SeedSequence([seed, 40]).generate_state(n, np.uint32)]
+
+
+class Correction:
+    """The shift of latents that DPT's self-correction asks for: scale times the gradient of the critics'
+    scores. Raw: neither normalised nor weighted by the noise level.
+
+    Source: generate_with_correction of txt2img.py.
+    """
+
+    def __init__(
+        self, model: BaseModel, prompts: list[str], seeds: Sequence[int], settings: SampleSettings
+    ) -> None:
+        self.scale, self.literal = settings.self_correct, settings.correction == "official"
+        self.at_work = bool(settings.self_correct and model.critics)
+        groups = [[prompt] for prompt in prompts] if self.literal else [prompts]
+        critics = model.critics if self.at_work else []
+        self.judges = [[critic.judge(group) for critic in critics] for group in groups]
+        self.seeds = [int(seed) for seed in seeds]
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        """(B, C, h, w) of latents (B, C, h, w) at t ()."""
+        if not self.literal:
+            return self._shift(z, t, 0, False)
+        rows = []
+        for place, seed in enumerate(self.seeds):  # dropout of a picture is drawn from its own seed
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed + int(t))
+                rows.append(self._shift(z[place : place + 1], t, place, True))
+        return torch.cat(rows)
+
+    def _shift(self, z: Tensor, t: Tensor, group: int, dropout: bool) -> Tensor:
+        slopes = [judge(z, t, dropout=dropout)[1] for judge in self.judges[group]]
+        return self.scale * torch.stack(slopes).sum(0)
 
 
 class PictureNoise:

@@ -321,10 +321,21 @@ class SampleSettings:
     from_step: int = -1
     """Adapters on text encoders work from this step on (0 is the first); -1: from the step they were made
     for."""
+    self_correct: float = 0.0
+    """Scale of DPT's self-correction: in every step the latent is moved so far along the gradient of the
+    score that the adapter's discriminator gives it; 0 for none. Source: txt2img.py, 0.5 (and 0.1).
+    """
+    correction: str = "eps"
+    """What is moved. eps: what the prompt's branch of the guidance sees, as in the official code; latent: the
+    latent itself; official: eps, with the discriminator's dropout on and without the last step, as the
+    official script has it.
+    """
 
     def __post_init__(self) -> None:
         one_of("sample.sampler", self.sampler, ("ddim", "ddpm", "unipc", "lcm", "euler"))
         one_of("sample.spacing", self.spacing, ("leading", "trailing", "linspace", "lead", "lcm"))
+        one_of("sample.correction", self.correction, ("eps", "latent", "official"))
+        require(self.self_correct >= 0, f"sample.self_correct must be >= 0, got {self.self_correct}")
         require(
             self.spacing != "lcm" or self.sampler == "lcm",
             f"sample.spacing lcm is for sampler lcm alone, got sampler {self.sampler}; name another spacing",
@@ -353,6 +364,7 @@ class SampleSettings:
         idle = {"spacing", "eta"} if self.sampler == "euler" else set()
         idle |= {"eta"} if self.sampler in OWN_SPACING else set()
         idle |= {"from_step"} if self.from_step < 0 else set()
+        idle |= set() if self.self_correct else {"self_correct", "correction"}
         return ", ".join(f"{key} {value}" for key, value in vars(self).items() if key not in idle)
 
     def check_model(self, model: str, vae_factor: int, num_train_timesteps: int) -> None:

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import torch
 from golden_checks import (
     comat,
+    dpt,
     imagereward,
     longalign,
     longalign_lcm,
@@ -40,8 +41,9 @@ from golden_checks.lines import Line
 from align_cli.errors import UserError
 
 KINDS = [
-    *comat.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_lcm.KINDS, *longalign_lora.KINDS,
-    *longalign_steps.KINDS, *longalign_text.KINDS, *softrepa.KINDS, *textcraftor.KINDS,
+    *comat.KINDS, *dpt.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_lcm.KINDS,
+    *longalign_lora.KINDS, *longalign_steps.KINDS, *longalign_text.KINDS, *softrepa.KINDS,
+    *textcraftor.KINDS,
 ]  # fmt: skip
 
 

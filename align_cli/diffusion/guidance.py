@@ -23,20 +23,23 @@ Cond = TypeVar("Cond", bound=Conditions)
 
 def guided(
     predict: Callable[[Tensor, Tensor, Cond], Tensor], s: float
-) -> Callable[[Tensor, Tensor, Cond, Cond | None], Tensor]:
-    """g(z, t, cond, uncond) = u + s (c - u), with c and u from one call on 2B rows, the unconditional half
-    first.
+) -> Callable[[Tensor, Tensor, Cond, Cond | None, Tensor | None], Tensor]:
+    """g(z, t, cond, uncond, shift) = u + s (c - u), with c and u from one call on 2B rows, the unconditional
+    half first. A shift is added to the latent that the conditional half sees.
 
     s == 1 returns c and skips the unconditional half; then `uncond` may be None.
     Source: Ho and Salimans, arXiv 2207.12598, in the form u + s (c - u) of Stable Diffusion.
     """
 
-    def combined(z: Tensor, t: Tensor, cond: Cond, uncond: Cond | None) -> Tensor:
+    def combined(
+        z: Tensor, t: Tensor, cond: Cond, uncond: Cond | None, shift: Tensor | None = None
+    ) -> Tensor:
+        told = z if shift is None else z + shift
         if s == 1:
-            return predict(z, t, cond)
+            return predict(told, t, cond)
         if uncond is None:
             raise ValueError(f"guidance {s} needs an unconditional input")
-        u, c = predict(cat([z, z]), t, type(cond).cat([uncond, cond])).chunk(2)
+        u, c = predict(cat([z, told]), t, type(cond).cat([uncond, cond])).chunk(2)
         return u + s * (c - u)
 
     return combined

@@ -36,6 +36,8 @@ def rollout(
     noise_fn: Callable[[], Tensor] | None = None,
     callback: Callable[[int], None] | None = None,
     end: str = "z",
+    correct: Callable[[Tensor, Tensor], Tensor] | None = None,
+    correct_path: bool = False,
 ) -> Tensor:
     """Denoise z along `steps` timesteps.
 
@@ -60,14 +62,18 @@ def rollout(
         one; ddim if eta > 0).
         callback: called with the index of each finished step.
         end: "z", where the last step of the sampler leads; or "x0", what its prediction says of the clean
-        latent, as LongAlign decodes it (they differ for ddim, which ends at final_alpha_cumprod).
+        latent, as LongAlign decodes it (they differ for ddim, which ends at final_alpha_cumprod); or
+        "before", where the last step begins, as DPT's self-correction decodes it.
+        correct: shift (B, C, H, W) of the latent at t (), asked for in every step: of what the prompt's
+        branch of the guidance sees (DPT's official code), or with correct_path of the latent itself, which
+        the step then starts from (DPT's figure).
     Returns:
         (B, C, H, W) the clean latent.
     Where DDIM steps to: t - T // steps, also for linspace, where that is not the next listed timestep. All
     others step to the next listed timestep. As in diffusers, and so in the official code of all five methods.
     """
-    if end not in ("z", "x0"):
-        raise ValueError(f"a path ends in z or x0, not {end!r}")
+    if end not in ("z", "x0", "before"):
+        raise ValueError(f"a path ends in z, x0 or before, not {end!r}")
     allowed = samplers_of(process)
     sampler = sampler or allowed[0]
     if sampler not in allowed:
@@ -87,9 +93,16 @@ def rollout(
     stride = process.num_train_timesteps // steps
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     for i, t in enumerate(path.tolist()):
+        if i + 1 == steps and end == "before":
+            if callback is not None:
+                callback(i)
+            break
+        shift = None if correct is None else correct(z, torch.tensor(t, device=z.device)).to(z.dtype)
+        if correct_path and shift is not None:
+            z, shift = z + shift, None
         # the prediction is taken as float32 below: fp16 latents would lose more at every step
         now = z.detach() if detach_input else z
-        inputs = (now, torch.tensor(t, device=z.device), at_step(cond, i), at_step(uncond, i))
+        inputs = (now, torch.tensor(t, device=z.device), at_step(cond, i), at_step(uncond, i), shift)
         if grad_steps is not None and i not in grad_steps:
             with torch.no_grad():
                 pred = model(*inputs)

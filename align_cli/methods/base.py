@@ -132,7 +132,7 @@ class StepContext:
         if error is not None:
             raise error
         if len(failed):
-            raise UserError(f"process {int(failed[0])} stopped: a reward is not finite there, as it says")
+            raise UserError(f"process {int(failed[0])} stopped, for the reason that it says")
         return cast("T", found)
 
 

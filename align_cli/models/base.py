@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -92,6 +92,21 @@ class TextChange(Protocol):
         ...
 
 
+class Critic(Protocol):
+    """What an adapter says of a picture in the making: how well does it fit its prompt, and what would make
+    it fit better?
+
+    Source: DPT's self-correction, generate_with_correction of txt2img.py.
+    """
+
+    def judge(self, prompts: list[str]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """A function of noisy latents (B, C, h, w), one for each prompt, and t (): scores (B,), and the
+        gradient (B, C, h, w) of their sum with respect to the latents. With dropout=True under the
+        dropout of training.
+        """
+        ...
+
+
 class BaseModel(Protocol):
     """A frozen pipeline of one family. Every module is in eval mode and requires no gradient."""
 
@@ -115,6 +130,8 @@ class BaseModel(Protocol):
     """Pixels of the longest side the denoiser has positions for; 0 if there is no such limit."""
     text_changes: list[TextChange]
     """What adapters that are at work make of the text; `models.conditioning.StepText` mixes it in."""
+    critics: list[Critic]
+    """What adapters that are at work can say of a picture in the making; see `align_cli.sampling.Correction`."""
     reader: SegmentReader | None
     """What reads prompts in place of the pipeline's own way; None for that."""
     encoders: list[nn.Module]
@@ -159,6 +176,17 @@ class BaseModel(Protocol):
 
     def uncond(self, batch: int) -> TextCond:
         """The unconditional input of classifier-free guidance, `batch` rows (SD1.5: the encoding of "")."""
+        ...
+
+    @property
+    def summary_width(self) -> int:
+        """P of `summarised`. NotImplementedError: the family has none."""
+        ...
+
+    def summarised(self, prompts: list[str]) -> tuple[TextCond, Tensor]:
+        """`encode_text`, and one vector (B, P) for each whole prompt: the state of the end token after the
+        final norm (SD1.x, SD2.x), the pooled text of SDXL.
+        """
         ...
 
     def token_count(self, prompt: str) -> int:

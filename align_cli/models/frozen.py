@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from align_cli.cuts import Cut
 from align_cli.diffusion.process import Process
-from align_cli.models.base import Posterior, TextChange, TextCond
+from align_cli.models.base import Critic, Posterior, TextChange, TextCond
 
 if TYPE_CHECKING:
     from align_cli.models.segments import SegmentReader, Tower
@@ -54,6 +54,7 @@ class FrozenModel(ABC):
         self.device, self.dtype = weight.device, weight.dtype
         self.encoder_device = next(vae.parameters()).device
         self.text_changes: list[TextChange] = []
+        self.critics: list[Critic] = []
         self.reader: SegmentReader | None = None
         self.offloaded = False
         self.vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -184,6 +185,18 @@ class FrozenModel(ABC):
     def pooled_text(self, prompts: list[str]) -> Tensor | None:
         """The pooled text (B, P) of whole prompts, None where the family has none."""
         return None
+
+    @property
+    def summary_width(self) -> int:
+        """Of `summarised`."""
+        raise NotImplementedError
+
+    def summarised(self, prompts: list[str]) -> tuple[TextCond, Tensor]:
+        """`encode_text`, and one vector (B, P) for each whole prompt, truncated as ever."""
+        cond = self.encode_text(prompts)
+        summary = cond.pooled if cond.pooled is not None else self.pooled_text(prompts)
+        assert summary is not None
+        return cond, summary
 
     # ------------------------------------------------------------ pictures
 

@@ -110,6 +110,11 @@ class SDXLModel(FrozenModel):
         _, pooled = clip_penultimate(self.tokenizers[1], self.encoders[1], prompts, self.plain_limit)
         return self.here(pooled)
 
+    @property
+    def summary_width(self) -> int:
+        """Of the second encoder's projection."""
+        return self.pooled_width
+
     def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
         """eps or velocity, as `process` says. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w) in the model's
         dtype. Without cond.time_ids the picture is one of the latents' own size, uncropped.

@@ -93,14 +93,31 @@ class UNetModel(FrozenModel):
         An attention mask is passed only if the encoder's configuration asks for one, as diffusers does (SD1.x
         and SD2.x do not). No gradient unless the text encoder requires it.
         """
+        return TextCond(self._encoded(prompts).last_hidden_state.to(self.device))
+
+    def _encoded(self, prompts: list[str]) -> Any:
         encoded = token_ids(self.tokenizer, prompts, self.plain_limit)
         with self.text_at_work():
             mask = None
             if getattr(self.text_encoder.config, "use_attention_mask", False):
                 mask = encoded["attention_mask"].to(self.text_encoder.device)
             ids = encoded["input_ids"].to(self.text_encoder.device)
-            states = self.text_encoder(ids, attention_mask=mask)
-        return TextCond(states.last_hidden_state.to(self.device))
+            return self.text_encoder(ids, attention_mask=mask)
+
+    @property
+    def summary_width(self) -> int:
+        """Of the text encoder."""
+        return self.text_width
+
+    def summarised(self, prompts: list[str]) -> tuple[TextCond, Tensor]:
+        """`encode_text`, and the state (B, P) at the end of each whole prompt, after the final norm and
+        without projection. Source: pooler_output, which DPT takes.
+        """
+        said = self._encoded(prompts)
+        cond = TextCond(said.last_hidden_state.to(self.device))
+        if self.reader is not None:
+            cond = self.encode_text(prompts)
+        return cond, said.pooler_output.to(self.device)
 
     def plain_uncond(self, batch: int) -> TextCond:
         """The encoding of the empty prompt, `batch` rows."""

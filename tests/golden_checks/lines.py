@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FORWARD, DERIVED = 1e-5, 1e-4
@@ -40,6 +41,24 @@ def compare(quantity: str, got: Tensor, expected: Tensor, relative: float) -> Li
         got = got.reshape(expected.shape)
     error = float((got.detach().double() - expected.double()).abs().max()) if expected.numel() else 0.0
     return Line(quantity, error, relative * scale)
+
+
+def close(quantity: str, got: Tensor, expected: Tensor, *, atol: float, rtol: float) -> Line:
+    """Each value within rtol of itself plus atol, and NaN just where NaN is expected; the line shows the one
+    that is nearest to the border, or beyond it.
+    """
+    line = compare(quantity, got.nan_to_num(), expected.nan_to_num(), rtol)
+    if not math.isfinite(line.error):
+        return line
+    got = got.reshape(expected.shape).detach().double()
+    if not torch.equal(got.isnan(), expected.isnan()):
+        return Line(f"{quantity} (NaN elsewhere)", math.inf, 0.0)
+    error = (got - expected.double()).nan_to_num().abs().flatten()
+    if not len(error):
+        return Line(quantity, 0.0, atol)
+    allowed = atol + rtol * expected.double().nan_to_num().abs().flatten()
+    worst = int((error - allowed).argmax())
+    return Line(quantity, float(error[worst]), float(allowed[worst]))
 
 
 def same(quantity: str, got: object, expected: object) -> Line:

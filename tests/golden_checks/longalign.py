@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from align_cli.rewards.denscore import Denscore
 from align_cli.rewards.preprocess import Preprocess
 from align_cli.rewards.towers import build, projected
 from align_cli.sentences import split_sentences
-from golden_checks.lines import Kind, Line, compare, same
+from golden_checks.lines import Kind, Line, close, compare, same
 
 RTOL, ATOL, GRADIENTS = 1e-4, 5e-5, 1e-4
 """Tolerances of the specification: values; gradients relative to the largest."""
@@ -28,16 +27,8 @@ AS_THEY_ARE = Preprocess("none", lambda images, _: images, (0, 0, 0), (1, 1, 1))
 
 
 def values(quantity: str, got: Tensor, expected: Tensor) -> Line:
-    """Each value within rtol 1e-4 of itself plus atol 5e-5; the line shows the one that is nearest to the
-    border, or beyond it.
-    """
-    line = compare(quantity, got, expected, RTOL)
-    if not math.isfinite(line.error):
-        return line
-    error = (got.detach().double() - expected.double()).abs().flatten()
-    allowed = ATOL + RTOL * expected.double().abs().flatten()
-    worst = int((error - allowed).argmax())
-    return Line(quantity, float(error[worst]), float(allowed[worst]))
+    """Each value within the tolerances of the specification."""
+    return close(quantity, got, expected, atol=ATOL, rtol=RTOL)
 
 
 def reward_clip(folder: Path, case: dict[str, Any]) -> Iterator[Line]:

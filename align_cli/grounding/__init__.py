@@ -1,0 +1,1 @@
+"""Phrases and their places in pictures."""

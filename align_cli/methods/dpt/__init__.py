@@ -1,0 +1,1 @@
+"""DPT: discriminative probing and tuning (arXiv 2403.04321)."""
