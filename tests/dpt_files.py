@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from align_cli.adapters import AdapterInfo, write_adapter
+from align_cli.methods.dpt.method import ATTENTION
 from align_cli.models.lora import LoraTuning
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SMALL: dict[str, Any] = {
     "hidden_dim": 16, "num_heads": 8, "feedforward_dim": 24, "num_grounding_queries": 5, "phrase_dim": 6,
     "lora_rank": 2,
@@ -79,7 +79,7 @@ def official(
 def lora(unet: torch.nn.Module, rank: int = 2, seed: int = 0) -> dict[str, Tensor]:
     """The state of a LoRA on all attention, loud enough to be seen."""
     rng = torch.Generator().manual_seed(seed)
-    tuning = LoraTuning(unet, rank=rank, alpha=rank, targets=TARGETS, device=torch.device("cpu"))
+    tuning = LoraTuning(unet, rank=rank, alpha=rank, targets=ATTENTION, device=torch.device("cpu"))
     return {key: 0.3 * torch.randn(x.shape, generator=rng) for key, x in tuning.state().items()}
 
 

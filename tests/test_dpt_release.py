@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import ok, refused
-from dpt_files import SMALL, TARGETS, lora, official, official_lora
+from dpt_files import SMALL, lora, official, official_lora
 from safetensors.torch import save_file
 
 from align_cli import config
 from align_cli.adapters import import_official, load_adapter
 from align_cli.errors import UserError
-from align_cli.methods.dpt.release import channels, official_key, own_key, read_state
+from align_cli.methods.dpt.method import ATTENTION, block_channels
+from align_cli.methods.dpt.release import official_key, own_key, read_state
 from align_cli.models.lora import lora_layers
 from align_cli.models.parts import outline
 from align_cli.models.states import by_group
@@ -42,12 +43,10 @@ def test_the_lora_of_the_published_models_by_its_size():
     """The parameters that were counted in the official code, rank 4; 128 layers; and the feature up1."""
     for name, width, count in (("sd15", 768, 797_184), ("sd21", 1024, 829_952)):
         unet = outline("sd15", "unet") if name == "sd15" else _sd21_unet(width)
-        layers = lora_layers(unet, TARGETS)
+        layers = lora_layers(unet, ATTENTION)
         assert len(layers) == 128
         assert sum(4 * sum(layer.weight.shape) for layer in layers.values()) == count
-        assert channels(unet, ["bottom0", "bottom3", "mid", "up0", "up1", "up3"]) == [
-            320, 1280, 1280, 1280, 1280, 320,
-        ]  # fmt: skip
+        assert list(block_channels(unet).values()) == [320, 640, *[1280] * 5, 640, 320]
 
 
 def _sd21_unet(width: int) -> torch.nn.Module:

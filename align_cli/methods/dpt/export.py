@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from align_cli import config
 from align_cli.adapters import Adapter
