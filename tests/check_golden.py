@@ -27,6 +27,8 @@ import torch
 from golden_checks import (
     comat,
     dpt,
+    dpt_discriminator,
+    dpt_steps,
     imagereward,
     longalign,
     longalign_lcm,
@@ -41,8 +43,8 @@ from golden_checks.lines import Line
 from align_cli.errors import UserError
 
 KINDS = [
-    *comat.KINDS, *dpt.KINDS, *imagereward.KINDS, *longalign.KINDS, *longalign_lcm.KINDS,
-    *longalign_lora.KINDS, *longalign_steps.KINDS, *longalign_text.KINDS, *softrepa.KINDS,
+    *comat.KINDS, *dpt.KINDS, *dpt_discriminator.KINDS, *dpt_steps.KINDS, *imagereward.KINDS,
+    *longalign.KINDS, *longalign_lcm.KINDS, *longalign_lora.KINDS, *longalign_steps.KINDS, *longalign_text.KINDS, *softrepa.KINDS,
     *textcraftor.KINDS,
 ]  # fmt: skip
 

@@ -60,15 +60,21 @@ class Plan:
         if self.own_dtype and pick_device(settings.device).type == "cpu":
             settings = replace(settings, dtype="float32")  # half precision on a CPU is slower, not faster
         model = load_model(settings)
-        text = False
+        text = critics = False
         for stack in [self.adapters] if stacks is None else stacks:
             with attach(
                 model, stack
             ):  # before the settings, which may come from an adapter that does not fit
                 text |= bool(model.text_changes)
+                critics |= bool(model.critics)
         if self.sample.from_step >= 0 and not text:
             raise UserError(
                 "--from-step says when adapters on text encoders begin to work, but "
+                + ("none of the adapters is one" if self.adapters else "there is no --adapter")
+            )
+        if self.sample.self_correct and not critics:
+            raise UserError(
+                "--self-correct follows the score of an adapter of dpt, and "
                 + ("none of the adapters is one" if self.adapters else "there is no --adapter")
             )
         drawing = own_settings(model, self.sample, self.open_keys)

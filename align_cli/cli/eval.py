@@ -137,6 +137,16 @@ def evaluate(
     spacing: options.Spacing = None,
     eta: options.Eta = None,
     from_step: options.FromStep = None,
+    self_correct: Annotated[
+        float | None,
+        typer.Option(
+            "--self-correct",
+            metavar="X",
+            min=0,
+            help="Adapters of dpt: one more arm, NAME-corrected, that corrects itself by this scale.",
+        ),
+    ] = None,
+    correction: options.Correction = None,
     image_size: Annotated[
         int | None, typer.Option("--image-size", metavar="PIXELS", help="Pixels per side; 0: the model's.")
     ] = None,
@@ -183,7 +193,9 @@ def evaluate(
             sample_flags={
                 "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
                 "image_size": image_size, "batch_size": batch_size, "from_step": from_step,
+                "correction": correction,
             },
+            self_correct=self_correct,
             as_json=as_json, out=out, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     if benchmark == eval_probe.NAME:

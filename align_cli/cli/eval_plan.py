@@ -60,6 +60,7 @@ class Asked:
     interval: str | None
     model_flags: Mapping[str, Any]
     sample_flags: Mapping[str, Any]
+    self_correct: float | None
     as_json: bool
     out: Path | None
     resume: bool
@@ -171,7 +172,10 @@ def _check_options(asked: Asked) -> None:
         if asked.allow_missing:
             raise UserError("--allow-missing is for pictures that are given with --images")
         return
-    drawing = {"--model": asked.model, "--adapter": asked.adapters, "--arm": asked.arms}
+    drawing: dict[str, object] = {
+        "--model": asked.model, "--adapter": asked.adapters, "--arm": asked.arms,
+        "--self-correct": asked.self_correct,
+    }  # fmt: skip
     settings = {**asked.sample_flags, **asked.model_flags}
     settings.pop("device")  # that of the scorers
     drawing |= {f"--{key.replace('_', '-')}": value for key, value in settings.items()}
@@ -192,7 +196,7 @@ def _arms(asked: Asked) -> list[Arm]:
         base = next(iter(named))
         chosen = asked.vs if asked.vs in named else base
         return [Arm(name, trained_on=() if name == chosen else marked) for name in named]
-    return arming.make_arms(asked.adapters, asked.arms, asked.trained_on)
+    return arming.make_arms(asked.adapters, asked.arms, asked.trained_on, asked.self_correct)
 
 
 def _prompts(asked: Asked) -> PromptSet:

@@ -39,6 +39,12 @@ FromStep = Annotated[
         help="Adapters on text encoders work from this step on; 0: in all. Default: as they were made.",
     ),
 ]
+Correction = Annotated[
+    str | None,
+    typer.Option(
+        "--correction", metavar="NAME", help="What self-correction moves: eps, latent, or official (script)."
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Pictures drawn at once.")]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")

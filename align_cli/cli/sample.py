@@ -44,6 +44,15 @@ def sample(
     spacing: options.Spacing = None,
     eta: options.Eta = None,
     from_step: options.FromStep = None,
+    self_correct: Annotated[
+        float | None,
+        typer.Option(
+            "--self-correct",
+            metavar="X",
+            help="Adapters of dpt: follow their score by this scale in every step (official 0.5).",
+        ),
+    ] = None,
+    correction: options.Correction = None,
     image_size: Annotated[
         int | None,
         typer.Option("--image-size", metavar="PIXELS", help="Pixels per side; 0: the model's."),
@@ -72,6 +81,7 @@ def sample(
     flags = {
         "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
         "image_size": image_size, "batch_size": batch_size, "from_step": from_step,
+        "self_correct": self_correct, "correction": correction,
     }  # fmt: skip
     devices = {"device": device, "encoder_device": encoder_device}
     plan = make_plan(model, adapter or [], {**devices, "dtype": dtype, "text": text}, flags)

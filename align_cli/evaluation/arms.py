@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align_cli.adapters import AdapterInfo, parse_spec, read_adapter
 from align_cli.errors import UserError, unknown
+from align_cli.settings import SampleSettings
 
 if TYPE_CHECKING:
     from align_cli.models.base import BaseModel
 
 BASE, ALIGNED = "base", "aligned"
 """The arm without adapters, and the name of the stack that `--adapter` gives."""
+CRITIC = "dpt"
+"""The method whose adapters can correct a picture in the making."""
+CORRECTED = "-corrected"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 
@@ -24,12 +28,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 class Arm:
     """One way to draw. name: also that of its folder of pictures. adapters: "PATH" or "PATH@SCALE" each, the
     first is innermost. hashes: sha256 of their tensors. trained_on: scorers that they were trained on.
+    self_correct: scale of DPT's self-correction, None for that of the settings.
     """
 
     name: str
     adapters: tuple[str, ...] = ()
     hashes: tuple[str, ...] = ()
     trained_on: tuple[str, ...] = ()
+    self_correct: float | None = None
 
     def at_work(self, model: BaseModel) -> AbstractContextManager[None]:
         """Inside, `model` draws as this arm. UserError if an adapter does not fit."""
@@ -37,15 +43,27 @@ class Arm:
 
         return attach(model, self.adapters)
 
+    def drawing(self, settings: SampleSettings) -> SampleSettings:
+        """How this arm draws where the others draw with `settings`."""
+        return settings if self.self_correct is None else replace(settings, self_correct=self.self_correct)
 
-def make_arms(adapters: Sequence[str], named: Sequence[str], trained_on: Sequence[str] = ()) -> list[Arm]:
-    """The base, the stack of `adapters`, and one arm for each "NAME=A@0.5+B" of `named`.
+
+def make_arms(
+    adapters: Sequence[str],
+    named: Sequence[str],
+    trained_on: Sequence[str] = (),
+    self_correct: float | None = None,
+) -> list[Arm]:
+    """The base, the stack of `adapters`, and one arm for each "NAME=A@0.5+B" of `named`; and of each of these
+    with an adapter of DPT one more that corrects itself, by the name NAME-corrected.
 
     Args:
         trained_on: scorers that the user says the adapters were trained on, beside those that they say
             themselves.
+        self_correct: the scale of that; None for no such arms.
     Raises:
-        UserError: a name that is none, or is given twice; an adapter that is damaged or not there.
+        UserError: a name that is none, or is given twice; an adapter that is damaged or not there; no adapter
+            of DPT where one is needed.
     """
     stacks: dict[str, tuple[str, ...]] = {BASE: ()}
     if adapters:
@@ -56,7 +74,26 @@ def make_arms(adapters: Sequence[str], named: Sequence[str], trained_on: Sequenc
             what = "the arm without adapters" if name == BASE else "given twice"
             raise UserError(f"--arm {text}: the name {name!r} is {what}; choose another one")
         stacks[name] = _adapters(specs)
-    return [_arm(name, specs, trained_on) for name, specs in stacks.items()]
+    arms = [_arm(name, specs, trained_on) for name, specs in stacks.items()]
+    return arms if self_correct is None else [*arms, *_corrected(arms, self_correct)]
+
+
+def _corrected(arms: Sequence[Arm], scale: float) -> list[Arm]:
+    found = []
+    for arm in arms:
+        methods = [read_adapter(parse_spec(spec)[0])[1].method for spec in arm.adapters]
+        if CRITIC in methods:
+            name = f"{arm.name}{CORRECTED}"
+            check_name(name, "--self-correct")
+            if any(name == other.name for other in arms):
+                raise UserError(f"--self-correct makes an arm {name!r}, and there is one; rename it")
+            found.append(replace(arm, name=name, self_correct=scale))
+    if not found:
+        raise UserError(
+            f"--self-correct needs an adapter of {CRITIC}, whose discriminator scores pictures in the "
+            "making: give it with --adapter or --arm"
+        )
+    return found
 
 
 def check_name(name: str, option: str) -> None:

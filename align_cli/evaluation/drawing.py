@@ -68,12 +68,13 @@ def draw(
     def mine() -> None:
         for arm in arms:
             wanted = set(missing[arm.name])
-            own = picture_facts(model, arm, settings)
+            drawing = arm.drawing(settings)
+            own = picture_facts(model, arm, drawing)
             with arm.at_work(model):
                 for b in my_share(missing[arm.name], size, ranks):
                     batch = items[b * size : (b + 1) * size]
                     drawn = sample(
-                        model, [item.row.text for item in batch], settings, [item.seed for item in batch]
+                        model, [item.row.text for item in batch], drawing, [item.seed for item in batch]
                     )
                     new = 0
                     for i, (item, picture) in enumerate(zip(batch, to_uint8(drawn), strict=True)):

@@ -92,7 +92,11 @@ def identity(
         "seed": seed,
         "sample": asdict(sample),
         "protocol": protocol,
-        "arms": {arm.name: {"adapters": list(arm.adapters), "sha256": list(arm.hashes)} for arm in arms},
+        "arms": {
+            arm.name: {"adapters": list(arm.adapters), "sha256": list(arm.hashes)}
+            | ({} if arm.self_correct is None else {"self_correct": arm.self_correct})
+            for arm in arms
+        },
     }
     if model is None:
         return about

@@ -131,7 +131,7 @@ class BaseModel(Protocol):
     text_changes: list[TextChange]
     """What adapters that are at work make of the text; `models.conditioning.StepText` mixes it in."""
     critics: list[Critic]
-    """What adapters that are at work can say of a picture in the making; see `align_cli.sampling.Correction`."""
+    """What adapters that are at work can say of a picture in the making; `sampling.Correction` uses it."""
     reader: SegmentReader | None
     """What reads prompts in place of the pipeline's own way; None for that."""
     encoders: list[nn.Module]

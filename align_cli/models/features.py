@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from align_cli.errors import UserError
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """The last block that was asked for is done."""
 
 
@@ -65,7 +65,7 @@ def observe(
     def record(name: str, output: Any) -> None:
         seen[name] = output if isinstance(output, Tensor) else output[0]
         if to_end is None and order.index(name) == last:
-            raise _Enough
+            raise _EnoughError
 
     with _hooked() as hooks:
         for name in dict.fromkeys(names):
@@ -78,7 +78,10 @@ def observe(
             for name in order[last + 1 :]:
                 hooks.append(
                     there[name].register_forward_pre_hook(
-                        lambda _m, args, kwargs: (_rows(args, size[-1], to_end), _rows(kwargs, size[-1], to_end)),
+                        lambda _m, args, kwargs: (
+                            _rows(args, size[-1], to_end),
+                            _rows(kwargs, size[-1], to_end),
+                        ),
                         with_kwargs=True,
                     )
                 )
@@ -90,7 +93,7 @@ def observe(
                 )
         try:
             prediction = call()
-        except _Enough:
+        except _EnoughError:
             return seen, None
     return seen, prediction
 

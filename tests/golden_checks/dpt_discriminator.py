@@ -25,7 +25,9 @@ def config_of(settings: dict[str, Any], **more: Any) -> DPTConfig:
         "position_embedding": "position", "num_queries_matching": "num_matching_queries",
         "num_queries_rec": "num_grounding_queries", "contrastive_hdim": "phrase_dim",
     }  # fmt: skip
-    return DPTConfig(**{ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}, **more)
+    return DPTConfig(
+        **{ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}, **more
+    )
 
 
 def weights_of(x: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -68,7 +70,7 @@ def discriminator(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
     found = discriminator_of(settings, own)
 
     def line(name: str, value: Tensor) -> Line:
-        return close(name, value, x[name], tol["atol"], tol["rtol"])
+        return close(name, value, x[name], atol=tol["atol"], rtol=tol["rtol"])
 
     features, t = x["features"], x["timesteps"]
     height, width = features.shape[-2:]

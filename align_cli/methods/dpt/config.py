@@ -112,7 +112,9 @@ class DPTConfig(MethodConfig):
             "dpt.weights leaves no loss: give at least one of "
             f"{', '.join(LOSSES[: None if self.stage == 'tune' else -1])} a weight > 0",
         )
-        require(0 <= self.eval_timestep <= 999, f"dpt.eval_timestep must be in [0, 999], got {self.eval_timestep}")
+        require(
+            0 <= self.eval_timestep <= 999, f"dpt.eval_timestep must be in [0, 999], got {self.eval_timestep}"
+        )
         require(
             -1 <= self.fixed_timestep <= 999,
             f"dpt.fixed_timestep must be in [0, 999], or -1 for all, got {self.fixed_timestep}",

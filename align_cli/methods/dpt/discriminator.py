@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,9 @@ class Discriminator(nn.Module):
             if fused:
                 self.fusion_proj = nn.ModuleList([nn.Conv2d(n, fused[0], 1) for n in channels])
             self.input_proj = nn.Conv2d(fused[0] if fused else sum(channels), d, 1)
-            self.position_embedding = LearnedPositions(d // 2) if c.position == "learned" else SinePositions(d // 2)
+            self.position_embedding = (
+                LearnedPositions(d // 2) if c.position == "learned" else SinePositions(d // 2)
+            )
             self.timestep_embedding = TimestepCode(d)
             self.transformer = Transformer(c)
             self.query_embed = nn.Embedding(c.num_matching_queries + c.num_grounding_queries, d)
@@ -145,7 +148,7 @@ class MLP(nn.Module):
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(i, o) for i, o in zip(widths, widths[1:], strict=False)])
+        self.layers = nn.ModuleList([nn.Linear(i, o) for i, o in pairwise(widths)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -194,7 +197,9 @@ class LearnedPositions(nn.Module):
             ValueError: more rows or columns than the tables have.
         """
         if max(height, width) > LEARNED_ROWS:
-            raise ValueError(f"learned positions reach {LEARNED_ROWS} rows and columns, not {height} x {width}")
+            raise ValueError(
+                f"learned positions reach {LEARNED_ROWS} rows and columns, not {height} x {width}"
+            )
         return _grid(self.row_embed.weight[:height], self.col_embed.weight[:width], rows_first=False)
 
 
@@ -211,14 +216,16 @@ class TimestepCode(nn.Module):
 
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.half = d // 2
-        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(d, 4 * d), "linear_2": nn.Linear(4 * d, d)})
+        self.half_width = d // 2
+        self.time_embedding = nn.ModuleDict(
+            {"linear_1": nn.Linear(d, 4 * d), "linear_2": nn.Linear(4 * d, d)}
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         """t: (B,) -> (B, d)."""
-        weight = self.time_embedding["linear_1"].weight
-        k = torch.arange(self.half, device=weight.device)
-        angle = t.to(weight.device).float()[:, None] * torch.exp(-math.log(10000) * k / self.half)
+        weight: Tensor = self.get_parameter("time_embedding.linear_1.weight")
+        k = torch.arange(self.half_width, device=weight.device)
+        angle = t.to(weight.device).float()[:, None] * torch.exp(-math.log(10000) * k / self.half_width)
         wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(weight.dtype)
         found: Tensor = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](wave)))
         return found

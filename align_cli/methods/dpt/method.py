@@ -87,7 +87,12 @@ class DPT:
     def __init__(self, model: BaseModel, config: DPTConfig, *, seed: int = 0) -> None:
         self.model, self.config, self.seed = model, config, seed
         there = blocks(model.denoiser)
-        check_blocks(model.denoiser, [config.detach_after] if config.detach_after else [], "dpt.detach_after", model.model_id)
+        check_blocks(
+            model.denoiser,
+            [config.detach_after] if config.detach_after else [],
+            "dpt.detach_after",
+            model.model_id,
+        )
         self.feature = config.feature or own_feature(model.denoiser)
         self.names = feature_names(self.feature) or list(there)
         check_blocks(model.denoiser, self.names, "dpt.feature", model.model_id)
@@ -104,8 +109,8 @@ class DPT:
         if config.stage == "tune":
             if config.lora_rank > (most := most_rank(model.denoiser, ATTENTION)):
                 raise UserError(
-                    f"dpt.lora_rank must be at most {most}, the smaller side of the largest layer of the unet of "
-                    f"{model.model_id}, got {config.lora_rank}"
+                    f"dpt.lora_rank must be at most {most}, the smaller side of the largest layer of the unet "
+                    f"of {model.model_id}, got {config.lora_rank}"
                 )
             self.lora = LoraTuning(
                 model.denoiser,
@@ -137,13 +142,15 @@ class DPT:
         """Load what only training needs: what reads phrases, and the tensors that it starts from.
 
         Raises:
-            UserError: no phrase encoder there; from_adapter is no adapter of DPT that fits; fixed_timestep is beyond the model's.
+            UserError: no phrase encoder there; from_adapter is no adapter of DPT that fits; a timestep beyond
+                the model's.
         """
         c, most = self.config, self.model.process.num_train_timesteps
         for key in ("fixed_timestep", "eval_timestep"):
             if getattr(c, key) >= most:
                 raise UserError(
-                    f"dpt.{key} must be below the {most} timesteps of {self.model.model_id}, got {getattr(c, key)}"
+                    f"dpt.{key} must be below the {most} timesteps of {self.model.model_id}, got "
+                    f"{getattr(c, key)}"
                 )
         if c.stage == "probe":
             for key in ("only_lora", "detach_after", "snr_gamma"):
@@ -151,8 +158,8 @@ class DPT:
                     warnings.warn(f"dpt.{key} has no effect in stage probe", stacklevel=2)
         elif not c.from_adapter:
             warnings.warn(
-                "stage tune without --from starts from a random discriminator; the official way is stage probe "
-                "first",
+                "stage tune without --from starts from a random discriminator; the official way is stage "
+                "probe first",
                 stacklevel=2,
             )
         self.use_phrases(
@@ -162,7 +169,7 @@ class DPT:
             self._start_from(c.from_adapter)
 
     def use_phrases(self, phrases: PhraseReader) -> None:
-        """Read expressions with this RoBERTa; the discriminator's projection of its states starts at random."""
+        """Read expressions with this RoBERTa; what compares its states with queries starts at random."""
         self.phrases = phrases
         self._read_width(phrases.width)
 
@@ -175,7 +182,9 @@ class DPT:
         adapter = load_adapter_of(path, self.name, self.model.family, setting)
         where, groups = f"{setting} {path}", by_group(adapter.state)
         if LORA in groups and self.lora is None:
-            raise UserError(f"{where}: it holds LoRA, which stage probe has no use for; go on with --stage tune")
+            raise UserError(
+                f"{where}: it holds LoRA, which stage probe has no use for; go on with --stage tune"
+            )
         before = adapter.info.config.get(self.name, {})
         for key in ARCHITECTURE:
             then, now = before.get(key, getattr(self.config, key)), getattr(self.config, key)
@@ -204,7 +213,8 @@ class DPT:
         """The six passes, and the weighted sum of the losses.
 
         Logs: loss; loss/NAME of each term; probe/i2t and probe/t2i, the shares of examples whose positive
-        candidate has the highest score (of three); probe/cardinality, how far the number of found objects is off.
+        candidate has the highest score (of three); probe/cardinality, how far the number of found objects
+        is off.
         """
         told = [cast("Grounded", x) for x in batch.extra["grounded"]]
         latents = self._latents(batch, told, ctx)
@@ -213,7 +223,11 @@ class DPT:
         if self.config.noise_offset:
             constant = self._noise((len(told), latents.shape[2], 1, 1), ctx)
             eps = eps + self.config.noise_offset * constant
-        texts = [text for p, g in zip(batch.prompts, told, strict=True) for text in (g.expression, p, g.hard_prompt, g.random_prompt)]
+        texts = [
+            text
+            for p, g in zip(batch.prompts, told, strict=True)
+            for text in (g.expression, p, g.hard_prompt, g.random_prompt)
+        ]
         with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
             cond, summaries = self.model.summarised(texts)
         dropout = None
@@ -261,11 +275,13 @@ class DPT:
             terms["denoise"] = snr_weighted_error(prediction, target, snr, self.config.snr_gamma)
         loss = torch.stack([self.config.weight(name) * term for name, term in terms.items()]).sum()
         ctx.backward(loss)
-        return {"loss": float(loss.detach())} | {f"loss/{k}": float(x.detach()) for k, x in terms.items()} | found
+        return (
+            {"loss": float(loss.detach())}
+            | {f"loss/{k}": float(x.detach()) for k, x in terms.items()}
+            | found
+        )
 
-    def look(
-        self, latents: Tensor, t: Tensor, eps: Tensor, cond: TextCond
-    ) -> tuple[Tensor, Tensor | None]:
+    def look(self, latents: Tensor, t: Tensor, eps: Tensor, cond: TextCond) -> tuple[Tensor, Tensor | None]:
         """States (layers, R, Q, d) of all passes, and the prediction (B, C, h, w) of the positive one, None
         where there is no use for it.
         """
