@@ -242,6 +242,8 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Resolved], bool], str], ...] = (
      lambda r: not r.method_config.pictures and r.data.name != "shapes", "the method sees captions alone"),
     (("data.column",), lambda r: r.data.name not in ("prompts", "captions"),
      "data.name is not prompts or captions"),
+    (("data.expressions", "data.negatives"), lambda r: r.data.name != "refcoco",
+     "data.name is not refcoco"),
     (("data.images",), lambda r: r.data.name != "captions", "data.name is not captions"),
     (("data.images",), lambda r: r.data.name == "captions" and not r.method_config.pictures,
      "the method sees captions alone"),

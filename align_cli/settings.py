@@ -117,11 +117,20 @@ class DataSettings:
 
     name: str = "shapes"
     """Registered dataset: shapes, coco, captions (a list that names pictures), or prompts (a list without
-    pictures).
+    pictures); refcoco or shapes for methods that tell pictures and texts apart.
     """
     path: str = ""
-    """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations), or its file (captions,
-    prompts: .csv, .tsv, .jsonl or .json; prompts also .txt); unused by shapes.
+    """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations; refcoco: coco/images, ReC
+    and ITM), or its file (captions, prompts: .csv, .tsv, .jsonl or .json; prompts also .txt); unused by
+    shapes.
+    """
+    expressions: str = "refall"
+    """Refcoco only: refall, refcoco, refcoco+ or refcocog; or a JSON file in MDETR's layout, in whose path
+    {split} stands for train, val or test.
+    """
+    negatives: str = ""
+    """Refcoco only: folder or .tsv file of captions with their hard negatives, {split} as above; empty for
+    the place that DPT's data have them at.
     """
     column: str = ""
     """Prompts and captions only: the column or key of the text; empty for prompt, text or caption (captions:

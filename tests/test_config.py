@@ -295,7 +295,14 @@ def test_model_source(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "table",
-    [registry.METHODS, registry.METHOD_CONFIGS, registry.DATASETS, registry.BENCHMARKS, registry.REWARDS],
+    [
+        registry.METHODS,
+        registry.METHOD_CONFIGS,
+        registry.DATASETS,
+        registry.GROUNDED,
+        registry.BENCHMARKS,
+        registry.REWARDS,
+    ],
     ids=lambda t: t.kind,
 )
 def test_every_registered_name_can_be_imported(table):

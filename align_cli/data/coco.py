@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class CocoDataset:
                 f"{path} holds no captions; it should be the file of that name from cocodataset.org"
             )
         if pictures:
-            self._look_for_images()
+            look_for_images(self.folder, self.files, LAYOUT)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,20 +88,35 @@ class CocoDataset:
         path = self.folder / self.files[index]
         return square_pixels(path, self.settings.image_size, self.settings.interpolation)
 
-    def _look_for_images(self) -> None:
-        try:
-            with os.scandir(self.folder) as entries:
-                there = {entry.name for entry in entries}
-        except OSError as error:
-            raise UserError(
-                f"no image folder {self.folder} ({error.strerror}); --data-path wants {LAYOUT}"
-            ) from error
-        if missing := [name for name in self.files if name not in there]:
-            raise UserError(
-                f"{len(missing)} of {len(self.files)} images are missing in {self.folder}, the first is "
-                f"{missing[0]}; "
-                f"unpack all of {self.split}2017.zip, or use fewer with --set data.num_examples=N"
-            )
+
+def look_for_images(folder: Path, files: Sequence[str], layout: str) -> None:
+    """UserError if one of the files is not in the folder. layout: what --data-path wants, in words."""
+    try:
+        with os.scandir(folder) as entries:
+            there = {entry.name for entry in entries}
+    except OSError as error:
+        raise UserError(f"no image folder {folder} ({error.strerror}); --data-path wants {layout}") from error
+    if missing := [name for name in files if name not in there]:
+        raise UserError(
+            f"{len(missing)} of {len(files)} images are missing in {folder}, the first is {missing[0]}; "
+            f"unpack all of {folder.name}.zip, or use fewer with --set data.num_examples=N"
+        )
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """The picture of a file. UserError naming it if it is missing, no image, or cut off."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is no image that can be read; replace or remove it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} is broken: {error}; fetch it again or remove it") from error
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """(3, H, W) float32 in [-1, 1] of an RGB picture."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
 
 
 def square_pixels(path: Path, size: int, interpolation: str) -> Tensor:
@@ -109,13 +125,7 @@ def square_pixels(path: Path, size: int, interpolation: str) -> Tensor:
     Raises:
         UserError: the file is missing, no image, or cut off; names the file.
     """
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is no image that can be read; replace or remove it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} is broken: {error}; fetch it again or remove it") from error
+    image = read_rgb(path)
     width, height = image.size
     if width <= height:
         width, height = size, int(size * height / width)
@@ -125,8 +135,7 @@ def square_pixels(path: Path, size: int, interpolation: str) -> Tensor:
         image = image.resize((width, height), FILTERS[interpolation])
     # Half to even as torchvision's CenterCrop rounds.
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
-    image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
+    return to_pixels(image.crop((left, top, left + size, top + size)))
 
 
 def find_root(path: str) -> Path:

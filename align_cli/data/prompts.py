@@ -88,19 +88,23 @@ def decoded(raw: bytes, path: Path, line: int = 1) -> str:
 
 
 @contextmanager
-def table_rows(lines: Iterable[str], *, quoted: bool, longest: int) -> Iterator[Any]:
+def table_rows(
+    lines: Iterable[str], *, quoted: bool, longest: int, tabs: bool | None = None
+) -> Iterator[Any]:
     """A csv reader of the rows of a table, while the `with` block lasts.
 
     Args:
-        quoted: comma-separated with quotes; else tabs and no quotes, as PartiPrompts.tsv is.
+        quoted: cells may stand in quotes; else quotes are text, as in PartiPrompts.tsv.
         longest: characters that a cell may have; the csv module takes 131,072 by itself.
+        tabs: between the cells, in place of commas; None: where there are no quotes.
     """
+    delimiter = "\t" if (not quoted if tabs is None else tabs) else ","
     before = csv.field_size_limit(longest)
     try:
         if quoted:
-            yield csv.reader(lines, strict=True)
+            yield csv.reader(lines, delimiter=delimiter, strict=True)
         else:
-            yield csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+            yield csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
     finally:
         csv.field_size_limit(before)
 

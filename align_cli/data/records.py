@@ -51,6 +51,8 @@ class RecordFile(ABC):
     kind: ClassVar[str]
     """What the records are, in words: "prompt"."""
     formats: ClassVar[tuple[str, ...]] = FORMATS
+    quoted: ClassVar[tuple[str, ...]] = (".csv",)
+    """Tables whose cells may stand in quotes."""
 
     def __init__(self, path: str, *, most: int = 0) -> None:
         """Look through the file, or through its first `most` records.
@@ -128,7 +130,7 @@ class RecordFile(ABC):
         if isinstance(reader, Entries):
             yield from reader
         elif self.suffix in TABLES:
-            yield from _rows(reader, quoted=self.suffix == ".csv")
+            yield from _rows(reader, quoted=self.suffix in self.quoted, tabs=self.suffix == ".tsv")
         else:
             is_json = self.suffix == ".jsonl"
             for line in reader:
@@ -140,14 +142,14 @@ class RecordFile(ABC):
         if self.suffix in TABLES:
             missing = len(self.header) - len(record)
             if missing < 0:
-                quoted = self.suffix == ".csv"
+                quoted = self.suffix in self.quoted
                 raise too_many_cells(reader.where, len(record), len(self.header), quoted=quoted)
             record = [*record, *[""] * missing]
         return self.parse(record, reader.where)
 
 
-def _rows(lines: Lines, *, quoted: bool) -> Iterator[list[str]]:
-    with table_rows(lines, quoted=quoted, longest=LONGEST) as reader:
+def _rows(lines: Lines, *, quoted: bool, tabs: bool) -> Iterator[list[str]]:
+    with table_rows(lines, quoted=quoted, longest=LONGEST, tabs=tabs) as reader:
         while True:
             first = lines.number + 1
             try:

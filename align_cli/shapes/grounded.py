@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from align_cli.data.base import Example
-from align_cli.data.grounded import Grounded
+from align_cli.data.grounded import Grounded, relative
 from align_cli.errors import UserError
 from align_cli.shapes.captions import counterfactual, phrase, recaption
 from align_cli.shapes.dataset import ShapesDataset
@@ -43,7 +41,7 @@ class GroundedShapes(ShapesDataset):
         other = self._other(index, rng)
         grounded = Grounded(
             expression=expression,
-            boxes=_relative(boxes),
+            boxes=relative(boxes, (SIZE, SIZE)),
             spans=[[(0, len(expression))] for _ in boxes],
             hard_prompt=false.text,
             random_prompt=recaption(self.scenes[other], rng, long_rate=self.long_rate).text,
@@ -68,10 +66,3 @@ class GroundedShapes(ShapesDataset):
 
 def _objects(scene: Scene) -> list[Kind]:
     return sorted(thing.kind for thing in scene.things)
-
-
-def _relative(boxes: list[tuple[float, float, float, float]]) -> Tensor:
-    """(T, 4) centres and sizes relative to the picture, of corners x0, y0, x1, y1 in pixels."""
-    corners = torch.tensor(boxes)
-    first, last = corners[:, :2], corners[:, 2:]
-    return torch.cat([(first + last) / 2, last - first], dim=1) / SIZE
