@@ -190,7 +190,8 @@ def _data(asked: Asked, plan: Plan, data: str | None) -> DataSettings:
     model_own = SHAPES if registry.is_embedded(plan.model.name) else "refcoco"
     name = data or own or model_own
     registry.path_of(registry.GROUNDED, name)
-    settings = held if held is not None and held.name == name else DataSettings(name=name)
+    usual = DataSettings(name=name, interpolation="bilinear")  # as DPT's data are resized
+    settings = held if held is not None and held.name == name else usual
     if name == SHAPES and asked.data_path is not None:
         raise UserError("--data-path means nothing to the shapes dataset, which is generated")
     path = settings.path if asked.data_path is None else str(asked.data_path)

@@ -28,6 +28,7 @@ from align_cli.sampling import picture_seeds
 
 ROWS = (("own", "caption"), ("own", "hard"), ("own", "random"), ("hard", "caption"), ("random", "caption"))
 """(picture, text) of the pairs that are scored for every item."""
+NO_BOX = torch.zeros(0, 4)
 SCORES = tuple(f"score/{picture}-picture-{text}-text" for picture, text in ROWS)
 TOP = 10
 """Boxes of an item that are looked at, those of the highest scores."""
@@ -77,9 +78,10 @@ class Item:
 class Probed:
     """What one discriminator says.
 
-    scores: (N, 5), of the pairs ROWS. galleries: (G, G) each, the score of every picture under every caption
-    (rows are pictures) of one block of items after another. boxes: N times (K, 4), the best first.
-    pictures: of the first items, (H, W, 3) uint8.
+    scores: (N, 5), of the pairs ROWS; NaN where an item is not for matching. galleries: (G, G) each, the
+    score of every picture under every caption (rows are pictures) of one block of items after another.
+    boxes: N times (K, 4), the best first; (0, 4) where an item is not for grounding. pictures: of the first
+    items, (H, W, 3) uint8.
     """
 
     items: list[Item]
@@ -134,7 +136,7 @@ def probe(
         UserError: scores that are no finite numbers.
     """
     eye = _Eye(method, model, setting, picture_seeds(setting.seed, len(indices)))
-    found = Probed([], np.zeros((len(indices), len(ROWS))), [], [], [])
+    found = Probed([], np.full((len(indices), len(ROWS)), np.nan), [], [], [])
     own: list[Tensor] = []
     size = max(1, setting.batch_size // len(ROWS))
     for start in range(0, len(indices), size):
@@ -142,22 +144,16 @@ def probe(
         examples = [dataset.get(i, np.random.default_rng([setting.seed, 71, i])) for i in some]
         told = [cast("Grounded", example.extra["grounded"]) for example in examples]
         pixels = [cast("Tensor", example.pixels) for example in examples]
-        sees = {
-            "own": eye.noisy(pixels, start),
-            "hard": eye.noisy([g.hard_pixels for g in told], start),
-            "random": eye.noisy([g.random_pixels for g in told], start),
-        }
         captions = [example.prompt for example in examples]
-        texts = {
-            "caption": captions,
-            "hard": [g.hard_prompt for g in told],
-            "random": [g.random_prompt for g in told],
-        }
-        z = torch.cat([sees[picture] for picture, _ in ROWS])
-        scores = eye.scores(z, [text for _, name in ROWS for text in texts[name]])
-        found.scores[start : start + len(some)] = scores.view(len(ROWS), -1).T.numpy()
-        found.boxes.extend(eye.boxes(sees["own"], [g.expression for g in told]))
-        own.extend(sees["own"])
+        z = eye.noisy(pixels, range(start, start + len(some)))
+        matched = [k for k, g in enumerate(told) if g.for_matching]
+        if matched:
+            found.scores[[start + k for k in matched]] = _matched(eye, z, captions, told, matched, start)
+        named = [k for k, g in enumerate(told) if g.for_grounding]
+        boxes = eye.boxes(z[named], [told[k].expression for k in named]) if named else []
+        by_place = dict(zip(named, boxes, strict=True))
+        found.boxes.extend(by_place.get(k, NO_BOX) for k in range(len(some)))
+        own.extend(z)
         for i, caption, g, x in zip(some, captions, told, pixels, strict=True):
             digest = sha256(x.numpy().tobytes()).hexdigest()[:16]
             found.items.append(Item(i, caption, g.expression, digest, g.boxes))
@@ -165,12 +161,31 @@ def probe(
                 found.pictures.append(to_uint8((x[None] + 1) / 2)[0])
         progress(PROBING, len(some))
     found.galleries.extend(_galleries(eye, own, [item.caption for item in found.items], setting, progress))
-    if not all(np.isfinite(x).all() for x in (found.scores, *found.galleries)):
-        raise UserError(
-            f"the discriminator gives scores on {model.model_id} that are no finite numbers; try --dtype "
-            "float32"
-        )
     return found
+
+
+def _matched(
+    eye: _Eye, own: Tensor, captions: list[str], told: list[Grounded], places: list[int], start: int
+) -> np.ndarray:
+    """(M, 5): scores of the pairs ROWS of the items at `places` of a batch that starts with item `start`.
+
+    own: (B, C, h, w) of the whole batch.
+    """
+    some = [told[k] for k in places]
+    numbers = [start + k for k in places]
+    sees = {
+        "own": own[places],
+        "hard": eye.noisy([g.hard_pixels for g in some], numbers),
+        "random": eye.noisy([g.random_pixels for g in some], numbers),
+    }
+    texts = {
+        "caption": [captions[k] for k in places],
+        "hard": [g.hard_prompt for g in some],
+        "random": [g.random_prompt for g in some],
+    }
+    z = torch.cat([sees[picture] for picture, _ in ROWS])
+    scores = eye.scores(z, [text for _, name in ROWS for text in texts[name]])
+    return scores.view(len(ROWS), -1).T.numpy()
 
 
 @dataclass(frozen=True)
@@ -182,20 +197,30 @@ class _Eye:
     setting: Setting
     seeds: list[int]
 
-    def noisy(self, pixels: list[Tensor], start: int) -> Tensor:
-        """(B, C, h, w) of pictures (3, H, W), with the noise of the items from `start` on."""
+    def noisy(self, pixels: list[Tensor], numbers: Sequence[int]) -> Tensor:
+        """(B, C, h, w) of pictures (3, H, W), with the noise of the items of these numbers."""
         latents = self.model.encode_image(torch.stack(pixels))
-        seeds = self.seeds[start : start + len(pixels)]
+        seeds = [self.seeds[i] for i in numbers]
         noise = [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
         eps = torch.stack(noise).to(latents.device, latents.dtype)
         return self.model.process.add_noise(latents, eps, self._t(len(pixels)))
 
     def scores(self, z_t: Tensor, prompts: list[str], vectors: Tensor | None = None) -> Tensor:
-        """(B,) float32 on the CPU: the best query's cosine with the text. vectors: (B, D) of the prompts."""
+        """(B,) float32 on the CPU: the best query's cosine with the text. vectors: (B, D) of the prompts.
+
+        Raises:
+            UserError: they are no finite numbers.
+        """
         if vectors is None:
             vectors = self.method.text_vectors(prompts)
         seen = self.method.matching(z_t, self._t(len(z_t)), prompts).float()
-        return matching_logits(seen[:, None], vectors[:, None].float())[:, 0].cpu()
+        found = matching_logits(seen[:, None], vectors[:, None].float())[:, 0].cpu()
+        if not torch.isfinite(found).all():
+            raise UserError(
+                f"the discriminator gives scores on {self.model.model_id} that are no finite numbers; try "
+                "--dtype float32"
+            )
+        return found
 
     def boxes(self, z_t: Tensor, expressions: list[str]) -> list[Tensor]:
         """(K, 4) float32 on the CPU of each, the best first."""

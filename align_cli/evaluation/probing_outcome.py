@@ -112,7 +112,7 @@ def outcome(
         "items": [
             {
                 "id": str(item.index),
-                "prompt": f"{item.caption} [boxes: {item.expression}]",
+                "prompt": item.caption + (f" [boxes: {item.expression}]" if len(item.boxes) else ""),
                 "groups": {},
                 "k": 0,
                 "seed": None,
@@ -182,15 +182,18 @@ def _notes(arms: Sequence[Arm]) -> list[str]:
     notes = []
     for arm in arms:
         if equal := ties(arm.probed):
-            notes.append(f"{arm.name}: {equal} of {2 * len(probed.items)} hard pairs are ties, counted half")
+            notes.append(f"{arm.name}: {equal} pairs with hard negatives are ties, which count half")
     if len({arm.timestep for arm in arms}) > 1:
         each = ", ".join(f"{arm.name} {arm.timestep}" for arm in arms)
         notes.append(f"asked at different timesteps, each as it was set up (dpt.eval_timestep): {each}")
     if probed.galleries and (rest := len(probed.items) - sum(map(len, probed.galleries))):
         size = len(probed.galleries[0])
         notes.append(f"{rest} items are left out of retrieval: galleries are of {size} items each")
-    if without := sum(not len(item.boxes) for item in probed.items):
-        notes.append(f"{without} expressions name nothing in their picture and are left out of grounding")
+    asked = np.isfinite(probed.scores[:, 0]).sum(), sum(len(item.boxes) > 0 for item in probed.items)
+    if min(asked) < len(probed.items):
+        notes.append(
+            f"of {len(probed.items)} items, {asked[0]} are for matching and {asked[1]} for grounding"
+        )
     return notes
 
 
