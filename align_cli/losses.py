@@ -246,7 +246,8 @@ def align_loss(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    similar = queries.float() @ tokens.float().transpose(1, 2) / temperature
+    with torch.autocast(queries.device.type, enabled=False):
+        similar = queries.float() @ tokens.float().mT / temperature
     positive = matched_tokens(matches, targets, queries.shape[1])
     return (_one_way(similar, positive) + _one_way(similar.mT, positive.mT)) / 2 / count
 

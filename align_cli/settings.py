@@ -133,8 +133,9 @@ class DataSettings:
     the place that DPT's data have them at.
     """
     column: str = ""
-    """Prompts and captions only: the column or key of the text; empty for prompt, text or caption (captions:
-    caption, text or prompt), whichever is there first; prompts: else the first column of a table.
+    """Prompts and captions only: the column or key of the text; empty for prompt, text, caption or
+    captions (dataset captions: caption, text or prompt), whichever is there first; prompts: else the first
+    column of a table.
     """
     images: str = ""
     """Captions only: folder that the names of the pictures begin at; empty for that of the list."""

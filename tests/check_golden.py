@@ -44,8 +44,8 @@ from align_cli.errors import UserError
 
 KINDS = [
     *comat.KINDS, *dpt.KINDS, *dpt_discriminator.KINDS, *dpt_steps.KINDS, *imagereward.KINDS,
-    *longalign.KINDS, *longalign_lcm.KINDS, *longalign_lora.KINDS, *longalign_steps.KINDS, *longalign_text.KINDS, *softrepa.KINDS,
-    *textcraftor.KINDS,
+    *longalign.KINDS, *longalign_lcm.KINDS, *longalign_lora.KINDS, *longalign_steps.KINDS,
+    *longalign_text.KINDS, *softrepa.KINDS, *textcraftor.KINDS,
 ]  # fmt: skip
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
+import numpy as np
 import pytest
 import torch
 
-from align_cli.shapes.build import components
+from align_cli.models.roberta import load_roberta
+from align_cli.shapes.build import components, phrases
 from align_cli.shapes.build.painters import PAINTERS, SDXL, _widen
 from align_cli.shapes.build.run import Stage
 
@@ -90,6 +93,36 @@ def test_what_the_flow_model_is_taught(stages, monkeypatch):
     found = model.goal(x0, eps, t, ids, empty)
     assert torch.equal(found[[0, 4]], (eps - x0)[[0, 4]])
     assert not torch.allclose(found[1], (eps - x0)[1], atol=0.1)
+
+
+def test_words_to_guess():
+    """The labels are the words themselves, and nothing is asked of padding, start and end; what is not asked
+    is left as it was.
+    """
+    tok, rng = components.roberta_tokenizer(), np.random.default_rng(0)
+    texts = phrases.captions(300, rng, "train", 0.5)
+    ids, mask, labels = phrases.covered(tok, texts, rng)
+    true = tok(texts, padding=True, return_tensors="pt").input_ids
+    asked = labels != phrases.IGNORED
+    words = ~torch.isin(true, torch.tensor(tok.all_special_ids))
+    assert torch.equal(labels[asked], true[asked]) and torch.equal(ids[~asked], true[~asked])
+    assert words[asked].all() and torch.equal(mask.bool(), true != tok.pad_token_id)
+    assert asked.sum() / words.sum() == pytest.approx(phrases.CHOSEN, abs=0.02)
+    hidden = ids[asked] == tok.mask_token_id
+    assert hidden.float().mean() == pytest.approx(phrases.HIDDEN, abs=0.03)
+    assert (ids[asked][~hidden] == true[asked][~hidden]).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_phrase_encoder_learns(tmp_path, monkeypatch):
+    """A few steps, and a folder that its reader opens."""
+    whole = phrases.evaluate
+    monkeypatch.setattr(phrases, "BATCH", 8)
+    monkeypatch.setattr(phrases, "evaluate", lambda *given: whole(*given[:3], 4))
+    phrases.train(tmp_path, 3, 0, "roberta")
+    facts = json.loads((tmp_path / "roberta.json").read_text())
+    assert facts["steps"] == 3 and 0 <= facts["measured"]["test_hidden_word"] < 0.5
+    reader = load_roberta(str(tmp_path / "tiny-roberta"), device="cpu", dtype=torch.float32)
+    assert reader.width == components.ROBERTA_WIDTH and reader.limit == components.ROBERTA_LIMIT
 
 
 def test_stage_stopped_twice_ends_as_one_that_ran_through(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align_cli.grounding.matching import Match
+from align_cli.grounding.matching import Match, costs
 from align_cli.grounding.targets import Targets
 from align_cli.losses import (
     align_loss,
@@ -150,6 +150,23 @@ def test_align_gradient():
     pairs = matched([(0, 1), (2, 0)])
     check(lambda x: align_loss(x, tokens, pairs, wanted, 2.0, 1.0), queries)
     check(lambda x: align_loss(queries, x, pairs, wanted, 2.0, 1.0), tokens)
+
+
+def test_autocast_changes_nothing():
+    rng = torch.Generator().manual_seed(0)
+    queries, tokens = torch.randn(1, 3, 4, generator=rng), torch.randn(1, 5, 4, generator=rng)
+    wanted = targets([[0.5] * 4] * 2, [2], [[1, 1, 0, 0, 0], [0, 1, 0, 1, 0]])
+    logits, boxes = torch.randn(1, 3, 5, generator=rng), torch.rand(1, 3, 4, generator=rng)
+    log_scale, pairs = torch.tensor(2.0), matched([(0, 1), (2, 0)])
+
+    def values() -> list[Tensor]:
+        found = [align_loss(queries, tokens, pairs, wanted, 2.0), *costs(logits, boxes, wanted)]
+        found += [soft_token_loss(logits, pairs, wanted, 2.0), *box_losses(boxes, pairs, wanted, 2.0)]
+        return [*found, matching_loss(matching_logits(queries[None], tokens[:, :1]), log_scale)]
+
+    plain = values()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(plain, values(), strict=True))
 
 
 def test_cardinality_error_by_hand():

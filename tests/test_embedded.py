@@ -13,6 +13,7 @@ from transformers import CLIPModel
 from align_cli import config, registry
 from align_cli.evaluation.benchmarks import measure
 from align_cli.models.loading import load_model
+from align_cli.models.roberta import load_roberta
 from align_cli.models.t5 import load_t5
 from align_cli.settings import ModelSettings
 from align_cli.shapes.dataset import eval_prompts
@@ -28,7 +29,7 @@ def card(name: str) -> dict:
 
 def test_every_folder_is_a_model_and_all_are_small():
     assert sorted(path.name for path in registry.WEIGHTS.iterdir()) == sorted(
-        [*PIPELINES, "tiny-clip", "tiny-t5"]
+        [*PIPELINES, "tiny-clip", "tiny-roberta", "tiny-t5"]
     )
     assert sum(path.stat().st_size for path in registry.WEIGHTS.rglob("*.safetensors")) < MOST_BYTES
 
@@ -43,6 +44,27 @@ def test_card_of_tiny_t5():
     counts = [len(tokenizer(text)["input_ids"]) for text in texts]
     assert counts == [len(text.split()) + 1 for text in texts] and max(counts) <= 64
     assert facts["measured_fp16"]["test_written_right"] > 0.5
+
+
+def test_card_of_tiny_roberta():
+    """Its class and size; every word of the grammar is one token, whose characters lead to it; and phrases
+    that differ in one word differ in that word most.
+    """
+    facts = card("tiny-roberta")
+    reader = load_roberta("embedded:tiny-roberta", device="cpu", dtype=torch.float32)
+    assert facts["class"] == "transformers.RobertaModel"
+    assert facts["parameters"] == sum(p.numel() for p in reader.encoder.parameters())
+    assert sum(p.stat().st_size for p in (registry.WEIGHTS / "tiny-roberta").iterdir()) < 700_000
+    texts = [p.text for p in eval_prompts(200, 0, kinds=("single", "count", "long"))]
+    encoding = reader.read(texts)
+    assert encoding["attention_mask"].sum(1).tolist() == [len(text.split()) + 2 for text in texts]
+    for row, text in enumerate(texts[:20]):
+        ends = [encoding.token_to_chars(row, i + 1) for i in range(len(text.split()))]
+        assert [text[at.start : at.end] for at in ends] == text.split()
+    states = reader.states(reader.read(["two red circles", "two blue circles"]))
+    assert (states[0] - states[1]).norm(dim=-1).argmax() == 2
+    measured = facts["measured_fp16"]
+    assert measured["test_hidden_word"] > 0.6 and measured["test_seen_word"] > 0.95
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -66,7 +88,7 @@ def test_card_of_the_reward_model():
     assert facts["measured_fp16"]["test_hard_negative"] >= 0.9
 
 
-@pytest.mark.parametrize("name", [*PIPELINES, "tiny-clip"])
+@pytest.mark.parametrize("name", [*PIPELINES, "tiny-clip", "tiny-roberta"])
 def test_no_path_of_a_machine_in_any_configuration(name):
     for path in (registry.WEIGHTS / name).rglob("*config.json"):
         text = path.read_text()

@@ -168,9 +168,33 @@ def test_one_column_may_be_named(tmp_path):
     assert "data.column is 'x', but" in error(text, column="x")
 
 
+def layout_list() -> list[dict]:
+    """Two entries as the files of LayoutLLM-T2I have them (COCO-NSS1K)."""
+    return [
+        {"img_id": 2021, "name": "COCO_val2014_000000002021.jpg", "width": 640, "height": 480,
+         "bbox": [[0.5, 0.4, 0.2, 0.3], [0.1, 0.2, 0.1, 0.1]], "label": ["dog", "bench"],
+         "captions": "A dog to the left of a bench."},
+        {"img_id": 3, "name": "COCO_val2014_000000000003.jpg", "width": 500, "height": 375,
+         "bbox": [[0.5, 0.5, 1.0, 1.0]], "label": ["cat"], "captions": "Two cats."},
+    ]  # fmt: skip
+
+
+def test_lists_of_layoutllm_t2i(tmp_path):
+    wanted = ["A dog to the left of a bench.", "Two cats."]
+    assert prompts(write(tmp_path / "five_category.json", json.dumps(layout_list()))) == wanted
+    official = [{"caption": entry["captions"], **entry} for entry in layout_list()]  # the key of DPT's loader
+    assert prompts(write(tmp_path / "both.json", json.dumps(official))) == wanted
+    several = [{"captions": ["one", "two"]}]
+    assert "entry 1: the prompt is no text but ['one'" in error(
+        write(tmp_path / "c.json", json.dumps(several))
+    )
+
+
 def test_the_column_that_is_taken_by_position_is_told(tmp_path):
     path = write(tmp_path / "p.csv", "words,raw\na,b\n")
-    with pytest.warns(UserWarning, match=r"p\.csv, header: no column prompt, text, caption; .*'words'"):
+    with pytest.warns(
+        UserWarning, match=r"p\.csv, header: no column prompt, text, caption, captions; .*'words'"
+    ):
         assert prompts(path) == ["a"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -233,7 +257,7 @@ def test_fingerprint(tmp_path):
         ("p.csv", b'prompt\n"a\nb\xff"\n', "line 3: not UTF-8 text"),
         ("p.tsv", "prompt\tn\na\tb\tc\n", "line 2: 3 cells but the header has 2"),
         ("p.tsv", b"prompt\na\0\n", "line 2: a zero byte"),
-        ("p.jsonl", '"a"\n\n{"b": 1}\n', "line 3: no 'prompt' or 'text' or 'caption' among 'b'"),
+        ("p.jsonl", '"a"\n\n{"b": 1}\n', "line 3: no 'prompt' or 'text' or 'caption' or 'captions' among"),
         ("p.jsonl", '"a"\n{"prompt": \n', "line 2: not valid JSON"),
         ("p.jsonl", '{"prompt": null}\n', "line 1: the prompt is no text but None"),
         ("p.jsonl", "3\n", "line 1: neither a text nor an object"),

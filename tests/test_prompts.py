@@ -91,10 +91,25 @@ def test_a_prompt_of_ten_thousand_words(tmp_path: Path, name: str):
 def test_the_column_can_be_named(tmp_path: Path):
     path = write(tmp_path / "p.tsv", "what\tstyle\na red circle\tphoto\n")
     assert read_prompts(path, column="what").rows[0].groups == {"style": "photo"}
-    with pytest.raises(UserError, match=r"no 'prompt' or 'text' or 'caption' among 'what', 'style'"):
+    with pytest.raises(
+        UserError, match=r"no 'prompt' or 'text' or 'caption' or 'captions' among 'what', 'style'"
+    ):
         read_prompts(path)
     with pytest.raises(UserError, match="no 'words' among 'what', 'style'"):
         read_prompts(path, column="words")
+
+
+def test_lists_of_layoutllm_t2i(tmp_path: Path):
+    """COCO-NSS1K names the prompt captions; the boxes are kept beside it."""
+    entry = {
+        "img_id": 3,
+        "name": "a.jpg",
+        "bbox": [[0.5, 0.5, 1.0, 1.0]],
+        "label": ["cat"],
+        "captions": "a cat",
+    }
+    (row,) = read_prompts(write(tmp_path / "p.json", json.dumps([entry]))).rows
+    assert row.text == "a cat" and row.extra["bbox"] == entry["bbox"] and row.groups == {}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +129,7 @@ def test_the_column_can_be_named(tmp_path: Path):
         ("p.json", "[" * 100_000, "not valid JSON"),
         ("p.json", '{"prompt": "a"}', "is no list"),
         ("p.json", "[1]", "entry 1: neither a text nor an object"),
-        ("p.jsonl", '"a"\n{"b": 1}\n', "line 2: no 'prompt' or 'text' or 'caption' among 'b'"),
+        ("p.jsonl", '"a"\n{"b": 1}\n', "line 2: no 'prompt' or 'text' or 'caption' or 'captions' among 'b'"),
         ("p.json", '["a", "b \\ud83d"]', "entry 2: the prompt holds '\\ud83d', half of a character"),
         ("p.jsonl", '{"prompt": "\\ude00 b"}', "line 1: the prompt holds '\\ude00', half of a character"),
         ("p.jsonl", '{"prompt": 3}\n', "line 1: the prompt is no text but 3"),

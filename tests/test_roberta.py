@@ -59,6 +59,8 @@ def test_padding_is_not_read(reader):
     assert ids.shape == mask.shape and mask[0].all() and mask[2].sum() == 2
     states = reader.states(encoding)
     assert states.shape == (3, ids.shape[1], 16) and reader.width == 16 and not states.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reader.states(encoding), states)
     for phrase, row, seen in zip(PHRASES, states, mask, strict=True):
         alone = reader.states(reader.read([phrase]))[0]
         torch.testing.assert_close(row[: seen.sum()], alone, atol=1e-5, rtol=1e-5)

@@ -85,7 +85,7 @@ TrainData = Annotated[
     typer.Option(
         "--data",
         metavar="NAME",
-        help=f"Dataset: {', '.join(registry.DATASETS)}; of methods that tell pictures and texts apart: "
+        help=f"Dataset: {', '.join(registry.DATASETS)}. Of methods that tell pictures and texts apart: "
         f"{', '.join(registry.GROUNDED)}.",
     ),
 ]

@@ -20,9 +20,9 @@ class PromptDataset(RecordFile):
     """The prompts of a file, in its order, without pictures.
 
     TXT: one per line, without the blanks around it. CSV (with quotes) and TSV (without): the column
-    data.column, else the one that is called prompt, text or caption, else the first. JSONL: a text or an
-    object in each line, with one of these keys. JSON: a list of such. Empty prompts are kept; blank lines,
-    and how little is kept in memory: see `RecordFile`.
+    data.column, else the one that is called prompt, text, caption or captions, else the first. JSONL: a text
+    or an object in each line, with one of these keys. JSON: a list of such. Empty prompts are kept; blank
+    lines, and how little is kept in memory: see `RecordFile`.
     Source: TextCraftor's official data code, pandas.read_csv(keep_default_na=False) and the first column.
     """
 

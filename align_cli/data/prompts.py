@@ -16,8 +16,9 @@ from typing import Any
 from align_cli.errors import UserError
 
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
-TEXT_COLUMNS = ("prompt", "text", "caption")
-"""Names, in any case, of the column or key that holds the prompt; the first that is there counts."""
+TEXT_COLUMNS = ("prompt", "text", "caption", "captions")
+"""Names, in any case, of the column or key that holds the prompt; the first that is there counts. captions:
+one text, in the lists of LayoutLLM-T2I (COCO-NSS1K)."""
 BOM = "\ufeff"
 """Byte-order mark, which some programs put in front of UTF-8."""
 WANTED = "--prompts wants a text file with one prompt per line"

@@ -43,7 +43,7 @@ def costs(
     Args:
         logits: (B, Q, K). boxes: (B, Q, 4) centres.
     Returns:
-        B times (Q, T_i) float32; NaN where GIoU is.
+        B times (Q, T_i) float32, also under autocast; NaN where GIoU is.
     Raises:
         ValueError: targets of another number of pictures.
     Source: DPT models/matcher.py. Deviations: none.
@@ -52,7 +52,8 @@ def costs(
         raise ValueError(f"{len(boxes)} pictures of queries, but targets of {len(targets.counts)}")
     boxes = boxes.float()
     flat = boxes.flatten(0, 1)
-    classes = logits.float().softmax(-1).flatten(0, 1) @ targets.classes.T
+    with torch.autocast(flat.device.type, enabled=False):
+        classes = logits.float().softmax(-1).flatten(0, 1) @ targets.classes.T
     distance = (flat[:, None] - targets.boxes[None]).abs().sum(-1)
     overlap = giou(to_corners(flat), to_corners(targets.boxes))
     all_costs = box_weight * distance - class_weight * classes - giou_weight * overlap

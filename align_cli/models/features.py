@@ -95,7 +95,8 @@ def observe(
             prediction = call()
         except _EnoughError:
             return seen, None
-    return seen, prediction
+    assert to_end is not None
+    return seen, prediction if order[last + 1 :] else prediction[to_end]
 
 
 @contextmanager
@@ -108,7 +109,44 @@ def _hooked() -> Iterator[list[Any]]:
             hook.remove()
 
 
-def _rows(value: Any, size: int, rows: slice) -> Any:
+@contextmanager
+def alike_at_first(unet: nn.Module, first: Tensor, again: Tensor) -> Iterator[None]:
+    """Inside, what a UNet computes before it reads the text is computed once for rows that are alike: of the
+    same latent and timestep, under different texts. Not for SDXL, whose time embedding has the text in it.
+
+    Args:
+        first: (U,) one row of each kind. again: (R,) the kind of each row.
+    """
+    with _hooked() as hooks:
+        for module in _before_text(unet):
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs: (
+                        _rows(args, len(again), first), _rows(kwargs, len(again), first),
+                    ),
+                    with_kwargs=True,
+                )
+            )  # fmt: skip
+            hooks.append(module.register_forward_hook(lambda _m, _i, output: output[again]))
+        yield
+
+
+def _before_text(unet: nn.Module) -> list[nn.Module]:
+    """The modules of a UNet up to its first self-attention; the first cross-attention comes next."""
+    parts: Any = unet
+    found: list[nn.Module] = [parts.conv_in]
+    for block in parts.down_blocks:
+        attentions = getattr(block, "attentions", None)
+        for k, resnet in enumerate(block.resnets):
+            found.append(resnet)
+            if attentions:
+                inner = attentions[k].transformer_blocks[0]
+                return [*found, attentions[k].norm, attentions[k].proj_in, inner.norm1, inner.attn1]
+        found += list(block.downsamplers or [])
+    return found
+
+
+def _rows(value: Any, size: int, rows: slice | Tensor) -> Any:
     """The same arguments with those rows only of every tensor that has all of them."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and len(value) == size else value

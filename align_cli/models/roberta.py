@@ -68,11 +68,14 @@ class PhraseReader:
 
     @torch.no_grad()
     def states(self, encoding: Any) -> Tensor:
-        """(B, L, W), in the encoder's dtype and on its device, without gradient. encoding: from `read`."""
+        """(B, L, W), in the encoder's dtype (also under autocast) and on its device, without gradient.
+        encoding: from `read`.
+        """
         device = self.encoder.device
-        states: Tensor = self.encoder(
-            input_ids=encoding["input_ids"].to(device), attention_mask=encoding["attention_mask"].to(device)
-        ).last_hidden_state
+        with torch.autocast(device.type, enabled=False):
+            states: Tensor = self.encoder(
+                encoding["input_ids"].to(device), encoding["attention_mask"].to(device)
+            ).last_hidden_state
         return states
 
 

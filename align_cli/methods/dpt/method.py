@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -41,7 +41,7 @@ from align_cli.methods.dpt.config import DISCRIMINATOR, LORA, DPTConfig, feature
 from align_cli.methods.dpt.discriminator import Discriminator, Grounding
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.dropout import RowDropout
-from align_cli.models.features import blocks, check_blocks, observe
+from align_cli.models.features import alike_at_first, blocks, check_blocks, observe
 from align_cli.models.lora import LoraTuning, most_rank
 from align_cli.models.roberta import PhraseReader, load_roberta
 from align_cli.models.states import by_group, check_state
@@ -109,8 +109,8 @@ class DPT:
         if config.stage == "tune":
             if config.lora_rank > (most := most_rank(model.denoiser, ATTENTION)):
                 raise UserError(
-                    f"dpt.lora_rank must be at most {most}, the smaller side of the largest layer of the unet "
-                    f"of {model.model_id}, got {config.lora_rank}"
+                    f"dpt.lora_rank must be at most {most}, the smaller side of the largest layer of the "
+                    f"unet of {model.model_id}, got {config.lora_rank}"
                 )
             self.lora = LoraTuning(
                 model.denoiser,
@@ -162,9 +162,9 @@ class DPT:
                 "probe first",
                 stacklevel=2,
             )
-        self.use_phrases(
-            load_roberta(c.phrase_encoder, device=self.model.encoder_device, dtype=torch.float32)
-        )
+        if GROUND in self.passes:
+            device = self.model.encoder_device
+            self.use_phrases(load_roberta(c.phrase_encoder, device=device, dtype=torch.float32))
         if c.from_adapter:
             self._start_from(c.from_adapter)
 
@@ -285,10 +285,9 @@ class DPT:
         """States (layers, R, Q, d) of all passes, and the prediction (B, C, h, w) of the positive one, None
         where there is no use for it.
         """
-        count, number = len(latents), len(self.passes)
-        own = torch.arange(count)[:, None] * len(TEXTS)
-        text = (own + torch.tensor([TEXTS.index(p.text) for p in self.passes])).flatten()
+        count, number, device = len(latents), len(self.passes), t.device
         pictures = [PICTURES.index(p.picture) for p in self.passes]
+        text = _places(count, len(TEXTS), [TEXTS.index(p.text) for p in self.passes], device)
         times = t.repeat_interleave(number)
         noisy = self.model.process.add_noise(
             latents[:, pictures].flatten(0, 1), eps.repeat_interleave(number, 0), times
@@ -296,11 +295,18 @@ class DPT:
         to_end = None
         if self.lora is not None and self.config.weight("denoise"):
             to_end = slice(self.passes.index(POSITIVE), None, number)
-        with nullcontext() if self.lora is not None else torch.no_grad():
+        with ExitStack() as stack:
+            if self.lora is None:
+                stack.enter_context(torch.no_grad())
+            if cond.pooled is None:  # before the first cross-attention the texts make no difference
+                kinds = sorted(set(pictures))
+                first = _places(count, number, [pictures.index(kind) for kind in kinds], device)
+                again = _places(count, len(kinds), [kinds.index(one) for one in pictures], device)
+                stack.enter_context(alike_at_first(self.model.denoiser, first, again))
             seen, prediction = observe(
                 self.model.denoiser,
                 self.names,
-                lambda: self.model.predict(noisy, times, cond[text.to(cond.tokens.device)]),
+                lambda: self.model.predict(noisy, times, cond[text]),
                 to_end=to_end,
                 detach_after=self.config.detach_after,
             )
@@ -465,6 +471,11 @@ class DPT:
             return scores.detach(), slope / scale
 
         return climb
+
+
+def _places(count: int, step: int, columns: list[int], device: torch.device) -> Tensor:
+    """(count * len(columns),) places of these columns in `count` groups of `step` rows."""
+    return (torch.arange(count)[:, None] * step + torch.tensor(columns)).flatten().to(device)
 
 
 def own_feature(unet: nn.Module) -> str:

@@ -23,6 +23,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    RobertaForMaskedLM,
+    RobertaTokenizer,
     T5EncoderModel,
     T5ForConditionalGeneration,
     T5Tokenizer,
@@ -32,7 +34,7 @@ from align_cli.config import resolve
 from align_cli.evaluation import benchmarks
 from align_cli.models.loading import load_model
 from align_cli.settings import PROMPT_KINDS, ModelSettings
-from align_cli.shapes.build import components, contrastive, paraphrase
+from align_cli.shapes.build import components, contrastive, paraphrase, phrases
 from align_cli.shapes.build.painters import PAINTERS
 from align_cli.shapes.dataset import eval_prompts
 from align_cli.shapes.world import SIZE
@@ -46,6 +48,8 @@ def assemble(out: Path) -> None:
         tiny_clip(out)
     if (out / "t5.json").exists():
         tiny_t5(out)
+    if (out / "roberta.json").exists():
+        tiny_roberta(out)
     for stages in CHAINS:
         if (out / f"{stages[-1]}.json").exists():
             pipeline(out, stages)
@@ -100,6 +104,33 @@ def tiny_t5(out: Path) -> None:
         "input": f"{components.T5_LIMIT} tokens at most, padding read along",
         "parameters": sum(p.numel() for p in encoder.parameters()),
         "training": _stages(out, "t5"),
+        "measured_fp16": measured,
+    }
+    _write(folder / "card.json", card)
+
+
+def tiny_roberta(out: Path) -> None:
+    """RoBERTa's encoder, rounded to fp16; with its head measured so."""
+    folder, source = WEIGHTS / "tiny-roberta", out / "tiny-roberta"
+    whole, tok = RobertaForMaskedLM.from_pretrained(source), RobertaTokenizer.from_pretrained(source)
+    encoder = whole.roberta
+    encoder.half().save_pretrained(folder)
+    tok.save_pretrained(folder)
+    _forget_paths(folder)
+    whole.half().float().eval()
+    measured = {
+        f"{split}_{k}": round(v, 4)
+        for split in ("train", "test")
+        for k, v in phrases.evaluate(whole, tok, split).items()
+    }
+    card = {
+        "model": "tiny-roberta",
+        "class": "transformers.RobertaModel",
+        "trained_on": "captions and phrases of the shapes world, training split: guess the words that are "
+        "hidden or wrong",
+        "input": f"{components.ROBERTA_LIMIT} tokens at most, padding masked out",
+        "parameters": sum(p.numel() for p in encoder.parameters()),
+        "training": _stages(out, "roberta"),
         "measured_fp16": measured,
     }
     _write(folder / "card.json", card)

@@ -19,6 +19,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaTokenizer,
     T5Config,
     T5ForConditionalGeneration,
     T5Tokenizer,
@@ -38,6 +41,10 @@ T5_WIDTH = 96
 """Width of tiny-t5, which is not that of the CLIP tower: the adapter has to make one of the other."""
 T5_LIMIT = 96
 """Tokens tiny-t5 reads: more than any caption of the grammar has."""
+ROBERTA_WIDTH = 80
+"""Width of tiny-roberta, which is that of nothing else."""
+ROBERTA_LIMIT = 96
+"""Tokens tiny-roberta reads: more than any caption of the grammar has."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -46,7 +53,7 @@ def tokenizer() -> CLIPTokenizer:
     one.
     """
     words = word_list()
-    merges = _merges(words)
+    merges = _merges([[*word[:-1], word[-1] + "</w>"] for word in words])
     base = list(bytes_to_unicode().values())
     tokens = base + [c + "</w>" for c in base] + ["".join(pair) for pair in merges] + [START, END]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
@@ -65,11 +72,10 @@ def tokenizer() -> CLIPTokenizer:
     return made
 
 
-def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make every word one token, the most frequent pair first, then by alphabet: the
-    same on every machine (the trainer of `tokenizers` breaks ties at random).
+def _merges(parts: list[list[str]]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make one token of every list of parts, the most frequent pair first, then by
+    alphabet: the same on every machine (the trainer of `tokenizers` breaks ties at random).
     """
-    parts = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
     merges: list[tuple[str, str]] = []
     while any(len(part) > 1 for part in parts):
         counts = Counter(pair for part in parts for pair in pairwise(part))
@@ -151,6 +157,44 @@ def t5(tok: T5Tokenizer) -> T5ForConditionalGeneration:
         decoder_start_token_id=tok.pad_token_id,
     )
     return T5ForConditionalGeneration(config)
+
+
+def roberta_tokenizer() -> RobertaTokenizer:
+    """A RoBERTa tokenizer in which every word of the grammar is one token, with a blank before it and
+    without; other text falls into bytes.
+    """
+    words = word_list()
+    merges = _merges([list(form) for word in words for form in (word, f"\u0120{word}")])
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *bytes_to_unicode().values()]
+    tokens += ["".join(pair) for pair in merges] + ["<mask>"]
+    made = RobertaTokenizer(
+        vocab={token: index for index, token in enumerate(dict.fromkeys(tokens))},
+        merges=merges,
+        model_max_length=ROBERTA_LIMIT,
+    )
+    for word in words:
+        ids = made(f"{word} {word}")["input_ids"]
+        assert len(ids) == 4, f"{word!r} is not one token"
+    return made
+
+
+def roberta(tok: RobertaTokenizer) -> RobertaForMaskedLM:
+    """RoBERTa with the head that guesses words, of which the encoder ships as tiny-roberta."""
+    config = RobertaConfig(
+        vocab_size=len(tok),
+        hidden_size=ROBERTA_WIDTH,
+        intermediate_size=2 * ROBERTA_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=ROBERTA_LIMIT + tok.pad_token_id + 1,
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
+    return RobertaForMaskedLM(config)
 
 
 def vae() -> AutoencoderKL:
