@@ -85,11 +85,14 @@ MISTAKES = [
     ["eval", "shapes", "--weights", "clip"],
     ["eval", "shapes", "--images", "nowhere"],
     ["eval", "nowhere.csv"],
+    ["eval", "dpt-probe"],
+    ["eval", "dpt-probe", "--adapter", "nowhere"],
     ["eval", "parti", "--prompts", "nowhere.tsv"],
     ["train", "softrepa", "--device", "foo"],
     ["train", "softrepa", "--set", "train.lr=foo"],
     ["adapters", "info", "nowhere"],
     ["adapters", "import", "softrepa", "nowhere", "--out", "out"],
+    ["adapters", "import", "dpt", "nowhere", "--out", "out"],
     ["adapters", "import", "softrepa", "full", "--model", "sd51", "--out", "out"],
 ]
 EARLY = """

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from align_cli import registry
 from align_cli.cli import options
 from align_cli.settings import check_kinds, one_of
 
@@ -16,7 +17,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="BENCHMARK|FILE",
-            help="parti, hpsv2, coco, geneval, geneval-shapes, shapes; or a file of prompts.",
+            help="parti, hpsv2, coco, geneval, geneval-shapes, shapes; a file of prompts; or dpt-probe.",
         ),
     ],
     model: options.Model = None,
@@ -53,7 +54,24 @@ def evaluate(
         Path | None,
         typer.Option("--prompts", metavar="PATH", help="The benchmark's prompts, a file or a folder."),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="NAME",
+            help=f"dpt-probe: {', '.join(registry.GROUNDED)}. Default: what the adapter was trained on.",
+        ),
+    ] = None,
     data_path: options.DataPath = None,
+    gallery: Annotated[
+        int | None,
+        typer.Option(
+            "--gallery",
+            metavar="N",
+            min=0,
+            help="dpt-probe: captions and pictures that retrieval chooses from; 0: none. Default: 100.",
+        ),
+    ] = None,
     column: Annotated[
         str | None, typer.Option("--column", metavar="NAME", help="Of a table: the one with the prompts.")
     ] = None,
@@ -62,7 +80,10 @@ def evaluate(
         typer.Option("--limit", metavar="N", min=1, help="N of the prompts, spread evenly over the groups."),
     ] = None,
     n: Annotated[
-        int | None, typer.Option("--n", metavar="N", min=1, help="Shapes world: how many prompts are made.")
+        int | None,
+        typer.Option(
+            "--n", metavar="N", min=1, help="Shapes world: how many prompts are made; dpt-probe: items."
+        ),
     ] = None,
     split: Annotated[
         str | None,
@@ -150,8 +171,10 @@ def evaluate(
 
     Without --adapter and --arm the model is measured alone. Sampling settings come from the first adapter,
     else from the preset of the model; flags go above them. Several processes: torchrun -m align_cli eval ...
+    dpt-probe draws nothing: it asks the discriminators of DPT, one --adapter each, which text fits a picture
+    and where a thing is, and compares them.
     """
-    from align_cli.cli import eval_plan, eval_work
+    from align_cli.cli import eval_plan, eval_probe, eval_work
 
     if split is not None:
         one_of("--split", split, ("test", "val", "train"))
@@ -175,4 +198,8 @@ def evaluate(
             self_correct=self_correct,
             as_json=as_json, out=out, resume=resume, overwrite=overwrite,
         )  # fmt: skip
+    if benchmark == eval_probe.NAME:
+        eval_probe.evaluate(asked, data, gallery)
+        return
+    eval_probe.refuse_elsewhere(benchmark, data, gallery)
     eval_work.evaluate(asked, eval_plan.decide(asked))

@@ -64,7 +64,7 @@ def adapters_import(
     method: Annotated[
         str,
         typer.Argument(
-            metavar="METHOD", help="softrepa, longalign or textcraftor: what it was released for."
+            metavar="METHOD", help="softrepa, longalign, textcraftor or dpt: what it was released for."
         ),
     ],
     path: Annotated[

@@ -118,8 +118,8 @@ def outcome(
             for scorer, _ in scored
         ],
         "audit": list(audit),
-        "means": [_mean(mean) for mean in means(values, metrics, design)],
-        "comparisons": [_comparison(c, (*trained[c.arm], *trained[baseline])) for c in compared],
+        "means": [mean_row(mean) for mean in means(values, metrics, design)],
+        "comparisons": [comparison_row(c, (*trained[c.arm], *trained[baseline])) for c in compared],
         "drift": list(drift),
         "floor": dict(floor),
         "official": _official(prompts, items, arms, scored),
@@ -169,7 +169,8 @@ def _official(
     ]
 
 
-def _mean(mean: Mean) -> dict[str, Any]:
+def mean_row(mean: Mean) -> dict[str, Any]:
+    """The mean of an arm, as results.json has it."""
     e = mean.estimate
     return {
         "arm": mean.arm, "metric": mean.metric.name, "group": _group(mean.group), "mean": e.mean,
@@ -177,8 +178,8 @@ def _mean(mean: Mean) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _comparison(c: Comparison, trained_on: Sequence[str]) -> dict[str, Any]:
-    """trained_on: scorers that either of the two arms was trained on."""
+def comparison_row(c: Comparison, trained_on: Sequence[str] = ()) -> dict[str, Any]:
+    """As results.json has it. trained_on: scorers that either of the two arms was trained on."""
     row = c.row
     return {
         "arm": c.arm, "metric": c.metric.name, "headline": c.metric.headline, "group": _group(c.group),
@@ -236,9 +237,10 @@ def write(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """CSV: a line per picture, with a column per grouping and per metric."""
+    """CSV: a line per picture, with a column per grouping and per metric, and for what else is said of it."""
     groups = results["benchmark"]["group_names"]
     metrics = [name for scorer in results["scorers"] for name in scorer["metrics"]]
+    metrics += dict.fromkeys(m for item in results["items"] for m in item["scores"] if m not in metrics)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["id", "k", "seed", "arm", "image", "prompt", *groups, *metrics])

@@ -50,6 +50,7 @@ SHOWN = frozenset(
         "items",
         "command",
         "floor",
+        "floor_means",
         "official",
         "notes",
     }
@@ -169,7 +170,8 @@ def _summary_rows(
 def _floor(results: Mapping[str, Any], decimals: Mapping[str, int]) -> str:
     """What no alignment at all would score, where the run measured it."""
     floor = [f"{m} {number(x, decimals.get(m, 3))}" for m, x in results.get("floor", {}).items()]
-    return f" Floor (pictures judged against the prompts of others): {', '.join(floor)}." if floor else ""
+    means = results.get("floor_means") or "pictures judged against the prompts of others"
+    return f" Floor ({means}): {', '.join(floor)}." if floor else ""
 
 
 def _distinct(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
@@ -191,7 +193,9 @@ def _alone(results: Mapping[str, Any], decimals: Mapping[str, int]) -> Html:
         for d in (decimals.get(row["metric"], 3),)
     ]
     head = ["Scorer", "Arm", *num_head("Mean", "95 % interval", "n")]
-    return section("summary", "Summary", table(head, tag("tbody", body), caption="Summary"))
+    floor = _floor(results, decimals).strip()
+    words = tag("p", floor, class_="small") if floor else None
+    return section("summary", "Summary", table(head, tag("tbody", body), caption="Summary"), words)
 
 
 def _metrics(scorer: Mapping[str, Any]) -> list[str]:

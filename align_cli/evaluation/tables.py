@@ -169,10 +169,11 @@ def _footer(results: Mapping[str, Any], width: int) -> list[Text]:
     if results["floor"]:
         scores = ", ".join(f"{k} {_number(v)}" for k, v in results["floor"].items() if v is not None)
         column = _floor_column(results, width) or not results["comparisons"]
-        lines.append(
-            f"floor: pictures of {results['baseline']} judged against other prompts of their kind (no "
-            f"alignment at all){'' if column else ': ' + scores}."
+        means = results.get("floor_means") or (
+            f"pictures of {results['baseline']} judged against other prompts of their kind (no alignment at "
+            "all)"
         )
+        lines.append(f"floor: {means}{'' if column else ': ' + scores}.")
     lines += [_drift(row) for row in results["drift"]]
     if results["drift"] and all(row["diversity"] is None for row in results["drift"]):
         need = "" if several else "--per-prompt 2 and "

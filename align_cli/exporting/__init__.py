@@ -116,6 +116,7 @@ class Report:
 PARTS = registry.Table(
     "exported method",
     {
+        "dpt": "align_cli.methods.dpt.export:trained",
         "longalign": "align_cli.methods.longalign.export:trained",
         "textcraftor": "align_cli.methods.textcraftor.export:trained",
     },
@@ -163,7 +164,13 @@ def export(
     write = registry.load(EXPORTERS[method], form)
     trained: Trained = registry.load(PARTS, method)(adapter)
     parts = trained.parts
-    if rank and all(part.lora for part in parts):
+    if not parts and form != OFFICIAL:
+        stage = f" (stage {adapter.info.stage})" if adapter.info.stage else ""
+        raise UserError(
+            f"adapter {path}{stage} changes nothing of the model itself, so that --to {form} has nothing to "
+            "hold; take --to official"
+        )
+    if rank and parts and all(part.lora for part in parts):
         raise UserError(f"adapter {path} is LoRA of rank {parts[0].rank} already; leave --rank out")
     settings = _base(adapter, parts, model)
     import torch

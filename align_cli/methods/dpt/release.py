@@ -19,7 +19,7 @@ from align_cli.adapters import NOT_RECORDED, OFFICIAL, AdapterInfo, load_pickle,
 from align_cli.errors import UserError
 from align_cli.methods.dpt.config import DISCRIMINATOR, LORA, DPTConfig, feature_names
 from align_cli.methods.dpt.discriminator import Discriminator
-from align_cli.models.features import blocks
+from align_cli.methods.dpt.method import ATTENTION, block_channels, own_feature
 from align_cli.models.loading import model_id
 from align_cli.models.lora import lora_layers
 from align_cli.models.parts import family_of, outline
@@ -30,8 +30,6 @@ FILES = (FILE, "model.safetensors")
 """Names in the folder of an official checkpoint; accelerate has written the second since version 0.23."""
 SUFFIXES = (".bin", ".safetensors")
 FAMILIES = ("sd15", "sd21")
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-"""Layers with LoRA, of every attention."""
 MATCHING_QUERIES = 10
 """Of the queries in a file, those for matching come first; how many, only the official command tells."""
 CONCATENATED = ("bottom1_up0", "bottom0_up1", "bottom2_bottom3_mid")
@@ -207,17 +205,19 @@ def _feature(state: Mapping[str, Tensor], unet: nn.Module, file: Path, model: st
             f"{file} was made with --unet_feature all-C-S, whose S it does not tell; features of one block, "
             f"{', '.join(CONCATENATED)} can be imported"
         )
-    wanted, names = state["input_proj.weight"].shape[1], list(blocks(unet))
-    joined = [name for name in CONCATENATED if set(name.split("_")) <= set(names)]
-    fitting = [name for name in (*names, *joined) if sum(channels(unet, name.split("_"))) == wanted]
-    if default_feature(unet) in fitting:
-        return default_feature(unet)
+    wanted, widths, own = state["input_proj.weight"].shape[1], block_channels(unet), own_feature(unet)
+    joined = [name for name in CONCATENATED if widths.keys() >= set(feature_names(name))]
+    fitting = [
+        name for name in (*widths, *joined) if sum(widths[block] for block in feature_names(name)) == wanted
+    ]
+    if own in fitting:
+        return own
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         raise UserError(
             f"{file} was made with a feature of {wanted} channels, which could be {' or '.join(fitting)} of "
-            f"{model}: the file does not tell, and only {default_feature(unet)} or a feature that alone has "
+            f"{model}: the file does not tell, and only {own} or a feature that alone has "
             "its number of channels can be imported"
         )
     raise UserError(
@@ -240,17 +240,20 @@ def _check(
     """UserError for tensors that the discriminator or the UNet's LoRA does not have, or lacks. what: the file
     and the model, for messages.
     """
-    text_dim = unet.config.cross_attention_dim
+    text_dim, widths = unet.config.cross_attention_dim, block_channels(unet)
     with torch.device("meta"):
         module = Discriminator(
-            c, channels=channels(unet, feature_names(c.feature)), text_dim=text_dim, phrase_width=phrase_width
+            c,
+            channels=[widths[name] for name in feature_names(c.feature)],
+            text_dim=text_dim,
+            phrase_width=phrase_width,
         )
     expected: dict[str, dict[str, list[int]]] = {
         DISCRIMINATOR: {name: list(p.shape) for name, p in module.named_parameters()}
     }
     if LORA in groups:
         expected[LORA] = {}
-        for name, layer in lora_layers(unet, TARGETS).items():
+        for name, layer in lora_layers(unet, ATTENTION).items():
             o, i = layer.weight.shape
             expected[LORA] |= {name + LORA_A: [c.lora_rank, i], name + LORA_B: [o, c.lora_rank]}
     matched = groups[DISCRIMINATOR]["map_to_clip.2.weight"].shape[0]
@@ -279,15 +282,3 @@ def _choose(folder: Path) -> Path:
         return there[0]
     held = f"several files, name one: {', '.join(f.name for f in there)}" if there else f"no {FILE}"
     raise UserError(f"{folder} has {held}")
-
-
-def default_feature(unet: nn.Module) -> str:
-    return "up1" if "bottom3" in blocks(unet) else "up0"
-
-
-def channels(unet: Any, names: list[str]) -> list[int]:
-    """Of the blocks' activations, in the order of `names`."""
-    down = list(unet.config.block_out_channels)
-    each = {f"bottom{k}": n for k, n in enumerate(down)} | {"mid": down[-1]}
-    each |= {f"up{k}": n for k, n in enumerate(reversed(down))}
-    return [each[name] for name in names]
