@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from training_helpers import LinearMap, Points, scripted, settings
-from two_processes import softrepa, textcraftor
+from two_processes import dpt, softrepa, textcraftor
 
 from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
 from align_cli.training.log import read_metrics
@@ -112,6 +112,20 @@ def test_textcraftor_on_two_processes_gives_the_result_of_one(two, tmp_path, tin
     assert one[0]["grad_norm"] == pytest.approx(both[0]["grad_norm"], rel=1e-4)
     assert reports[0]["textcraftor"] == reports[1]["textcraftor"]
     for a, b in zip(alone, reports[0]["textcraftor"], strict=True):
+        assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
+
+
+def test_dpt_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_folder):
+    """With dropout, and as many boxes here as there."""
+    out, reports = two
+    alone = dpt(str(tiny_sd15_folder), tmp_path / "one")
+    one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / "dpt"))
+    for a, b in zip(one, both, strict=True):
+        for key in ("loss/i2t", "loss/t2i", "loss/denoise"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] == 1 else 1e-3)
+    assert one[0]["grad_norm"] == pytest.approx(both[0]["grad_norm"], rel=1e-4)
+    assert reports[0]["dpt"] == reports[1]["dpt"]
+    for a, b in zip(alone, reports[0]["dpt"], strict=True):
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
 
 

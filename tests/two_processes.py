@@ -95,6 +95,33 @@ def textcraftor(model_folder: str, out: Path) -> list[list[float]]:
     return [value.flatten().tolist() for value in method.state().values()]
 
 
+def dpt(model_folder: str, out: Path) -> list[list[float]]:
+    """Three steps of stage tune, with dropout; returns the trained tensors."""
+    from align_cli.methods.dpt.config import DPTConfig
+    from align_cli.methods.dpt.method import DPT
+    from align_cli.models.loading import load_model
+    from align_cli.settings import DataSettings, ModelSettings
+    from align_cli.shapes.grounded import GroundedShapes
+
+    config = DPTConfig(
+        stage="tune",
+        hidden_dim=16,
+        num_heads=4,
+        feedforward_dim=24,
+        num_matching_queries=3,
+        num_grounding_queries=5,
+        phrase_encoder="embedded:tiny-roberta",
+        lora_rank=2,
+    )
+    model = load_model(ModelSettings(name=model_folder, device="cpu"))
+    method = DPT(model, config, seed=3)
+    run = settings(steps=3, lr=1e-3, adam_eps=1e-3)  # of the smallest gradients even the sign is rounding
+    method.check(run)
+    data = GroundedShapes(DataSettings(num_examples=16), seed=3)
+    train(method, data, run, out, config={"method": "dpt"})
+    return [value.flatten().tolist() for value in method.state().values()]
+
+
 def main(out: Path, model_folder: str) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(torch.device(rank_device("cpu")))
@@ -130,6 +157,7 @@ def main(out: Path, model_folder: str) -> None:
     found["guarded"] = guarded(out / "guarded")
     found["softrepa"] = softrepa(model_folder, out / "softrepa")
     found["textcraftor"] = textcraftor(model_folder, out / "textcraftor")
+    found["dpt"] = dpt(model_folder, out / "dpt")
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
     leave_group()
 
