@@ -30,6 +30,7 @@ from align_cli.evaluation.probing_outcome import GUESS, TRUE, with_boxes
 from align_cli.losses import matching_logits
 from align_cli.methods.dpt.config import DPTConfig
 from align_cli.methods.dpt.method import DPT
+from align_cli.models.base import TextCond
 from align_cli.sampling import picture_seeds
 from align_cli.settings import DataSettings
 from align_cli.shapes.grounded import GroundedShapes
@@ -152,11 +153,8 @@ class Reader:
 
     broken = False
 
-    def text_vectors(self, prompts: list[str]) -> torch.Tensor:
-        return torch.eye(10)[[int(p) for p in prompts]]
-
-    def matching(self, z_t: torch.Tensor, t: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        assert len(z_t) == len(t) == len(prompts) <= 6 and t.unique().tolist() == [250]
+    def matching(self, z_t: torch.Tensor, t: torch.Tensor, told: TextCond) -> torch.Tensor:
+        assert len(z_t) == len(t) == len(told) <= 6 and t.unique().tolist() == [250]
         numbers = (z_t[:, 0, 0, 0] * 10).round().long()
         seen = torch.eye(10)[numbers]
         return torch.stack([-seen, seen / (0 if self.broken else 1)], dim=1)
@@ -169,7 +167,13 @@ class Reader:
         return boxes, scores
 
 
+def summarised(prompts: list[str]) -> tuple[TextCond, torch.Tensor]:
+    numbers = torch.eye(10)[[int(p) for p in prompts]]
+    return TextCond(numbers), numbers
+
+
 MODEL = SimpleNamespace(
+    summarised=summarised,
     encode_image=lambda pixels: pixels[:, :1, :1, :1],
     process=SimpleNamespace(add_noise=lambda x, *_: x),
     device=torch.device("cpu"),

@@ -22,7 +22,7 @@ from align_cli.errors import UserError
 from align_cli.evaluation.compare import Metric
 from align_cli.grounding.boxes import giou, iou, to_corners
 from align_cli.losses import matching_logits
-from align_cli.models.base import BaseModel
+from align_cli.models.base import BaseModel, TextCond
 from align_cli.pictures import to_uint8
 from align_cli.sampling import picture_seeds
 
@@ -51,11 +51,10 @@ Progress = Callable[[str, int], None]
 class Discriminating(Protocol):
     """What is asked of a method; DPT's discriminator can do it."""
 
-    def text_vectors(self, prompts: list[str]) -> Tensor:
-        """(B, D)."""
-
-    def matching(self, z_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
-        """(B, Q, D) of noisy latents (B, C, h, w) at t (B,), each under its prompt."""
+    def matching(self, z_t: Tensor, t: Tensor, told: list[str] | TextCond) -> Tensor:
+        """(B, Q, D) of noisy latents (B, C, h, w) at t (B,), each under its prompt, or under what the model
+        has made of it; D is the width of the model's summaries.
+        """
 
     def ground(self, z_t: Tensor, t: Tensor, expressions: list[str]) -> tuple[Tensor, Tensor]:
         """Boxes (B, Q, 4), centres and sizes, and their scores (B, Q)."""
@@ -184,7 +183,8 @@ def _matched(
         "random": [g.random_prompt for g in some],
     }
     z = torch.cat([sees[picture] for picture, _ in ROWS])
-    scores = eye.scores(z, [text for _, name in ROWS for text in texts[name]])
+    told = eye.model.summarised([text for _, name in ROWS for text in texts[name]])
+    scores = eye.scores(z, *told)
     return scores.view(len(ROWS), -1).T.numpy()
 
 
@@ -205,15 +205,15 @@ class _Eye:
         eps = torch.stack(noise).to(latents.device, latents.dtype)
         return self.model.process.add_noise(latents, eps, self._t(len(pixels)))
 
-    def scores(self, z_t: Tensor, prompts: list[str], vectors: Tensor | None = None) -> Tensor:
-        """(B,) float32 on the CPU: the best query's cosine with the text. vectors: (B, D) of the prompts.
+    def scores(self, z_t: Tensor, cond: TextCond, vectors: Tensor) -> Tensor:
+        """(B,) float32 on the CPU: the best query's cosine with the text.
 
+        Args:
+            cond, vectors: B rows of `summarised` prompts.
         Raises:
             UserError: they are no finite numbers.
         """
-        if vectors is None:
-            vectors = self.method.text_vectors(prompts)
-        seen = self.method.matching(z_t, self._t(len(z_t)), prompts).float()
+        seen = self.method.matching(z_t, self._t(len(z_t)), cond).float()
         found = matching_logits(seen[:, None], vectors[:, None].float())[:, 0].cpu()
         if not torch.isfinite(found).all():
             raise UserError(
@@ -240,12 +240,12 @@ def _galleries(
     found = []
     for start in range(0, len(own) - size + 1, size) if size else ():
         block, z = captions[start : start + size], torch.stack(own[start : start + size])
-        vectors = eye.method.text_vectors(block)
+        cond, vectors = eye.model.summarised(block)
         scores = torch.empty(size * size)
         for first in range(0, size * size, setting.batch_size):
             pairs = range(first, min(first + setting.batch_size, size * size))
             pictures, texts = [k // size for k in pairs], [k % size for k in pairs]
-            scores[first : pairs.stop] = eye.scores(z[pictures], [block[j] for j in texts], vectors[texts])
+            scores[first : pairs.stop] = eye.scores(z[pictures], cond[texts], vectors[texts])
             progress(RETRIEVAL, len(pairs))
         found.append(scores.view(size, size).numpy())
     return found

@@ -385,19 +385,18 @@ class DPT:
         with torch.no_grad():
             return self.model.summarised(prompts)[1]
 
-    def matching(self, z_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
-        """Matching embeddings (B, Qm, D) of noisy latents (B, C, h, w) at t (B,), each under its prompt."""
-        cond, _ = self.model.summarised(prompts)
-        return self._matching(z_t, t, cond)
+    def matching(self, z_t: Tensor, t: Tensor, told: list[str] | TextCond) -> Tensor:
+        """Matching embeddings (B, Qm, D) of noisy latents (B, C, h, w) at t (B,), each under its prompt, or
+        under what the model has made of it.
+        """
+        cond = told if isinstance(told, TextCond) else self.model.summarised(told)[0]
+        return self.discriminator.matching(self._states(z_t, t, cond))[0].float()
 
     def ground(self, z_t: Tensor, t: Tensor, expressions: list[str]) -> tuple[Tensor, Tensor]:
         """Boxes (B, Qr, 4), centres and sizes, and their scores (B, Qr), for an expression each."""
         cond, _ = self.model.summarised(expressions)
         said = self.discriminator.grounding(self._states(z_t, t, cond))
         return said.boxes, said.scores
-
-    def _matching(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
-        return self.discriminator.matching(self._states(z_t, t, cond))[0].float()
 
     def _states(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
         seen, _ = observe(self.model.denoiser, self.names, lambda: self.model.predict(z_t, t, cond))
@@ -465,7 +464,7 @@ class DPT:
             drop = RowDropout(self.config.dropout) if dropout else None
             with torch.enable_grad(), self.discriminator.dropping(drop):
                 leaf = z.detach().requires_grad_()
-                embeddings = self._matching(leaf, t, cond)
+                embeddings = self.matching(leaf, t, cond)
                 scores = matching_logits(embeddings[:, None], summary[:, None].float())[:, 0]
                 (slope,) = torch.autograd.grad(scores.sum() * scale, leaf)
             return scores.detach(), slope / scale
