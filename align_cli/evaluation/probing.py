@@ -183,8 +183,8 @@ def _matched(
         "random": [g.random_prompt for g in some],
     }
     z = torch.cat([sees[picture] for picture, _ in ROWS])
-    told = eye.model.summarised([text for _, name in ROWS for text in texts[name]])
-    scores = eye.scores(z, *told)
+    rows = eye.model.summarised([text for _, name in ROWS for text in texts[name]])
+    scores = eye.scores(z, *rows)
     return scores.view(len(ROWS), -1).T.numpy()
 
 
