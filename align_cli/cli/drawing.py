@@ -98,7 +98,12 @@ class Plan:
         s = self.sample
         spacing = "" if s.sampler == "euler" else f" ({s.spacing})"
         text = "" if self.model.text == "plain" else f", text by {self.model.text}"
-        return f"{self.model.name}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}{text}"
+        scale = f"{s.self_correct:g} ({s.correction})"
+        corrected = f", self-correction {scale}: one more pass, forward and back, in every step"
+        return (
+            f"{self.model.name}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}{text}"
+            f"{corrected if s.self_correct else ''}"
+        )
 
 
 def make_plan(
