@@ -139,13 +139,15 @@ def feature_names(feature: str) -> list[str]:
     Raises:
         UserError: it is none of the forms.
     """
-    if _FUSED.fullmatch(feature):
+    fused = fused_shape(feature)
+    if fused and min(fused) >= 1:
         return []
     names = feature.split("_")
-    if not all(re.fullmatch(r"bottom\d|mid|up\d", name) for name in names):
+    each = len(set(names)) == len(names) and all(re.fullmatch(r"bottom\d|mid|up\d", name) for name in names)
+    if not each:
         raise UserError(
-            f"dpt.feature must be blocks like bottom0, mid, up1, several joined by _ (bottom1_up0), or "
-            f"all-C-S (all-1280-8), got {feature!r}"
+            f"dpt.feature must be blocks like bottom0, mid, up1, several joined by _ (bottom1_up0), each "
+            f"once, or all-C-S (all-1280-8), C and S >= 1, got {feature!r}"
         )
     return names
 

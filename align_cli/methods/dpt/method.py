@@ -152,11 +152,9 @@ class DPT:
                     f"dpt.{key} must be below the {most} timesteps of {self.model.model_id}, got "
                     f"{getattr(c, key)}"
                 )
-        if c.stage == "probe":
-            for key in ("only_lora", "detach_after", "snr_gamma"):
-                if getattr(c, key):
-                    warnings.warn(f"dpt.{key} has no effect in stage probe", stacklevel=2)
-        elif not c.from_adapter:
+        for key, reason in self._idle(settings).items():
+            warnings.warn(f"{key} has no effect {reason}", stacklevel=2)
+        if c.stage == "tune" and not c.from_adapter:
             warnings.warn(
                 "stage tune without --from starts from a random discriminator; the official way is stage "
                 "probe first",
@@ -167,6 +165,28 @@ class DPT:
             self.use_phrases(load_roberta(c.phrase_encoder, device=device, dtype=torch.float32))
         if c.from_adapter:
             self._start_from(c.from_adapter)
+
+    def _idle(self, settings: TrainSettings) -> dict[str, str]:
+        """Settings that were changed and do nothing in this training -> why."""
+        c, found = self.config, dict[str, str]()
+        usual = DPTConfig()
+
+        def mark(reason: str, *keys: str) -> None:
+            changed = (key for key in keys if getattr(c, key) != getattr(usual, key))
+            found.update({f"dpt.{key}": reason for key in changed})
+
+        if GROUND not in self.passes:
+            grounding = ("match_class", "match_box", "match_giou", "no_object_weight", "temperature")
+            mark("without the losses class, box, giou and align", *grounding)
+        if not c.weight("denoise"):
+            mark("without the loss denoise", "detach_after", "snr_gamma")
+        if c.stage == "probe":
+            mark("in stage probe", "only_lora", "detach_after", "snr_gamma", "lora_rank")
+            if c.weights.get("denoise"):
+                found["dpt.weights: denoise"] = "in stage probe"
+            if settings.gradient_checkpointing:
+                found["train.gradient_checkpointing"] = "in stage probe, whose UNet has no gradient"
+        return found
 
     def use_phrases(self, phrases: PhraseReader) -> None:
         """Read expressions with this RoBERTa; what compares its states with queries starts at random."""
