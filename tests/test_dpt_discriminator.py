@@ -164,7 +164,7 @@ def test_features_of_different_sizes_are_not_joined():
 def test_forms_of_features():
     assert feature_names("bottom2_bottom3_mid") == ["bottom2", "bottom3", "mid"]
     assert feature_names("all-1280-8") == [] and fused_shape("all-1280-8") == (1280, 8)
-    for wrong in ("up", "middle", "up1,up2", "all-8", "all-0-8", "all-8-0", "up1_up1"):
+    for wrong in ("up", "middle", "up1,up2", "all-8", "all-0-8", "all-8-0", "all-8-1000", "up1_up1"):
         with pytest.raises(UserError, match="dpt.feature must be blocks like bottom0"):
             DPTConfig(feature=wrong)
 

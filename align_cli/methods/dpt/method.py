@@ -37,7 +37,7 @@ from align_cli.losses import (
     soft_token_loss,
 )
 from align_cli.methods.base import Batch, StepContext
-from align_cli.methods.dpt.config import DISCRIMINATOR, LORA, DPTConfig, feature_names
+from align_cli.methods.dpt.config import DISCRIMINATOR, GROUNDING, LORA, DPTConfig, feature_names
 from align_cli.methods.dpt.discriminator import Discriminator, Grounding
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.dropout import RowDropout
@@ -126,7 +126,7 @@ class DPT:
         """What a step needs, of the six: those of terms without weight are left out."""
         weight = self.config.weight
         found: dict[Pass, None] = {}
-        if any(weight(name) for name in ("class", "box", "giou", "align")):
+        if any(map(weight, GROUNDING)):
             found[GROUND] = None
         if weight("i2t") or (self.lora is not None and weight("denoise")):
             found[POSITIVE] = None
@@ -152,7 +152,7 @@ class DPT:
                     f"dpt.{key} must be below the {most} timesteps of {self.model.model_id}, got "
                     f"{getattr(c, key)}"
                 )
-        for key, reason in self._idle(settings).items():
+        for key, reason in c.idle(gradient_checkpointing=settings.gradient_checkpointing).items():
             warnings.warn(f"{key} has no effect {reason}", stacklevel=2)
         if c.stage == "tune" and not c.from_adapter:
             warnings.warn(
@@ -165,28 +165,6 @@ class DPT:
             self.use_phrases(load_roberta(c.phrase_encoder, device=device, dtype=torch.float32))
         if c.from_adapter:
             self._start_from(c.from_adapter)
-
-    def _idle(self, settings: TrainSettings) -> dict[str, str]:
-        """Settings that were changed and do nothing in this training -> why."""
-        c, found = self.config, dict[str, str]()
-        usual = DPTConfig()
-
-        def mark(reason: str, *keys: str) -> None:
-            changed = (key for key in keys if getattr(c, key) != getattr(usual, key))
-            found.update({f"dpt.{key}": reason for key in changed})
-
-        if GROUND not in self.passes:
-            grounding = ("match_class", "match_box", "match_giou", "no_object_weight", "temperature")
-            mark("without the losses class, box, giou and align", *grounding)
-        if not c.weight("denoise"):
-            mark("without the loss denoise", "detach_after", "snr_gamma")
-        if c.stage == "probe":
-            mark("in stage probe", "only_lora", "detach_after", "snr_gamma", "lora_rank")
-            if c.weights.get("denoise"):
-                found["dpt.weights: denoise"] = "in stage probe"
-            if settings.gradient_checkpointing:
-                found["train.gradient_checkpointing"] = "in stage probe, whose UNet has no gradient"
-        return found
 
     def use_phrases(self, phrases: PhraseReader) -> None:
         """Read expressions with this RoBERTa; what compares its states with queries starts at random."""
