@@ -347,6 +347,11 @@ class SampleSettings:
         one_of("sample.correction", self.correction, ("eps", "latent", "official"))
         require(self.self_correct >= 0, f"sample.self_correct must be >= 0, got {self.self_correct}")
         require(
+            self.correction != "official" or self.steps >= 2,
+            "sample.correction official leaves out the last step: sample.steps must be >= 2 for it, got "
+            f"{self.steps}",
+        )
+        require(
             self.spacing != "lcm" or self.sampler == "lcm",
             f"sample.spacing lcm is for sampler lcm alone, got sampler {self.sampler}; name another spacing",
         )

@@ -50,9 +50,11 @@ def test_probe_then_tune_then_pictures_that_correct_themselves(tuned, options, t
     assert groups == {"discriminator", "unet"}
     assert json.loads((tuned / "result.json").read_text())["evaluation"] is not None
 
+    said: dict[str, str] = {}
+
     def drawn(name: str, *more: object) -> list[bytes]:
         given = ["--prompt", "a red circle", "--seed", 1, "--out", tmp_path / name]
-        ok("sample", "--model", options[1], *given, *more)
+        said[name] = ok("sample", "--model", options[1], *given, *more).stderr
         return pixels(tmp_path / name)
 
     plain = drawn("plain", "--adapter", tuned)
@@ -61,6 +63,11 @@ def test_probe_then_tune_then_pictures_that_correct_themselves(tuned, options, t
         found.append(drawn(way, "--adapter", tuned, "--self-correct", 800, "--correction", way))
     found.append(drawn("by-the-probe", "--adapter", tmp_path / "probe", "--self-correct", 800))
     assert len({pictures[0] for pictures in found}) == 5
+    assert "self-correction 800 (latent): one more pass" in said["latent"]
+    assert "self-correct" not in said["plain"]
+    probe = tmp_path / "probe"
+    assert drawn("uncorrected", "--adapter", probe) == drawn("off", "--adapter", f"{probe}@0")
+    assert "holds a discriminator alone, which changes no picture" in said["uncorrected"]
     facts = Image.open(next((tmp_path / "corrected").glob("0*.png"))).text
     assert "self_correct 800.0" in facts["sampling"]
     assert "self_correct" not in Image.open(next((tmp_path / "plain").glob("0*.png"))).text["sampling"]
@@ -120,6 +127,11 @@ def test_self_correction_needs_a_discriminator(tmp_path):
     assert "--self-correct follows the score of an adapter of dpt, and there is no --adapter" in said
     said = refused("eval", "shapes", "--n", 4, "--self-correct", 0.5, "--out", tmp_path / "out")
     assert "--self-correct needs an adapter of dpt" in said
+    for command in (("sample", "--prompt", "a red circle"), ("eval", "shapes", "--n", 4)):
+        said = refused(*command, "--correction", "latent", "--out", tmp_path / "out")
+        assert "--correction says what self-correction moves; give its scale with --self-correct" in said
+    said = refused("sample", "--prompt", "a", "--steps", 1, "--correction", "official", "--self-correct", 1)
+    assert "sample.correction official leaves out the last step" in said
     assert call("sample", "--prompt", "a", "--self-correct", -1, "--out", tmp_path / "out").exit_code == 2
     assert not (tmp_path / "out").exists()
 

@@ -356,9 +356,38 @@ def test_tune_without_a_probe_is_told(sd15):
         make(sd15, "tune")
 
 
-def test_idle_settings_of_stage_probe_are_told(sd15):
-    with pytest.warns(UserWarning, match="dpt.only_lora has no effect in stage probe"):
-        make(sd15, only_lora=True)
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("probe", {"only_lora": True}, "dpt.only_lora has no effect in stage probe"),
+        ("probe", {"weights": {"denoise": 2.0}}, "dpt.weights: denoise has no effect in stage probe"),
+        (
+            "tune",
+            {"weights": {"denoise": 0.0}, "snr_gamma": 5.0},
+            "dpt.snr_gamma has no effect without the loss",
+        ),
+        (
+            "probe",
+            {"weights": dict.fromkeys(("class", "box", "giou", "align"), 0.0), "match_box": 1.0},
+            "dpt.match_box has no effect without the losses class, box, giou and align",
+        ),
+    ],
+)
+def test_idle_settings_are_told(sd15, stage, options, message):
+    with pytest.warns(UserWarning, match=message):
+        make(sd15, stage, **options)
+
+
+def test_gradient_checkpointing_changes_no_gradient(sd15, examples):
+    """The rows that share a computation share it neither in the forward nor in the backward pass."""
+    method = moved(make(sd15, "tune"))
+    run(method, collate(examples))
+    plain = gradients(method)
+    sd15.denoiser.enable_gradient_checkpointing()
+    run(method, collate(examples))
+    torch.testing.assert_close(gradients(method), plain, atol=2e-5, rtol=1e-4)
+    with pytest.warns(UserWarning, match="train.gradient_checkpointing has no effect in stage probe"):
+        DPT(sd15, DPTConfig(**SMALL), seed=1).check(TrainSettings(gradient_checkpointing=True))
 
 
 def test_boxes_that_are_no_numbers_stop_the_run(sd15, examples):

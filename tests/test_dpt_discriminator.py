@@ -67,7 +67,7 @@ def test_learned_positions_have_the_column_first():
     found = code(2, 3)
     torch.testing.assert_close(found[4], torch.cat([code.col_embed.weight[1], code.row_embed.weight[1]]))
     assert code.row_embed.weight.detach().min() >= 0
-    with pytest.raises(ValueError, match="50 rows and columns, not 51 x 2"):
+    with pytest.raises(UserError, match="50 rows and columns, and dpt.feature is 51 x 2"):
         code(51, 2)
 
 
@@ -146,10 +146,25 @@ def test_several_features_are_put_side_by_side_or_fused():
     assert fused.input_proj.in_channels == 7
 
 
+@pytest.mark.parametrize("feature", ["bottom1_up0", "all-7-2"])
+def test_features_of_a_model_in_half_precision_are_taken_as_float32(feature):
+    seen = {"bottom1": torch.randn(2, 6, 4, 4).half(), "up0": torch.randn(2, 9, 4, 4).half()}
+    found = made((6, 9), feature=feature)
+    whole = {name: x.float() for name, x in seen.items()}
+    assert torch.equal(found.features(seen), found.features(whole))
+    assert found(found.features(seen), torch.tensor([3, 4])).dtype == torch.float32
+
+
+def test_features_of_different_sizes_are_not_joined():
+    seen = {"bottom1": torch.randn(2, 6, 4, 4), "up0": torch.randn(2, 9, 8, 8)}
+    with pytest.raises(UserError, match="different sizes: bottom1 is 4 x 4, up0 is 8 x 8; take others or"):
+        made((6, 9), feature="bottom1_up0").features(seen)
+
+
 def test_forms_of_features():
     assert feature_names("bottom2_bottom3_mid") == ["bottom2", "bottom3", "mid"]
     assert feature_names("all-1280-8") == [] and fused_shape("all-1280-8") == (1280, 8)
-    for wrong in ("up", "middle", "up1,up2", "all-8"):
+    for wrong in ("up", "middle", "up1,up2", "all-8", "all-0-8", "all-8-0", "all-8-1000", "up1_up1"):
         with pytest.raises(UserError, match="dpt.feature must be blocks like bottom0"):
             DPTConfig(feature=wrong)
 

@@ -15,6 +15,7 @@ from align_cli import config, registry
 from align_cli.adapters import INFO, AdapterInfo, parse_spec, read_adapter
 from align_cli.cli.text import say_loading
 from align_cli.errors import UserError
+from align_cli.evaluation.arms import CRITIC
 from align_cli.settings import OWN_SPACING, ModelSettings, SampleSettings
 from align_cli.training import run_folder
 
@@ -77,6 +78,13 @@ class Plan:
                 "--self-correct follows the score of an adapter of dpt, and "
                 + ("none of the adapters is one" if self.adapters else "there is no --adapter")
             )
+        for spec, info in zip(self.adapters, self.infos, strict=True):
+            if info.method == CRITIC and info.stage == "probe" and not (self.sample.self_correct or quiet):
+                typer.echo(
+                    f"note: adapter {spec} holds a discriminator alone, which changes no picture without "
+                    "--self-correct",
+                    err=True,
+                )
         drawing = own_settings(model, self.sample, self.open_keys)
         check_settings(model, drawing)
         if drawing.sampler == "lcm" and drawing.guidance == 0:

@@ -237,7 +237,10 @@ def _plan(asked: Asked, arms: Sequence[Arm], chosen: Protocol | None) -> Plan:
     held, drawing = dict(asked.model_flags), dict(asked.sample_flags)
     if chosen is not None:
         held["dtype"], drawing = chosen.dtype, asdict(chosen.sample)
-    return make_plan(asked.model, specs, held, drawing)
+    plan = make_plan(asked.model, specs, held, drawing)
+    if _given(asked.sample_flags["correction"]) and not (asked.self_correct or plan.sample.self_correct):
+        raise UserError("--correction says what self-correction moves; give its scale with --self-correct")
+    return plan
 
 
 def check_scorers(asked: Asked) -> None:

@@ -85,6 +85,8 @@ def sample(
     }  # fmt: skip
     devices = {"device": device, "encoder_device": encoder_device}
     plan = make_plan(model, adapter or [], {**devices, "dtype": dtype, "text": text}, flags)
+    if correction is not None and not plan.sample.self_correct:
+        raise UserError("--correction says what self-correction moves; give its scale with --self-correct")
     variants = ["base", "aligned"] if compare else [""]
     jobs = [Job(k, text, seed + i, v) for k, text in enumerate(texts) for i in range(n) for v in variants]
     folder = choose_folder(out, "samples", [SHEET, *(job.file for job in jobs)], overwrite)

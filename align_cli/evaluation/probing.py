@@ -127,7 +127,8 @@ def probe(
     """Ask a discriminator about items.
 
     Every item has one noise, from the seed and its place, for all its pictures; latents are the means of
-    their posteriors. So all who are asked see the same, as far as their latents have one shape.
+    their posteriors (the official code draws from them). So all who are asked see the same, as far as their
+    latents have one shape.
 
     Args:
         method: at work on `model`. progress: called with "probing" and items, "retrieval" and rows.

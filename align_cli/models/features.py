@@ -113,12 +113,14 @@ def _hooked() -> Iterator[list[Any]]:
 def alike_at_first(unet: nn.Module, first: Tensor, again: Tensor) -> Iterator[None]:
     """Inside, what a UNet computes before it reads the text is computed once for rows that are alike: of the
     same latent and timestep, under different texts. Not for SDXL, whose time embedding has the text in it.
+    Where gradients are checkpointed nothing is shared: the backward pass computes parts again, unhooked.
 
     Args:
         first: (U,) one row of each kind. again: (R,) the kind of each row.
     """
+    recomputed = torch.is_grad_enabled() and getattr(unet, "is_gradient_checkpointing", False)
     with _hooked() as hooks:
-        for module in _before_text(unet):
+        for module in [] if recomputed else _before_text(unet):
             hooks.append(
                 module.register_forward_pre_hook(
                     lambda _m, args, kwargs: (

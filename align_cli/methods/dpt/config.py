@@ -14,7 +14,9 @@ DISCRIMINATOR, LORA = "discriminator", "unet"
 LOSSES = ("class", "box", "giou", "align", "i2t", "t2i", "denoise")
 """Terms of the loss. class, box, giou, align: where a phrase is in the picture. i2t, t2i: which text fits a
 picture, and which picture a text. denoise: of stage tune alone."""
-_FUSED = re.compile(r"all-(\d+)-(\d+)")
+GROUNDING = LOSSES[:4]
+"""Those of where a phrase is."""
+_FUSED = re.compile(r"all-(\d{1,4})-(\d{1,3})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +78,11 @@ class DPTConfig(MethodConfig):
     lora_rank: int = 4
     """Stage tune: rank of the LoRA on to_q, to_k, to_v and to_out of every attention; alpha = rank."""
     only_lora: bool = False
-    """Stage tune: leave the discriminator as it is. Source: --only_train_lora."""
+    """Stage tune: leave the discriminator as it is, without dropout. Source: --only_train_lora."""
     detach_after: str = ""
     """Stage tune: the denoising loss stops at this block (bottom0, ..., mid, up0, ...) on its way back, but
-    for skip connections; empty for none. Source: --detach_unet_feature."""
+    for skip connections, and at a block before the feature so do the other losses of the same pass, the true
+    picture under its caption; empty for none. Source: --detach_unet_feature."""
     eval_timestep: int = 500
     """Noise level at which a probe is measured. Source: evaluation.py, --fix_timestep."""
     fixed_timestep: int = -1
@@ -132,6 +135,27 @@ class DPTConfig(MethodConfig):
         official = {"box": 5.0, "giou": 2.0}
         return self.weights.get(name, official.get(name, 1.0))
 
+    def idle(self, *, gradient_checkpointing: bool) -> dict[str, str]:
+        """Settings that were changed and do nothing in a training -> why. gradient_checkpointing: of it."""
+        found: dict[str, str] = {}
+
+        def mark(reason: str, *keys: str) -> None:
+            changed = (key for key in keys if getattr(self, key) != getattr(DPTConfig, key))
+            found.update({f"dpt.{key}": reason for key in changed})
+
+        if not any(map(self.weight, GROUNDING)):
+            matching = ("match_class", "match_box", "match_giou", "no_object_weight", "temperature")
+            mark("without the losses class, box, giou and align", *matching)
+        if not self.weight("denoise"):
+            mark("without the loss denoise", "detach_after", "snr_gamma")
+        if self.stage == "probe":
+            mark("in stage probe", "only_lora", "detach_after", "snr_gamma", "lora_rank")
+            if self.weights.get("denoise"):
+                found["dpt.weights: denoise"] = "in stage probe"
+            if gradient_checkpointing:
+                found["train.gradient_checkpointing"] = "in stage probe, whose UNet has no gradient"
+        return found
+
 
 def feature_names(feature: str) -> list[str]:
     """Blocks that a feature is made of; none named for all-C-S.
@@ -139,13 +163,15 @@ def feature_names(feature: str) -> list[str]:
     Raises:
         UserError: it is none of the forms.
     """
-    if _FUSED.fullmatch(feature):
+    fused = fused_shape(feature)
+    if fused and min(fused) >= 1:
         return []
     names = feature.split("_")
-    if not all(re.fullmatch(r"bottom\d|mid|up\d", name) for name in names):
+    each = len(set(names)) == len(names) and all(re.fullmatch(r"bottom\d|mid|up\d", name) for name in names)
+    if not each:
         raise UserError(
-            f"dpt.feature must be blocks like bottom0, mid, up1, several joined by _ (bottom1_up0), or "
-            f"all-C-S (all-1280-8), got {feature!r}"
+            f"dpt.feature must be blocks like bottom0, mid, up1, several joined by _ (bottom1_up0), each "
+            f"once, or all-C-S (all-1280-8), C and S >= 1, got {feature!r}"
         )
     return names
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from align_cli.errors import UserError
 from align_cli.methods.dpt.config import DPTConfig, fused_shape
 from align_cli.models.dropout import RowDropout
 
@@ -96,9 +97,21 @@ class Discriminator(nn.Module):
             self._drop = before
 
     def features(self, seen: Mapping[str, Tensor]) -> Tensor:
-        """(B, C', h, w) of the activations: one, several side by side, or all fused."""
-        maps, fused = list(seen.values()), fused_shape(self.config.feature)
+        """(B, C', h, w) of the activations: one, several side by side, or all fused.
+
+        Raises:
+            UserError: several of different sizes are to stand side by side.
+        """
+        weight, fused = self.input_proj.weight, fused_shape(self.config.feature)
+        maps = [x.to(weight.dtype) for x in seen.values()]
         if not fused:
+            sizes = {name: f"{x.shape[-2]} x {x.shape[-1]}" for name, x in seen.items()}
+            if len(set(sizes.values())) > 1:
+                each = ", ".join(f"{name} is {size}" for name, size in sizes.items())
+                raise UserError(
+                    f"dpt.feature {self.config.feature} joins blocks of different sizes: {each}; take others "
+                    "or all-C-S, which resizes them"
+                )
             return torch.cat(maps, dim=1)
         side = fused[1]
         parts = [
@@ -111,7 +124,7 @@ class Discriminator(nn.Module):
         """Memory (B, N, d) of the encoder, and the code (B, N, d) of position and noise level that goes with
         it. features: (B, C', h, w). t: (B,) timesteps.
         """
-        x = self.input_proj(features.to(self.input_proj.weight.dtype))
+        x = self.input_proj(features)
         code = self.position_embedding(*x.shape[-2:]) + self.timestep_embedding(t)[:, None]
         memory: Tensor = self.transformer.encoder(x.flatten(2).mT, code, self._drop)
         return memory, code
@@ -194,11 +207,12 @@ class LearnedPositions(nn.Module):
         """(height * width, 2 n), row by row.
 
         Raises:
-            ValueError: more rows or columns than the tables have.
+            UserError: more rows or columns than the tables have.
         """
         if max(height, width) > LEARNED_ROWS:
-            raise ValueError(
-                f"learned positions reach {LEARNED_ROWS} rows and columns, not {height} x {width}"
+            raise UserError(
+                f"dpt.position learned reaches {LEARNED_ROWS} rows and columns, and dpt.feature is {height} "
+                f"x {width} in these pictures; take another feature, or position sine"
             )
         return _grid(self.row_embed.weight[:height], self.col_embed.weight[:width], rows_first=False)
 

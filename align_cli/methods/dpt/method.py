@@ -37,7 +37,7 @@ from align_cli.losses import (
     soft_token_loss,
 )
 from align_cli.methods.base import Batch, StepContext
-from align_cli.methods.dpt.config import DISCRIMINATOR, LORA, DPTConfig, feature_names
+from align_cli.methods.dpt.config import DISCRIMINATOR, GROUNDING, LORA, DPTConfig, feature_names
 from align_cli.methods.dpt.discriminator import Discriminator, Grounding
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.dropout import RowDropout
@@ -126,7 +126,7 @@ class DPT:
         """What a step needs, of the six: those of terms without weight are left out."""
         weight = self.config.weight
         found: dict[Pass, None] = {}
-        if any(weight(name) for name in ("class", "box", "giou", "align")):
+        if any(map(weight, GROUNDING)):
             found[GROUND] = None
         if weight("i2t") or (self.lora is not None and weight("denoise")):
             found[POSITIVE] = None
@@ -152,11 +152,9 @@ class DPT:
                     f"dpt.{key} must be below the {most} timesteps of {self.model.model_id}, got "
                     f"{getattr(c, key)}"
                 )
-        if c.stage == "probe":
-            for key in ("only_lora", "detach_after", "snr_gamma"):
-                if getattr(c, key):
-                    warnings.warn(f"dpt.{key} has no effect in stage probe", stacklevel=2)
-        elif not c.from_adapter:
+        for key, reason in c.idle(gradient_checkpointing=settings.gradient_checkpointing).items():
+            warnings.warn(f"{key} has no effect {reason}", stacklevel=2)
+        if c.stage == "tune" and not c.from_adapter:
             warnings.warn(
                 "stage tune without --from starts from a random discriminator; the official way is stage "
                 "probe first",
