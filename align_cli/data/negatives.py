@@ -77,7 +77,7 @@ def open_negatives(place: Path) -> Negatives:
         return TableNegatives(str(place))
     raise UserError(
         f"no hard negatives {place}; unpack those of DPT's training data there, or name a folder or a .tsv "
-        "file with --set data.negatives=PATH"
+        "file in training with --set data.negatives=PATH"
     )
 
 

@@ -60,7 +60,7 @@ class GroundedShapes(ShapesDataset):
                 return found
         raise UserError(
             f"all {self.size} scenes of the shapes dataset show the same objects, so none is false of "
-            "another; take more with --set data.num_examples=N"
+            "another; take more with --set data.num_examples=N (eval dpt-probe: --n N)"
         )
 
 
