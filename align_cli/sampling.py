@@ -158,7 +158,20 @@ class Correction:
         self.seeds = [int(seed) for seed in seeds]
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        """(B, C, h, w) of latents (B, C, h, w) at t ()."""
+        """(B, C, h, w) of latents (B, C, h, w) at t ().
+
+        Raises:
+            UserError: the latents, or what is to be added to them, are no finite numbers.
+        """
+        found = self._found(z, t)
+        if not (torch.isfinite(z).all() and torch.isfinite(found).all()):
+            raise UserError(
+                f"--self-correct {self.scale:g} drives the latents beyond all numbers at timestep {int(t)}; "
+                "take a smaller scale"
+            )
+        return found
+
+    def _found(self, z: Tensor, t: Tensor) -> Tensor:
         if not self.literal:
             return self._shift(z, t, 0, False)
         rows = []

@@ -280,6 +280,11 @@ def test_tensors_that_do_not_fit(sd15, change, message):
         method.load_state(change(method.state()))
 
 
+def test_the_feature_may_be_named_by_whoever_goes_on(sd15, tmp_path):
+    probe = make(sd15)
+    make(sd15, "tune", from_adapter=saved(probe, tmp_path / "probe"), feature=probe.feature)
+
+
 # ---------------------------------------------------------------- self-correction
 
 DRAW = SampleSettings(steps=4, guidance=3.0, spacing="leading")
@@ -336,6 +341,12 @@ def test_the_official_way_leaves_out_the_last_step(sd15, tmp_path, monkeypatch):
         sampling.sample(sd15, ["a red circle"], settings, [1])
     times = sd15.process.timesteps(4, "leading").tolist()
     assert calls == [t for t in times[:-1] for _ in range(2)]
+
+
+def test_a_scale_that_no_latent_survives(sd15, tmp_path):
+    place = saved(make(sd15), tmp_path / "probe")
+    with attach(sd15, [place]), pytest.raises(UserError, match=r"--self-correct 1e\+38 drives the latents"):
+        sampling.sample(sd15, ["a red circle"], replace(DRAW, self_correct=1e38), [1])
 
 
 # ---------------------------------------------------------------- bad input
