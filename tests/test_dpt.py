@@ -235,7 +235,7 @@ def test_tune_goes_on_from_a_probe(sd15, examples, tmp_path):
             {"num_heads": 2},
             r"was trained with dpt.num_heads 4, and this run has 2; give --set dpt.num_heads=4",
         ),
-        ({"feature": "mid"}, "was trained with dpt.feature '', and this run has 'mid'"),
+        ({"feature": "mid"}, "was trained with dpt.feature 'up[01]', and this run has 'mid'"),
     ],
 )
 def test_a_probe_of_another_make_is_refused(sd15, tmp_path, option, message):

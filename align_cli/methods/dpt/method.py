@@ -186,7 +186,9 @@ class DPT:
         before = adapter.info.config.get(self.name, {})
         for key in ARCHITECTURE:
             then, now = before.get(key, getattr(self.config, key)), getattr(self.config, key)
-            if then != now and not (key == "feature" and (then or self.feature) == self.feature):
+            if key == "feature":  # one that is not named is the model's own
+                then, now = then or own_feature(self.model.denoiser), self.feature
+            if then != now:
                 raise UserError(
                     f"{where} was trained with dpt.{key} {then!r}, and this run has {now!r}; give --set "
                     f"dpt.{key}={then}"
