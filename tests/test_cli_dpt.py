@@ -75,10 +75,11 @@ def test_probe_then_tune_then_pictures_that_correct_themselves(tuned, options, t
 
 def test_self_correction_is_an_arm_of_its_own(tuned, options, tmp_path):
     given = ["--model", options[1], "--n", 4, "--vs", "aligned", "--self-correct", 800]
-    ok("eval", "shapes", "--adapter", tuned, *given, "--out", tmp_path / "eval")
+    said = ok("eval", "shapes", "--adapter", tuned, *given, "--out", tmp_path / "eval").output
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     arms = [arm["name"] for arm in results["arms"]]
     assert arms == ["base", "aligned", "aligned-corrected"]
+    assert "aligned-corrected: self-correction 800 (eps)" in " ".join(said.split())
     pictures = {arm: pixels(tmp_path / "eval" / "images" / arm) for arm in arms}
     assert all(len(found) == 4 for found in pictures.values())
     assert pictures["aligned"] != pictures["aligned-corrected"]

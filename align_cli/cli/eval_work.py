@@ -40,6 +40,10 @@ def evaluate(asked: Asked, decided: Decided) -> None:
     if decided.protocol is not None:  # all its noise comes from one generator
         items = [replace(item, seed=decided.protocol.seed) for item in items]
     given, notes = _given(asked, items)
+    for arm in arms:
+        if arm.self_correct is not None and plan is not None:
+            way = f"{arm.self_correct:g} ({plan.sample.correction})"
+            notes.append(f"{arm.name}: self-correction {way}, one more pass, forward and back, in every step")
     rewards = _rewards(
         decided.scorers, device, reference=asked.reference
     )  # before the model: missing weights are told before minutes of drawing
