@@ -180,7 +180,7 @@ class BaseModel(Protocol):
 
     @property
     def summary_width(self) -> int:
-        """P of `summarised`. NotImplementedError: the family has none."""
+        """P of `summarised`; 0 for a family whose summaries nothing reads."""
         ...
 
     def summarised(self, prompts: list[str]) -> tuple[TextCond, Tensor]:

@@ -188,8 +188,8 @@ class FrozenModel(ABC):
 
     @property
     def summary_width(self) -> int:
-        """Of `summarised`."""
-        raise NotImplementedError
+        """Of `summarised`; 0 for a family whose summaries nothing reads."""
+        return 0
 
     def summarised(self, prompts: list[str]) -> tuple[TextCond, Tensor]:
         """`encode_text`, and one vector (B, P) for each whole prompt, truncated as ever."""
