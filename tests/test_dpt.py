@@ -255,7 +255,7 @@ def test_saved_and_restored_it_says_the_same(model, examples, tmp_path):
     with torch.no_grad(), again.attach(model):
         told = again.matching(z, t, ["a red circle", "b"]), *again.ground(z, t, ["a red circle", "b"])
     assert all(torch.equal(a, b) for a, b in zip(said, told, strict=True))
-    assert method.text_vectors(["a", "b"]).shape == (2, said[0].shape[-1])
+    assert model.summarised(["a", "b"])[1].shape == (2, said[0].shape[-1])
     assert not model.critics
 
 
@@ -297,7 +297,7 @@ def test_a_step_up_the_score_raises_it(sd15):
     climb = method.judge(prompts)
     score, slope = climb(z, t)
     direct = matching_logits(
-        method.matching(z, t.expand(2), prompts)[:, None], method.text_vectors(prompts)[:, None]
+        method.matching(z, t.expand(2), prompts)[:, None], sd15.summarised(prompts)[1][:, None]
     )
     torch.testing.assert_close(score, direct[:, 0].detach())
     after, _ = climb(z + 0.05 * slope / slope.square().mean().sqrt(), t)

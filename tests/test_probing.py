@@ -240,7 +240,7 @@ def test_a_discriminator_of_dpt(tiny_models):
     with torch.no_grad():
         z = model.process.add_noise(model.encode_image(told.hard_pixels[None]), eps, t)
         seen = method.matching(z, t, [example.prompt])
-        score = matching_logits(seen[:, None], method.text_vectors([example.prompt])[:, None])
+        score = matching_logits(seen[:, None], model.summarised([example.prompt])[1][:, None])
         own = model.process.add_noise(model.encode_image(example.pixels[None]), eps, t)
         boxes, sure = method.ground(own, t, [told.expression])
     assert runs[0].scores[1, 3] == pytest.approx(float(score), abs=1e-5)

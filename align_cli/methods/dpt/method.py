@@ -380,14 +380,9 @@ class DPT:
 
     # ------------------------------------------------------------ what it says of pictures
 
-    def text_vectors(self, prompts: list[str]) -> Tensor:
-        """(B, D): what matching embeddings are compared with."""
-        with torch.no_grad():
-            return self.model.summarised(prompts)[1]
-
     def matching(self, z_t: Tensor, t: Tensor, told: list[str] | TextCond) -> Tensor:
         """Matching embeddings (B, Qm, D) of noisy latents (B, C, h, w) at t (B,), each under its prompt, or
-        under what the model has made of it.
+        under what the model has made of it; they are compared with the summaries of `model.summarised`.
         """
         cond = told if isinstance(told, TextCond) else self.model.summarised(told)[0]
         return self.discriminator.matching(self._states(z_t, t, cond))[0].float()
@@ -478,8 +473,8 @@ def _places(count: int, step: int, columns: list[int], device: torch.device) -> 
 
 
 def own_feature(unet: nn.Module) -> str:
-    """The block that a UNet is seen at where none is named: the one before whose output has half the latent's
-    side or more: up1 of four levels (the official choice), up0 of fewer (SDXL has three).
+    """The block that a UNet is seen at where none is named, which gives half the latent's side: up1 of four
+    levels (the official choice), up0 of fewer (SDXL has three).
     """
     return "up1" if sum(name.startswith("up") for name in blocks(unet)) >= 4 else "up0"
 

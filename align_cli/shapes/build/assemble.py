@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,37 +84,46 @@ def tiny_clip(out: Path) -> None:
 
 def tiny_t5(out: Path) -> None:
     """The encoder of the T5, rounded to fp16; the whole T5 measured with it so."""
-    folder, source = WEIGHTS / "tiny-t5", out / "tiny-t5"
+    source = out / "tiny-t5"
     whole, tok = T5ForConditionalGeneration.from_pretrained(source), T5Tokenizer.from_pretrained(source)
     encoder = T5EncoderModel(whole.config)
     encoder.load_state_dict({k: v for k, v in whole.state_dict().items() if k in encoder.state_dict()})
-    encoder.half().save_pretrained(folder)
-    tok.save_pretrained(folder)
-    _forget_paths(folder)
-    whole.half().float().eval()
-    measured = {
-        f"{split}_{k}": round(v, 4)
-        for split in ("train", "test")
-        for k, v in paraphrase.evaluate(whole, tok, split).items()
-    }
-    card = {
-        "model": "tiny-t5",
+    about = {
         "class": "transformers.T5EncoderModel",
         "trained_on": "captions of the shapes world, training split, a tenth of their words hidden: write "
         "what they ask for",
         "input": f"{components.T5_LIMIT} tokens at most, padding read along",
-        "parameters": sum(p.numel() for p in encoder.parameters()),
-        "training": _stages(out, "t5"),
-        "measured_fp16": measured,
     }
-    _write(folder / "card.json", card)
+    _text_encoder("tiny-t5", encoder, whole, tok, paraphrase.evaluate, about, _stages(out, "t5"))
 
 
 def tiny_roberta(out: Path) -> None:
     """RoBERTa's encoder, rounded to fp16; with its head measured so."""
-    folder, source = WEIGHTS / "tiny-roberta", out / "tiny-roberta"
+    source = out / "tiny-roberta"
     whole, tok = RobertaForMaskedLM.from_pretrained(source), RobertaTokenizer.from_pretrained(source)
-    encoder = whole.roberta
+    about = {
+        "class": "transformers.RobertaModel",
+        "trained_on": "captions and phrases of the shapes world, training split: guess the words that are "
+        "hidden or wrong",
+        "input": f"{components.ROBERTA_LIMIT} tokens at most, padding masked out",
+    }
+    _text_encoder("tiny-roberta", whole.roberta, whole, tok, phrases.evaluate, about, _stages(out, "roberta"))
+
+
+def _text_encoder(
+    name: str,
+    encoder: Any,
+    whole: Any,
+    tok: Any,
+    evaluate: Callable[[Any, Any, str], dict[str, float]],
+    about: dict[str, str],
+    training: Any,
+) -> None:
+    """The folder of an encoder, rounded to fp16, with its tokenizer and a card.
+
+    whole: the model that it was trained in; as it is after rounding, `evaluate` measures it on a split.
+    """
+    folder = WEIGHTS / name
     encoder.half().save_pretrained(folder)
     tok.save_pretrained(folder)
     _forget_paths(folder)
@@ -121,18 +131,10 @@ def tiny_roberta(out: Path) -> None:
     measured = {
         f"{split}_{k}": round(v, 4)
         for split in ("train", "test")
-        for k, v in phrases.evaluate(whole, tok, split).items()
+        for k, v in evaluate(whole, tok, split).items()
     }
-    card = {
-        "model": "tiny-roberta",
-        "class": "transformers.RobertaModel",
-        "trained_on": "captions and phrases of the shapes world, training split: guess the words that are "
-        "hidden or wrong",
-        "input": f"{components.ROBERTA_LIMIT} tokens at most, padding masked out",
-        "parameters": sum(p.numel() for p in encoder.parameters()),
-        "training": _stages(out, "roberta"),
-        "measured_fp16": measured,
-    }
+    parameters = sum(p.numel() for p in encoder.parameters())
+    card = {"model": name, **about, "parameters": parameters, "training": training, "measured_fp16": measured}
     _write(folder / "card.json", card)
 
 
