@@ -499,6 +499,13 @@ class MethodConfig:
         return False
 
     @property
+    def latents(self) -> bool:
+        """Whether it wants the latents of a cache although it trains on no pictures: as examples of what the
+        original model draws. A method that trains on pictures reads them anyhow.
+        """
+        return False
+
+    @property
     def cached_text(self) -> bool:
         """Whether encodings of text that were computed beforehand stand in for the text encoders."""
         return self.pictures

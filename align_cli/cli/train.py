@@ -332,8 +332,9 @@ def _dataset(resolved: config.Resolved) -> Dataset:
 
     named = registry.load(_table(resolved), resolved.data.name)
     say_reading(resolved.data.path)
-    kind = CachedDataset if resolved.data.cache else named
-    wanted = resolved.method_config.pictures
+    kind, wanted = named, resolved.method_config.pictures
+    if resolved.data.cache:
+        kind, wanted = CachedDataset, wanted or resolved.method_config.latents
     dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train", pictures=wanted)
     return dataset
 
