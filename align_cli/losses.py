@@ -2,6 +2,7 @@
 
 Shape letters: I images, T texts (candidates of an image), B batch, C h w latent. DPT: B pictures, J
 candidates of a picture, Q queries, D width, K class slots (the last: no object), L tokens, H aligned width.
+CoMat: M maps, H heads, r side of a map, P tokens, N nouns.
 """
 
 from __future__ import annotations
@@ -284,6 +285,48 @@ def snr_weighted_error(pred: Tensor, target: Tensor, snr: Tensor, gamma: float) 
         raise ValueError(f"gamma must be >= 0, got {gamma}")
     error = denoising_error(pred, target)
     return (error * (gamma / snr.float()).clamp(max=1) if gamma else error).mean()
+
+
+# ---------------------------------------------------------------- CoMat
+
+
+def mask_at(masks: Tensor, side: int) -> Tensor:
+    """Masks (N, h, w) bool at the side of a map, (N, r, r) bool: every cell that is touched counts.
+
+    Source: CoMat, attn_utils/tc_loss_utils.py: torchvision's antialiased bilinear resize, then > 0.
+    """
+    size = (side, side)
+    resized = F.interpolate(
+        masks[:, None].float(), size, mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized[:, 0] > 0
+
+
+def attention_losses(maps: Tensor, words: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of the attention on the words of a noun is outside its mask, and how unlike the mask it is.
+
+        token = 1/N sum_m sum_n 1/|P_n| sum_{p in P_n} (1 - a_mp)^2,
+                a_mp = mean over heads of sum(A_p mask_n) / sum(A_p)
+        pixel = 1/N sum_n mean over cells of BCE(sum_{p in P_n} mean over maps and heads of A_p, mask_n)
+
+    Args:
+        maps: (M, H, r, r, P) attention probabilities of one layer of one picture. words: (N, P) bool, which
+        tokens are those of a noun; at least one each. masks: (N, r, r) bool, N >= 1.
+    Returns:
+        () float32 twice. A noun that was not found has the token loss 1 per map, without gradient.
+    Source: CoMat, attn_utils/tc_loss_utils.py, from TokenCompose. Deviations: a token that nothing looks at
+    (a sum of 0) counts as outside, where the official code has NaN.
+    """
+    count = len(masks)
+    with torch.autocast(maps.device.type, enabled=False):
+        flat, mask, own = maps.float().flatten(2, 3), masks.flatten(1).float(), words.float()
+        inside = torch.einsum("mhxp,nx->mhnp", flat, mask)
+        total = flat.sum(2)[:, :, None]
+        share = (inside / total.clamp(min=torch.finfo(total.dtype).tiny)).mean(1)
+        token = ((1 - share).square() * own / own.sum(1, keepdim=True)).sum() / count
+        seen = flat.mean((0, 1)) @ own.T
+        pixel = F.binary_cross_entropy(seen.T.clamp(max=1), mask, reduction="none").mean(1).sum() / count
+    return token, pixel
 
 
 # ---------------------------------------------------------------- gradients that are known

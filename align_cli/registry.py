@@ -20,6 +20,7 @@ class Table(dict[str, str]):
 METHODS = Table(
     "method",
     {
+        "comat": "align_cli.methods.comat.method:CoMat",
         "dpt": "align_cli.methods.dpt.method:DPT",
         "longalign": "align_cli.methods.longalign.method:LongAlign",
         "softrepa": "align_cli.methods.softrepa.method:SoftREPA",
@@ -31,6 +32,7 @@ METHODS = Table(
 METHOD_CONFIGS = Table(
     "method",
     {
+        "comat": "align_cli.methods.comat.config:CoMatConfig",
         "dpt": "align_cli.methods.dpt.config:DPTConfig",
         "longalign": "align_cli.methods.longalign.config:LongAlignConfig",
         "softrepa": "align_cli.methods.softrepa.config:SoftREPAConfig",

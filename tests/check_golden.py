@@ -26,6 +26,8 @@ if __name__ == "__main__":
 import torch
 from golden_checks import (
     comat,
+    comat_attention,
+    comat_steps,
     dpt,
     dpt_discriminator,
     dpt_steps,
@@ -42,11 +44,11 @@ from golden_checks.lines import Line
 
 from align_cli.errors import UserError
 
-KINDS = [
-    *comat.KINDS, *dpt.KINDS, *dpt_discriminator.KINDS, *dpt_steps.KINDS, *imagereward.KINDS,
-    *longalign.KINDS, *longalign_lcm.KINDS, *longalign_lora.KINDS, *longalign_steps.KINDS,
-    *longalign_text.KINDS, *softrepa.KINDS, *textcraftor.KINDS,
-]  # fmt: skip
+MODULES = (
+    comat, comat_attention, comat_steps, dpt, dpt_discriminator, dpt_steps, imagereward, longalign,
+    longalign_lcm, longalign_lora, longalign_steps, longalign_text, softrepa, textcraftor,
+)  # fmt: skip
+KINDS = [kind for module in MODULES for kind in module.KINDS]
 
 
 def run_case(folder: Path) -> tuple[str, list[Line]]:

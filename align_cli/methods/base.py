@@ -159,7 +159,9 @@ class Method(Protocol):
         ...
 
     def group_options(self) -> dict[str, dict[str, float]]:
-        """Group -> settings of its optimiser in place of those of [train]: lr, weight_decay."""
+        """Group -> settings of its optimiser in place of those of [train]: lr, weight_decay, adam_beta1,
+        max_grad_norm.
+        """
         ...
 
     def step(self, batch: Batch, ctx: StepContext) -> dict[str, float]:

@@ -16,6 +16,7 @@ from align_cli.diffusion.process import Process
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from align_cli.models.attention import AttentionMaps
     from align_cli.models.segments import SegmentReader
 
 
@@ -222,6 +223,11 @@ class BaseModel(Protocol):
         """Scaled latents -> (B, 3, H, W) float32 in [0, 1]; differentiable; not clamped if asked."""
         ...
 
-    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
-        """eps, v or velocity as the family is trained. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w)."""
+    def predict(
+        self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
+    ) -> Tensor:
+        """eps, v or velocity as the family is trained. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w).
+
+        keep: UNets alone: filled with cross-attention maps, inside `attention.watched(denoiser)`.
+        """
         ...

@@ -23,6 +23,7 @@ def through_pictures(
     *,
     chunk: int = 0,
     loss_scale: float = 1.0,
+    clamp: bool = True,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss of decoded pictures, and its gradient with respect to the latents.
 
@@ -32,7 +33,8 @@ def through_pictures(
 
     Args:
         z: (B, C, h, w). judge: of pictures (b, 3, H, W) in [0, 1] and the rows that they are; differentiable.
-        chunk: 0 takes all at once. loss_scale: factor that keeps float16 gradients in range.
+        chunk: 0 takes all at once. loss_scale: factor that keeps float16 gradients in range. clamp: False
+        leaves values outside [0, 1], which keep their gradient, as they are.
     Returns:
         loss (), gradient (B, C, h, w), reported sums; the loss and the sums without graph.
     """
@@ -43,7 +45,7 @@ def through_pictures(
         for start in range(0, count, chunk or count):
             rows = slice(start, start + (chunk or count))
             leaf = z[rows].detach().requires_grad_()
-            part, found = judge(model.decode(leaf), rows)
+            part, found = judge(model.decode(leaf, clamp=clamp), rows)
             (slope,) = torch.autograd.grad(part * loss_scale, leaf)
             gradient[rows] = slope / loss_scale
             loss += part.detach()

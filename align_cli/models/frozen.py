@@ -19,6 +19,7 @@ from align_cli.diffusion.process import Process
 from align_cli.models.base import Critic, Posterior, TextChange, TextCond
 
 if TYPE_CHECKING:
+    from align_cli.models.attention import AttentionMaps
     from align_cli.models.segments import SegmentReader, Tower
 
 
@@ -179,7 +180,9 @@ class FrozenModel(ABC):
         """The text encoders for reading sentence by sentence. UserError if the family has no use for that."""
 
     @abstractmethod
-    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+    def predict(
+        self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
+    ) -> Tensor:
         """See `BaseModel.predict`."""
 
     def pooled_text(self, prompts: list[str]) -> Tensor | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -136,17 +136,18 @@ class LoraTuning:
         their dtype: what `attached` does, without gradient and without its cost. Several add up, in any
         order, among each other and with the other ways.
         """
-        if scale == 0:
+        with moved_weights(self.base, self.moved(scale)) if scale else nullcontext():
             yield
-            return
-        moved = {}
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                now = layer.weight.data
-                a, b = (self.weights[name + end].to(now.device) for end in (LORA_A, LORA_B))
-                moved[f"{name}.weight"] = (now.float() + scale * self.factor * change(a, b)).to(now.dtype)
-        with moved_weights(self.base, moved):
-            yield
+
+    @torch.no_grad()
+    def moved(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """Parameter of the module -> what `merged` puts in its place."""
+        found = {}
+        for name, layer in self.layers.items():
+            now = layer.weight.data
+            a, b = (self.weights[name + end].to(now.device) for end in (LORA_A, LORA_B))
+            found[f"{name}.weight"] = (now.float() + scale * self.factor * change(a, b)).to(now.dtype)
+        return found
 
     def _adding(self, name: str, factor: float) -> Any:
         a, b = self.weights[name + LORA_A], self.weights[name + LORA_B]

@@ -17,6 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from align_cli.cuts import Cut, cuts
 from align_cli.diffusion.flow import FlowProcess
 from align_cli.errors import UserError
+from align_cli.models.attention import AttentionMaps
 from align_cli.models.base import TextCond
 from align_cli.models.frozen import FrozenModel, clip_limit, clip_penultimate, count_tokens, t5_states
 from align_cli.models.segments import Tower
@@ -123,8 +124,12 @@ class SD3Model(FrozenModel):
             "has T5 for long prompts; leave --text away, or give --text plain"
         )
 
-    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+    def predict(
+        self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
+    ) -> Tensor:
         """The velocity eps - x0. z_t (B, C, h, w), t () or (B,) in [0, 1000] -> (B, C, h, w) in the model's
         dtype.
         """
+        if keep is not None:
+            raise ValueError("SD3 has no cross-attention to keep maps of: pictures and text attend together")
         return mmdit_predict(self.denoiser, z_t, t, cond)

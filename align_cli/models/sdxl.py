@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from align_cli.cuts import Cut, cuts
 from align_cli.diffusion.process import NoiseProcess
+from align_cli.models.attention import AttentionMaps
 from align_cli.models.base import TextCond
 from align_cli.models.frozen import FrozenModel, clip_limit, clip_penultimate, count_tokens, penultimate
 from align_cli.models.segments import Tower
@@ -115,10 +116,12 @@ class SDXLModel(FrozenModel):
         """Of the second encoder's projection."""
         return self.pooled_width
 
-    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+    def predict(
+        self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
+    ) -> Tensor:
         """eps or velocity, as `process` says. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w) in the model's
         dtype. Without cond.time_ids the picture is one of the latents' own size, uncropped.
         """
         if cond.time_ids is None:
             cond = replace(cond, time_ids=size_ids(z_t, self.vae_factor))
-        return unet_predict(self.denoiser, z_t, t, cond)
+        return unet_predict(self.denoiser, z_t, t, cond, keep)

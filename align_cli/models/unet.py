@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from align_cli.cuts import Cut, cuts
 from align_cli.diffusion.process import NoiseProcess
+from align_cli.models.attention import AttentionMaps
 from align_cli.models.base import TextCond
 from align_cli.models.frozen import FrozenModel, clip_limit, count_tokens, token_ids
 from align_cli.models.segments import Tower
@@ -31,9 +32,13 @@ def unet_family(text_width: int) -> str:
     return "sd21" if text_width == SD21_WIDTH else "sd15"
 
 
-def unet_predict(unet: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+def unet_predict(
+    unet: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
+) -> Tensor:
     """One UNet call. z_t (B, C, h, w), t () or (B,), cond.tokens (B, L, D) -> (B, C, h, w) in the UNet's
     dtype. A UNet of SDXL also needs cond.pooled (B, P) and cond.time_ids (B, 6).
+
+    keep: filled with cross-attention maps, inside `attention.watched(unet)`.
     """
     dtype = next(unet.parameters()).dtype
     added = None
@@ -46,7 +51,10 @@ def unet_predict(unet: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond) -> Ten
         t.to(z_t.device).expand(len(z_t)),
         encoder_hidden_states=cond.tokens.to(dtype),
         added_cond_kwargs=added,
+        cross_attention_kwargs=None if keep is None else {"keep": keep},
     ).sample
+    if keep is not None:
+        keep.closed = True
     return prediction
 
 
@@ -133,8 +141,10 @@ class UNetModel(FrozenModel):
 
         return [Tower("text_encoder", self.tokenizer, self.plain_limit, states)]
 
-    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+    def predict(
+        self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
+    ) -> Tensor:
         """eps or velocity, as `process` says. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w) in the model's
         dtype.
         """
-        return unet_predict(self.denoiser, z_t, t, cond)
+        return unet_predict(self.denoiser, z_t, t, cond, keep)

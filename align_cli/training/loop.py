@@ -143,9 +143,9 @@ class _Run:
             name: torch.optim.AdamW(
                 group,
                 lr=settings.lr,
-                betas=(settings.adam_beta1, settings.adam_beta2),
+                betas=(self._option(name, "adam_beta1"), settings.adam_beta2),
                 eps=settings.adam_eps,
-                weight_decay=self.options.get(name, {}).get("weight_decay", settings.weight_decay),
+                weight_decay=self._option(name, "weight_decay"),
             )
             for name, group in self.groups.items()
         }
@@ -300,12 +300,12 @@ class _Run:
             if not grads:
                 continue
             for options in optimizer.param_groups:
-                options["lr"] = rate * self.options.get(name, {}).get("lr", s.lr) / s.lr
+                options["lr"] = rate * self._option(name, "lr") / s.lr
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
             norm = nn.utils.get_total_norm(grads)
-            if s.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(self.groups[name], s.max_grad_norm, norm)
+            if most := self._option(name, "max_grad_norm"):
+                nn.utils.clip_grads_with_norm_(self.groups[name], most, norm)
             norms["grad_norm" if len(self.groups) == 1 else f"{name}/grad_norm"] = float(norm)
             used.append(optimizer)
         if not used:
@@ -328,6 +328,10 @@ class _Run:
         if self.ema is not None and finite:
             self.ema.update()
         return norms if finite else {"loss_scale": norms["loss_scale"]}
+
+    def _option(self, group: str, key: str) -> float:
+        """Setting `key` of the optimiser of a group: the method's own, else that of [train]."""
+        return self.options.get(group, {}).get(key, float(getattr(self.settings, key)))
 
     def _not_finite(self, what: str, step: int) -> UserError:
         return UserError(

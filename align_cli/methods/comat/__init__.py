@@ -1,0 +1,1 @@
+"""CoMat: image-to-text concept matching, attribute concentration and fidelity preservation."""
