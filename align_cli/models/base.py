@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
     from align_cli.models.attention import AttentionMaps
-    from align_cli.models.segments import SegmentReader
+    from align_cli.models.segments import SegmentReader, Tower
 
 
 @dataclass
@@ -209,6 +209,12 @@ class BaseModel(Protocol):
         """`audit_text` without a reader."""
         ...
 
+    def towers(self) -> list[Tower]:
+        """The CLIP text encoders with their tokenizers, whose states lie side by side in the tokens of a
+        prompt. UserError if the family has no use for that.
+        """
+        ...
+
     def encode_image(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise
         is None.
@@ -223,9 +229,7 @@ class BaseModel(Protocol):
         """Scaled latents -> (B, 3, H, W) float32 in [0, 1]; differentiable; not clamped if asked."""
         ...
 
-    def predict(
-        self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
-    ) -> Tensor:
+    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None) -> Tensor:
         """eps, v or velocity as the family is trained. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w).
 
         keep: UNets alone: filled with cross-attention maps, inside `attention.watched(denoiser)`.

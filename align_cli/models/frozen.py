@@ -180,9 +180,7 @@ class FrozenModel(ABC):
         """The text encoders for reading sentence by sentence. UserError if the family has no use for that."""
 
     @abstractmethod
-    def predict(
-        self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
-    ) -> Tensor:
+    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None) -> Tensor:
         """See `BaseModel.predict`."""
 
     def pooled_text(self, prompts: list[str]) -> Tensor | None:

@@ -124,9 +124,7 @@ class SD3Model(FrozenModel):
             "has T5 for long prompts; leave --text away, or give --text plain"
         )
 
-    def predict(
-        self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
-    ) -> Tensor:
+    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None) -> Tensor:
         """The velocity eps - x0. z_t (B, C, h, w), t () or (B,) in [0, 1000] -> (B, C, h, w) in the model's
         dtype.
         """

@@ -116,9 +116,7 @@ class SDXLModel(FrozenModel):
         """Of the second encoder's projection."""
         return self.pooled_width
 
-    def predict(
-        self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
-    ) -> Tensor:
+    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None) -> Tensor:
         """eps or velocity, as `process` says. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w) in the model's
         dtype. Without cond.time_ids the picture is one of the latents' own size, uncropped.
         """

@@ -141,9 +141,7 @@ class UNetModel(FrozenModel):
 
         return [Tower("text_encoder", self.tokenizer, self.plain_limit, states)]
 
-    def predict(
-        self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
-    ) -> Tensor:
+    def predict(self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None) -> Tensor:
         """eps or velocity, as `process` says. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w) in the model's
         dtype.
         """

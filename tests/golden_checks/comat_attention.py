@@ -11,7 +11,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from align_cli.grounding.entities import detectable, official_entity
 from align_cli.losses import attention_losses, mask_at
+from align_cli.methods.comat.concentration import Words
 from align_cli.models.attention import AttentionMaps, watched
 from align_cli.models.base import TextCond
 from align_cli.models.lora import LoraTuning
@@ -109,7 +111,49 @@ def words_of(positions: list[list[int]], length: int) -> Tensor:
     return words
 
 
+def batch_losses(folder: Path, case: dict[str, Any]) -> Iterator[Line]:
+    """Nouns of a batch, the masks that they are asked for, and the losses over steps and layers."""
+    x = load_file(folder / "tensors.safetensors")
+    entities = []
+    for groups, pieces in zip(case["groups"], case["wordpieces"], strict=True):
+        named = {int(place): piece for place, piece in pieces.items()}
+        entities.append(detectable(official_entity(group, named) for group in groups if group))
+    words = Words.of(entities, torch.device("cpu"))
+    yield same("segmenter_calls", [nouns for nouns in words.nouns if nouns], case["segmenter_calls"])
+    masks: list[Tensor | None] = []
+    for nouns in words.nouns:
+        call = len([mask for mask in masks if mask is not None])
+        found = [x[f"mask.call{call}.{k}"][0, 0].bool() for k in range(len(nouns))]
+        masks.append(torch.stack(found) if found else None)
+    given = {key: value.clone().requires_grad_() for key, value in x.items() if key.startswith("map.")}
+    kept = []
+    for time in case["timesteps"]:
+        keep = AttentionMaps(positions=words.positions)
+        for layer, number in case["layers"].items():
+            for n in range(number):
+                whole = given[f"map.{time}.{layer}.{n}"].flatten(1, 2).unflatten(0, (case["batch"], -1))
+                keep.add(layer.partition("_")[0], whole)
+        kept.append(keep)
+    for time, keep in zip(case["timesteps"], kept, strict=True):
+        for layer in case["layers"]:
+            only = AttentionMaps(positions=words.positions)
+            only.maps = {layer: keep.maps[layer]}
+            for name, loss in zip(("token", "pixel"), words.losses([only], masks), strict=True):
+                key = f"{name}/{time}/{layer}"
+                expected = torch.tensor(case["per_timestep_layer"][key])
+                yield compare(key, loss * case["batch"], expected, FORWARD)
+    token, pixel = words.losses(kept, masks)
+    yield compare("token_loss", token, x["token_loss"], FORWARD)
+    yield compare("pixel_loss", pixel, x["pixel_loss"], FORWARD)
+    (token + pixel).backward()
+    for key in sorted(k for k in x if k.startswith("grad.")):
+        slope = given[key.removeprefix("grad.")].grad
+        assert slope is not None
+        yield compare(key, slope, x[key], DERIVED)
+
+
 KINDS = [
     Kind("comat", lambda _, case: "all_keys_available" in case, maps),
+    Kind("comat", lambda _, case: "segmenter_calls" in case, batch_losses),
     Kind("comat", lambda _, case: "token_positions" in str(case.get("cases")), layer_losses),
 ]

@@ -98,8 +98,7 @@ class CoMatConfig(MethodConfig):
     discriminator_beta1: float = 0.0
     """AdamW beta 1 of the discriminator. Source: --adam_beta1_D of both scripts."""
     discriminator_grad_norm: float = 1.0
-    """Gradient norm above which its gradients are scaled down; 0 leaves them alone. Source: --max_grad_norm_D.
-    """
+    """Gradient norm above which its gradients are scaled down; 0: never. Source: --max_grad_norm_D."""
 
     decode_chunk: int = 1
     """Pictures that are decoded and scored in one graph: sets memory, not the gradient. 0: all at once."""

@@ -152,9 +152,7 @@ class CoMat:
         parser = load_parser(c.parser, embedded=embedded)
         # the first tokenizer, whose tokens the maps are of, also for SDXL
         tokenizer = model.towers()[0].tokenizer
-        reader = EntityReader(
-            parser, tokenizer, limit=model.token_limit, official=c.entities == "official"
-        )
+        reader = EntityReader(parser, tokenizer, limit=model.token_limit, official=c.entities == "official")
         name = ("shapes" if embedded else "grounded-sam") if c.masker == "auto" else c.masker
         request = MaskRequest(
             detector=c.detector,
@@ -421,7 +419,7 @@ class CoMat:
     def _matched(
         self, z: Tensor, prompts: list[str], plan: Plan, told: dict[str, float], ctx: StepContext
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss () of the rewards, its gradient in the latents, and the pictures (B, 3, H, W) without graph."""
+        """Loss () of the rewards, its gradient in the latents, and the pictures (B, 3, H, W), detached."""
         pictures: list[Tensor] = []
         if not self.config.concept:
             with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
