@@ -87,19 +87,31 @@ REWARDS = Table(
         "clip-b32": "align_cli.rewards.clip:build_clip",
         "clip-g14": "align_cli.rewards.clip:build_clip",
         "denscore": "align_cli.rewards.denscore:build_denscore",
+        "git-caption": "align_cli.rewards.git_caption:build_git_caption",
         "hpsv2": "align_cli.rewards.clip:build_clip",
         "hpsv2.1": "align_cli.rewards.clip:build_clip",
         "imagereward": "align_cli.rewards.imagereward:build_imagereward",
         "pickscore": "align_cli.rewards.clip:build_clip",
         "shapes": "align_cli.rewards.shapes:build_shapes",
+        "tiny-blip": "align_cli.rewards.blip_caption:build_blip_caption",
         "tiny-clip": "align_cli.rewards.clip:build_clip",
         "tiny-denscore": "align_cli.rewards.denscore:build_denscore",
+        "vlm-caption": "align_cli.rewards.vlm_caption:build_vlm_caption",
         "vqascore": "align_cli.rewards.vqascore:build_vqascore",
     },
 )
 """Functions `build(request: rewards.base.Request) -> rewards.base.Reward`, called by
 `rewards.loading.load_reward`.
 """
+
+MASKERS = Table(
+    "masker",
+    {
+        "grounded-sam": "align_cli.grounding.detection:build_grounded_sam",
+        "shapes": "align_cli.shapes.masks:build_shapes_masker",
+    },
+)
+"""Functions `build(request: grounding.masks.MaskRequest) -> grounding.masks.Masker`."""
 
 MODELS = Table(
     "model",

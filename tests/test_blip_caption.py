@@ -11,7 +11,8 @@ import torch
 from transformers import BlipConfig, BlipForConditionalGeneration, CLIPConfig
 
 from align_cli.errors import UserError
-from align_cli.rewards.blip_caption import UNSCORED, smoothed_losses
+from align_cli.rewards.blip_caption import LABEL_SMOOTHING
+from align_cli.rewards.captioning import UNSCORED, smoothed_losses
 from align_cli.rewards.loading import load_reward
 
 CASE = Path(__file__).parent / "golden" / "imagereward" / "tiny" / "case.json"
@@ -49,8 +50,8 @@ def test_smoothed_loss_by_hand():
     log_z = math.log(math.exp(2) + 3)
     one = 0.9 * (log_z - 2) + 0.1 * (log_z - 0.5)
     other = 0.9 * log_z + 0.1 * (log_z - 0.5)
-    torch.testing.assert_close(smoothed_losses(logits, labels), torch.tensor([one + other]))
-    torch.testing.assert_close(smoothed_losses(torch.zeros(1, 4, 4), labels), torch.tensor([2 * math.log(4)]))
+    torch.testing.assert_close(smoothed_losses(logits, labels, LABEL_SMOOTHING), torch.tensor([one + other]))
+    torch.testing.assert_close(smoothed_losses(torch.zeros(1, 4, 4), labels, LABEL_SMOOTHING), torch.tensor([2 * math.log(4)]))
 
 
 def test_scores(reward):
@@ -68,6 +69,7 @@ def test_batch_score_weighs_by_tokens(reward):
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     count = torch.tensor([4.0, 10.0, 1.0])
     assert torch.equal(reward.token_losses(images, PROMPTS)[1], count)
+    assert torch.equal(reward.token_counts(PROMPTS), count)
     wanted = (reward.score(images, PROMPTS) * count).sum() / count.sum()
     torch.testing.assert_close(reward.batch_score(images, PROMPTS), wanted)
 

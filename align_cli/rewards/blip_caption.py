@@ -14,20 +14,24 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 
 from align_cli.cuts import Cut, cuts
 from align_cli.errors import UserError, first_line
-from align_cli.rewards.base import Request, Reward, choose_preprocessing, rgb
+from align_cli.registry import WEIGHTS
+from align_cli.rewards.base import Request, choose_preprocessing, rgb
 from align_cli.rewards.bert import bert_tokenizer
-from align_cli.rewards.places import place
+from align_cli.rewards.captioning import UNSCORED, Captioner, scored, smoothed_losses
+from align_cli.rewards.places import place, published_source
 from align_cli.rewards.preprocess import Preprocess
 from align_cli.rewards.weights import fill, read_json, read_tensors
 
-HUB = "Salesforce/blip-image-captioning-large"
+SOURCES = {
+    "blip-caption": "Salesforce/blip-image-captioning-large",
+    "tiny-blip": str(WEIGHTS / "tiny-blip"),
+}
+"""Name of the reward -> hub id, or folder of the package. Source: CoMat, load_captionmodel.py."""
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 PREFIX = "a photography of"
 """What the caption begins with; not scored. Source: CoMat, caption_blip.py."""
 LABEL_SMOOTHING = 0.1
 """Of the cross-entropy: hard-wired in transformers 4.31, which CoMat ran on; transformers 5 defaults to 0."""
-UNSCORED = -100
-
 
 def _stretch(images: Tensor, size: int) -> Tensor:
     """(B, 3, H, W) -> (B, 3, size, size), whatever the shape was; values may leave [0, 1]."""
@@ -37,7 +41,7 @@ def _stretch(images: Tensor, size: int) -> Tensor:
 STRETCH = Preprocess("official: stretched to a square, bicubic antialiased", _stretch)
 
 
-class BlipCaption(Reward):
+class BlipCaption(Captioner):
     """Minus the mean smoothed cross-entropy, in nats per token, of the prompt and its end as BLIP's caption.
 
     Source: CoMat, concept_mat_utils/caption_blip.py. Deviations: the mean is over a picture's own tokens
@@ -51,7 +55,7 @@ class BlipCaption(Reward):
         super().__init__(
             name=request.name,
             version=f"BLIP captioning, {model.config.vision_config.num_hidden_layers}-layer image tower",
-            source=request.source or HUB,
+            source=request.source or published_source(SOURCES[request.name]),
             preprocessing=STRETCH.words,
             scale=f"mean log-likelihood per token (nats), label smoothing {LABEL_SMOOTHING}",
             device=request.device,
@@ -59,23 +63,15 @@ class BlipCaption(Reward):
         )
         self.model, self.tokenizer = model, tokenizer
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Reward.score`."""
-        loss_B, count_B = self.token_losses(images, prompts)
-        return -loss_B / count_B
-
-    def batch_score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """CoMat's reward: () float32, minus the mean over all scored tokens of the batch."""
-        loss_B, count_B = self.token_losses(images, prompts)
-        return -loss_B.sum() / count_B.sum()
-
     def token_losses(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Sum of the smoothed cross-entropies of a picture's scored tokens, and how many these are: both (B,)
-        float32.
-        """
+        """See `Captioner.token_losses`; the cross-entropy is smoothed."""
         ids_BL, mask_BL, labels_BL = self.tokens(prompts)
         logits_BLV = self.logits(images, prompts, ids_BL, mask_BL)
-        return smoothed_losses(logits_BLV, labels_BL), (labels_BL[:, 1:] != UNSCORED).sum(1).float()
+        return smoothed_losses(logits_BLV, labels_BL, LABEL_SMOOTHING), scored(labels_BL)
+
+    def token_counts(self, prompts: Sequence[str]) -> Tensor:
+        """See `Captioner.token_counts`."""
+        return scored(self.tokens(prompts)[2])
 
     def logits(self, images: Tensor, prompts: Sequence[str], ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """(B, L, V) of the caption's tokens."""
@@ -109,25 +105,6 @@ class BlipCaption(Reward):
         return cuts(self.tokenizer, self.max_tokens, prompts, before=f"{PREFIX} ")
 
 
-def smoothed_losses(logits_BLV: Tensor, labels_BL: Tensor, smoothing: float = LABEL_SMOOTHING) -> Tensor:
-    """Cross-entropies of the next tokens, summed per picture.
-
-    Args:
-        logits_BLV: (B, L, V). labels_BL: (B, L) int64, `UNSCORED` where nothing is asked.
-    Returns:
-        (B,) float32, nats.
-    Source: transformers 4.31, BlipTextLMHeadModel.
-    """
-    losses = F.cross_entropy(
-        logits_BLV[:, :-1].float().transpose(1, 2),
-        labels_BL[:, 1:],
-        ignore_index=UNSCORED,
-        label_smoothing=smoothing,
-        reduction="none",
-    )
-    return losses.sum(1)
-
-
 def build_blip_caption(request: Request) -> BlipCaption:
     """BLIP from a hub id or a folder: config.json, weights, vocab.txt.
 
@@ -135,7 +112,7 @@ def build_blip_caption(request: Request) -> BlipCaption:
         UserError: another preprocessing than "official"; missing or misfitting files.
     """
     choose_preprocessing(request, {"official": STRETCH})
-    where = place(request.name, request.source, HUB)
+    where = place(request.name, request.source, SOURCES[request.name])
     config_file = where.find("config.json")
     if config_file is None:
         raise UserError(f"{request.name}: no configuration: {where.lacking('config.json')}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from align_cli.errors import UserError
 from align_cli.rewards import preprocess
 from align_cli.rewards.base import Request, Reward, choose_preprocessing, rgb
 from align_cli.rewards.cleaning import clean
-from align_cli.rewards.places import Place, place
+from align_cli.rewards.places import Place, place, published_source
 from align_cli.rewards.preprocess import Preprocess
 from align_cli.rewards.towers import WEIGHT_FILES, build, projected, published, read_clip
 from align_cli.rewards.weights import CLIP_TOKENIZER_FILES, tokenizer_of
@@ -217,12 +216,6 @@ def _version(request: Request, kind: Kind, home: Place, config: CLIPConfig) -> s
         return f"other sizes than {kind.version}"
     named = kind.files != WEIGHT_FILES and (home.file is None or home.file.name in kind.files)
     return kind.version if named or home.label == kind.source else f"{kind.version} by its sizes"
-
-
-def published_source(source: str) -> str:
-    """A hub id as it is; a folder of the package as "embedded:NAME"."""
-    path = PurePath(source)
-    return f"embedded:{path.name}" if path.is_absolute() else source
 
 
 def _refuse_other_version(home: Place, kind: Kind) -> None:

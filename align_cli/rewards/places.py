@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from align_cli.errors import UserError
 from align_cli.hub import fetch, reachable
@@ -95,3 +95,9 @@ def place(reward: str, source: str, default: str) -> Place:
     raise UserError(
         f"{reward}: {label!r} is neither a file, a folder nor a hub id (org/name); check {option(reward)}"
     )
+
+
+def published_source(source: str) -> str:
+    """A hub id as it is; a folder of the package as "embedded:NAME"."""
+    path = PurePath(source)
+    return f"embedded:{path.name}" if path.is_absolute() else source

@@ -5,34 +5,22 @@ the prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
-from align_cli.errors import UserError, first_line
-from align_cli.hub import reachable
+from align_cli.errors import UserError
 from align_cli.pictures import to_uint8
 from align_cli.rewards.base import Request, Reward, choose_preprocessing, rgb
-from align_cli.rewards.places import option
+from align_cli.rewards.pretrained import pretrained
+from align_cli.rewards.twin import TensorTwin
 
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 ANSWER = "Yes"
 """Source: linzhiqiu/t2v_metrics."""
-
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError)
-"""What transformers raises for absent, damaged or unsupported models, and for missing packages."""
-
-TWIN_TOLERANCE = 0.05
-"""Largest difference, in units of normalised pixels, between what the processor makes of a picture and what
-`TensorTwin` makes of it: a few levels of 255, since processors round to 8 bit.
-"""
-MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers of filters -> interpolate's names."""
 
 
 class VQAScore(Reward):
@@ -112,55 +100,6 @@ def _decoder_start(config: Any) -> int | None:
     return config.pad_token_id if start is None else start
 
 
-class TensorTwin:
-    """What an image processor does, with gradients: resize, crop the centre, normalise."""
-
-    def __init__(self, processor: Any) -> None:
-        self.size = dict(processor.size) if processor.do_resize else {}
-        self.mode = MODES[int(processor.resample)]
-        self.crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
-        self.mean, self.std = processor.image_mean, processor.image_std
-        if not processor.do_normalize:
-            self.mean, self.std = [0.0] * 3, [1.0] * 3
-
-    @classmethod
-    def of(cls, processor: Any) -> TensorTwin | None:
-        """The twin of a processor; None if it makes something else of a picture."""
-        ramp = torch.linspace(0, 1, 96).expand(80, 96)
-        image = torch.stack([ramp, ramp.flip(1) * 0.5, ramp * ramp])
-        picture = Image.fromarray(to_uint8(image[None])[0])
-        try:
-            twin = cls(processor)
-            wanted = processor(images=[picture], return_tensors="pt")["pixel_values"].float()
-            got = twin(torch.from_numpy(to_uint8(image[None])[0]).permute(2, 0, 1) / 255)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-            return None
-        if wanted.numel() != got.numel() or wanted.shape[-2:] != got.shape[-2:]:
-            return None
-        return twin if float((wanted.reshape(got.shape) - got).abs().max()) <= TWIN_TOLERANCE else None
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """(3, H, W) in [0, 1] -> (3, h, w), normalised."""
-        height, width = image.shape[-2:]
-        new = self._resized(height, width)
-        if new != (height, width):
-            antialias = self.mode != "nearest"
-            options: dict[str, Any] = {"antialias": True, "align_corners": False} if antialias else {}
-            image = F.interpolate(image[None], new, mode=self.mode, **options)[0].clamp(0, 1)
-        if self.crop:
-            high, wide = self.crop["height"], self.crop["width"]
-            top, left = (new[0] - high) // 2, (new[1] - wide) // 2
-            image = image[:, top : top + high, left : left + wide]
-        mean, std = (image.new_tensor(x).view(3, 1, 1) for x in (self.mean, self.std))
-        return (image - mean) / std
-
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        if "shortest_edge" in self.size:
-            scale = self.size["shortest_edge"] / min(height, width)
-            return int(height * scale), int(width * scale)
-        return (self.size["height"], self.size["width"]) if self.size else (height, width)
-
-
 def build_vqascore(request: Request) -> VQAScore:
     """The model that `request.source` names, a hub id or a folder of transformers.
 
@@ -174,17 +113,7 @@ def build_vqascore(request: Request) -> VQAScore:
             f"{request.name} needs a vision-language model of transformers: name it with "
             f"--weights {request.name}=ID, for example --weights {request.name}=llava-hf/llava-1.5-7b-hf"
         )
-    folder = Path(request.source).expanduser()
-    source = str(folder) if folder.is_dir() else request.source
-    options = {"local_files_only": folder.is_dir() or not reachable()}
-    try:
-        processor = AutoProcessor.from_pretrained(source, **options)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=request.dtype, **options)
-    except LOAD_ERRORS as error:
-        raise UserError(
-            f"{request.name}: {request.source} cannot be loaded as a vision-language model of transformers: "
-            f"{first_line(error)}; name a hub id or a local folder with {option(request.name)}"
-        ) from error
-    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
-        raise UserError(f"{request.name}: {request.source} has no processor of pictures and text")
-    return VQAScore(model.to(request.device).eval().requires_grad_(False), processor, request)
+    model, processor = pretrained(
+        request, request.source, AutoModelForImageTextToText, "a vision-language model of transformers"
+    )
+    return VQAScore(model, processor, request)

@@ -14,7 +14,8 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 from align_cli.rewards.base import Request
 from align_cli.rewards.bert import tokenizer_from
-from align_cli.rewards.blip_caption import LABEL_SMOOTHING, STRETCH, UNSCORED, BlipCaption, fill_blip
+from align_cli.rewards.blip_caption import LABEL_SMOOTHING, STRETCH, BlipCaption, fill_blip
+from align_cli.rewards.captioning import UNSCORED
 from golden_checks.lines import DERIVED, FORWARD, Kind, Line, compare, same
 
 REQUEST = Request("blip-caption", "", "official", torch.device("cpu"), torch.float32)

@@ -14,6 +14,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -28,6 +31,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from align_cli.rewards.blip_caption import PREFIX
 from align_cli.shapes.captions import word_list
 from align_cli.shapes.world import SIZE
 
@@ -45,6 +49,9 @@ ROBERTA_WIDTH = 80
 """Width of tiny-roberta, which is that of nothing else."""
 ROBERTA_LIMIT = 96
 """Tokens tiny-roberta reads: more than any caption of the grammar has."""
+BLIP_LIMIT = 64
+"""Tokens tiny-blip reads: more than any caption of the grammar has, with what the reward puts before it."""
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -195,6 +202,40 @@ def roberta(tok: RobertaTokenizer) -> RobertaForMaskedLM:
         pad_token_id=tok.pad_token_id,
     )
     return RobertaForMaskedLM(config)
+
+
+def blip_vocabulary() -> list[str]:
+    """The pieces of tiny-blip, a line of vocab.txt each: every word of the grammar and of what the reward puts
+    before a caption; every other word is [UNK].
+    """
+    return [*BERT_SPECIAL, *dict.fromkeys([*PREFIX.split(), *word_list()])]
+
+
+def blip(tok: BertTokenizer) -> BlipForConditionalGeneration:
+    """tiny-blip: an image tower of the sizes of tiny-clip's, where its training starts, and a decoder that
+    reads the caption.
+    """
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "projection_dim": WIDTH,
+        "initializer_range": 0.02,
+    }
+    text = sizes | {
+        "vocab_size": len(tok),
+        "max_position_embeddings": BLIP_LIMIT,
+        "bos_token_id": tok.cls_token_id,
+        "eos_token_id": tok.sep_token_id,
+        "sep_token_id": tok.sep_token_id,
+        "pad_token_id": tok.pad_token_id,
+    }
+    vision = sizes | {"image_size": SIZE, "patch_size": 4, "hidden_act": "quick_gelu"}
+    config = BlipConfig(
+        text_config=text, vision_config=vision, projection_dim=WIDTH, image_text_hidden_size=WIDTH
+    )
+    return BlipForConditionalGeneration(config)
 
 
 def vae() -> AutoencoderKL:

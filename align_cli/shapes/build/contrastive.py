@@ -25,12 +25,14 @@ WEIGHTS = (0.15, 0.5, 0.15, 0.2)
 LONG_RATE = 0.1
 
 
-def examples(n: int, rng: np.random.Generator, split: str) -> tuple[Tensor, list[Prompt], list[Prompt]]:
+def examples(
+    n: int, rng: np.random.Generator, split: str, long_rate: float = LONG_RATE
+) -> tuple[Tensor, list[Prompt], list[Prompt]]:
     """Pictures (2n, 3, 32, 32) in [-1, 1]: n scenes, then their counterfactuals; n captions each, true of
     their own.
     """
     scenes = sample_scenes(n, rng, weights=WEIGHTS, split=split)
-    prompts = [recaption(s, rng, long_rate=LONG_RATE) for s in scenes]
+    prompts = [recaption(s, rng, long_rate=long_rate) for s in scenes]
     changed = [
         counterfactual(s, p, rng, split="train" if split == "train" else None)
         for s, p in zip(scenes, prompts, strict=True)
