@@ -184,14 +184,14 @@ def _recorded(
     return replace(found.model, name=name), found.sample, f"preset {preset}", found.origin
 
 
-def preset_of(model: str) -> str | None:
-    """The preset `<method>/<alias>` made for this model, of the method that is registered first: what a
-    model draws with does not change when another method gets a preset.
+def preset_of(model: str, method: str = "") -> str | None:
+    """The preset `<method>/<alias>` made for this model, of `method` if it has one, else of the method that
+    is registered first: what a model draws with does not change when another method gets a preset.
     """
     source = registry.model_source(model)
     aliases = [alias for alias, target in registry.MODELS.items() if target == source]
     there = config.list_presets()
-    return next((p for m in registry.METHODS for a in aliases if (p := f"{m}/{a}") in there), None)
+    return next((p for m in (method, *registry.METHODS) for a in aliases if (p := f"{m}/{a}") in there), None)
 
 
 def _check_files(model: str, sample: SampleSettings) -> None:
