@@ -116,13 +116,14 @@ class DataSettings:
     """Training data."""
 
     name: str = "shapes"
-    """Registered dataset: shapes, coco, captions (a list that names pictures), or prompts (a list without
-    pictures); refcoco or shapes for methods that tell pictures and texts apart.
+    """Registered dataset: shapes, coco, captions (a list that names pictures), prompts (a list without
+    pictures), or latents (a list that names latents of the original model, in CoMat's layout); refcoco or
+    shapes for methods that tell pictures and texts apart.
     """
     path: str = ""
     """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations; refcoco: coco/images, ReC
-    and ITM), or its file (captions, prompts: .csv, .tsv, .jsonl or .json; prompts also .txt); unused by
-    shapes.
+    and ITM), or its file (captions, prompts: .csv, .tsv, .jsonl or .json; prompts also .txt; latents: .jsonl
+    or .json); unused by shapes.
     """
     expressions: str = "refall"
     """Refcoco only: refall, refcoco, refcoco+ or refcocog; or a JSON file in MDETR's layout, in whose path
@@ -133,12 +134,12 @@ class DataSettings:
     the place that DPT's data have them at.
     """
     column: str = ""
-    """Prompts and captions only: the column or key of the text; empty for prompt, text, caption or
+    """Prompts, captions and latents only: the column or key of the text; empty for prompt, text, caption or
     captions (dataset captions: caption, text or prompt), whichever is there first; prompts: else the first
     column of a table.
     """
     images: str = ""
-    """Captions only: folder that the names of the pictures begin at; empty for that of the list."""
+    """Captions and latents only: folder that the names of the files begin at; empty for that of the list."""
     image_size: int = 512
     """Pixels of the square training image (shapes: fixed by the world)."""
     interpolation: str = "bicubic"

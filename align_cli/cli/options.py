@@ -108,7 +108,9 @@ TrainData = Annotated[
 DataPath = Annotated[
     Path | None,
     typer.Option(
-        "--data-path", metavar="PATH", help="Folder of the dataset; of captions and prompts the file."
+        "--data-path",
+        metavar="PATH",
+        help="Folder of the dataset; of captions, prompts and latents the file.",
     ),
 ]
 Overwrite = Annotated[
