@@ -153,6 +153,14 @@ def model_source(name: str) -> str:
     raise unknown("model", name, MODELS)
 
 
+def model_id(name: str) -> str:
+    """What the user named as a model; folders as absolute paths, so that adapters find them from anywhere."""
+    if name in MODELS or not name:
+        return name
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
 def dataset_table(name: str, *, grounded: bool = False) -> Table:
     """Where the dataset `name` is registered: in GROUNDED for methods that learn to tell pictures and texts
     apart, in DATASETS for all other work.

@@ -56,7 +56,7 @@ class ModelSettings:
     """
     unet: str = ""
     """Path or hub id of a separately tuned denoiser (UNet, or the transformer of SD3) to use in place of the
-    pipeline's own; empty for none.
+    pipeline's own; empty for none. A path is kept in full.
     """
     vae: str = ""
     """Path or hub id of an autoencoder to use in place of the pipeline's own; empty for none. SDXL's own
@@ -90,6 +90,8 @@ class ModelSettings:
             f"got {self.encoder_device!r}",
         )
         require(bool(self.name), "model.name must not be empty")
+        for key, name in self.others().items():
+            object.__setattr__(self, key, registry.model_id(name))
         require(
             0 <= self.t5_length <= 512, f"model.t5_length must be between 0 and 512, got {self.t5_length}"
         )
@@ -101,6 +103,10 @@ class ModelSettings:
         """What fixes the pictures, as plain JSON: not the devices, and of reading text what is in use."""
         found = asdict(replace(self, device="auto", encoder_device=""))
         return {k: v for k, v in found.items() if k not in self.reading()} | self.reading_in_use()
+
+    def others(self) -> dict[str, str]:
+        """The parts that are not the pipeline's own, by their settings."""
+        return {key: name for key in ("unet", "vae") if (name := getattr(self, key))}
 
     def reading(self) -> dict[str, Any]:
         """The settings of how prompts are read."""

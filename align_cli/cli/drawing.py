@@ -105,11 +105,12 @@ class Plan:
     def _settings(self) -> str:
         s = self.sample
         spacing = "" if s.sampler == "euler" else f" ({s.spacing})"
+        other = "".join(f", {key} {name}" for key, name in self.model.others().items())
         text = "" if self.model.text == "plain" else f", text by {self.model.text}"
         scale = f"{s.self_correct:g} ({s.correction})"
         corrected = f", self-correction {scale}: one more pass, forward and back, in every step"
         return (
-            f"{self.model.name}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}{text}"
+            f"{self.model.name}{other}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}{text}"
             f"{corrected if s.self_correct else ''}"
         )
 

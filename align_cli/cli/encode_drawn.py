@@ -53,9 +53,9 @@ class DrawnWork:
     def words(self) -> list[str]:
         """What is stored, in lines."""
         request, s = self.request, self.request.sample
-        unet = f" and the denoiser {request.model.unet}" if request.model.unet else ""
+        other = "".join(f", {key} {name}," for key, name in request.model.others().items())
         return [
-            f"{request.data.name}, drawn by {request.model.name}{unet} for {request.purpose}: {s.sampler}, "
+            f"{request.data.name}, drawn by {request.model.name}{other} for {request.purpose}: {s.sampler}, "
             f"{s.steps} steps, guidance {s.guidance:g}",
             f"captions: {request.captions}, one picture for each item; training encodes the text in its loop",
         ]

@@ -9,13 +9,6 @@ import typer
 
 from align_cli import registry
 
-
-def _place(text: str) -> str:
-    """The path of a folder in full, so that it is found from elsewhere, too; a hub id as it is."""
-    folder = Path(text).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else text
-
-
 Model = Annotated[
     str | None,
     typer.Option(
@@ -28,7 +21,6 @@ Unet = Annotated[
         "--unet",
         metavar="PATH",
         help="Separately tuned UNet (SD3: transformer) in place of the model's own; hub id or folder.",
-        callback=lambda text: text and _place(text),
     ),
 ]
 Adapters = Annotated[

@@ -42,6 +42,7 @@ def train(
             "--model", metavar="NAME", help="Alias, hub id or folder. Default: tiny-sd15, which is built in."
         ),
     ] = None,
+    unet: options.Unet = None,
     preset: options.Preset = None,
     config_file: Annotated[
         Path | None,
@@ -135,7 +136,7 @@ def train(
     places = {name: place for name, place in places.items() if name not in watching or name in rewards}
     flags: dict[str, object] = {
         "model.name": model, "model.text": text, "model.device": device,
-        "model.encoder_device": encoder_device,
+        "model.encoder_device": encoder_device, "model.unet": unet,
         "data.name": data, "data.path": data_path, "data.cache": cache, "train.steps": steps,
         "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
         "guard.scorers": guard or None, "guard.every": guard_every, "guard.keep": keep,
