@@ -26,6 +26,14 @@ def check_data(resolved: config.Resolved) -> None:
         )
     if resolved.method_config.pictures and resolved.data.name in registry.CAPTIONS_ONLY:
         raise registry.no_pictures(resolved.data.name, f"{resolved.method} trains on pictures with captions")
+    latents = resolved.data.cache or resolved.data.name in registry.LATENTS
+    if resolved.method_config.latents and not (resolved.method_config.pictures or latents):
+        raise UserError(
+            f"{resolved.method} needs latents that the original model made of the prompts: make them with "
+            f"t2ialign encode --for {resolved.method} --model {resolved.model.name} and give the folder with "
+            "--cache, name the official list with --data latents, or let every step draw them with --set "
+            f"{resolved.method}.real=drawn; --set {resolved.method}.fidelity_weight=0 does without"
+        )
 
 
 def _table(resolved: config.Resolved) -> registry.Table:
