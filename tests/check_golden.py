@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import torch
 from golden_checks import (
     comat,
+    comat_entities,
     dpt,
     dpt_discriminator,
     dpt_steps,
@@ -43,9 +44,9 @@ from golden_checks.lines import Line
 from align_cli.errors import UserError
 
 KINDS = [
-    *comat.KINDS, *dpt.KINDS, *dpt_discriminator.KINDS, *dpt_steps.KINDS, *imagereward.KINDS,
-    *longalign.KINDS, *longalign_lcm.KINDS, *longalign_lora.KINDS, *longalign_steps.KINDS,
-    *longalign_text.KINDS, *softrepa.KINDS, *textcraftor.KINDS,
+    *comat.KINDS, *comat_entities.KINDS, *dpt.KINDS, *dpt_discriminator.KINDS, *dpt_steps.KINDS,
+    *imagereward.KINDS, *longalign.KINDS, *longalign_lcm.KINDS, *longalign_lora.KINDS,
+    *longalign_steps.KINDS, *longalign_text.KINDS, *softrepa.KINDS, *textcraftor.KINDS,
 ]  # fmt: skip
 
 
