@@ -105,7 +105,10 @@ def test_latents_made_beforehand(tiny_sd15_folder, tmp_path):
     ("args", "words"),
     [
         (["--set", "comat.real=stored"], "make them with t2ialign encode --for comat"),
-        (["--model", "tiny-sd3", "--preset", "none", "--set", "comat.real=drawn"], "does not train models of the family sd3"),
+        (
+            ["--model", "tiny-sd3", "--preset", "none", "--set", "comat.real=drawn"],
+            "does not train models of the family sd3",
+        ),
         (["--set", "comat.rewards={clipp=1}"], "unknown reward 'clipp'"),
         (["--set", "comat.masker=grounded-sam", "--set", "comat.detector=nowhere"], "comat.detector"),
         (["--set", "comat.masker=sam"], "comat.masker must be one of auto, grounded-sam, shapes"),
