@@ -25,7 +25,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from align_cli import registry
 from align_cli.devices import pick_device
 from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.process import NoiseProcess
