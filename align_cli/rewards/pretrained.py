@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor
@@ -10,7 +9,7 @@ from transformers import AutoProcessor
 from align_cli.errors import UserError, first_line
 from align_cli.hub import reachable
 from align_cli.rewards.base import Request
-from align_cli.rewards.places import option
+from align_cli.rewards.places import option, place
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError)
 """What transformers raises for absent, damaged or unsupported models, and for missing packages."""
@@ -24,9 +23,11 @@ def pretrained(request: Request, source: str, cls: Any, what: str) -> tuple[Any,
     Raises:
         UserError: not there; of another kind; its processor needs a package that is not installed.
     """
-    folder = Path(source).expanduser()
-    where = str(folder) if folder.is_dir() else source
-    options = {"local_files_only": folder.is_dir() or not reachable()}
+    at = place(request.name, source, source)
+    if at.folder is None and at.find("config.json") is None:
+        raise UserError(f"{request.name}: no configuration: {at.lacking('config.json')}")
+    where = str(at.folder or at.repo)
+    options = {"local_files_only": at.folder is not None or not reachable()}
     try:
         processor = AutoProcessor.from_pretrained(where, **options)
         model = cls.from_pretrained(where, dtype=request.dtype, **options)

@@ -17,12 +17,12 @@ from transformers import BertTokenizer, BlipForConditionalGeneration, CLIPModel
 from align_cli.rewards.base import Request
 from align_cli.rewards.bert import tokenizer_from
 from align_cli.rewards.blip_caption import LABEL_SMOOTHING, STRETCH, BlipCaption
-from align_cli.rewards.captioning import scored, smoothed_losses
+from align_cli.rewards.captioning import UNSCORED, scored, smoothed_losses
 from align_cli.settings import PROMPT_KINDS
 from align_cli.shapes.build import components
 from align_cli.shapes.build.contrastive import examples
 from align_cli.shapes.build.run import Stage, line
-from align_cli.shapes.captions import hard_negative
+from align_cli.shapes.captions import Prompt, hard_negative
 from align_cli.shapes.world import SIZE
 
 BATCH = 32
@@ -137,17 +137,30 @@ def loss(reward: BlipCaption, x: Tensor, texts: list[list[str]]) -> Tensor:
     return caption + F.cross_entropy(-plain.view(-1, each), torch.zeros(len(texts), dtype=torch.long))
 
 
+def guessed(reward: BlipCaption, x: Tensor, texts: list[str]) -> Tensor:
+    """Of every scored token of the captions of pictures x, 1.0 where it is the likeliest."""
+    ids_BL, mask_BL, labels_BL = reward.tokens(texts)
+    best_BL = reward.logits(x, texts, ids_BL, mask_BL)[:, :-1].argmax(-1)
+    labels_BL = labels_BL[:, 1:]
+    return (best_BL == labels_BL)[labels_BL != UNSCORED].float()
+
+
 @torch.no_grad()
 def evaluate(reward: BlipCaption, split: str, n: int = 1000) -> dict[str, float]:
     """Share of pictures whose own caption has the higher score than a hard negative (chance 0.5), by kind;
-    nats per token of the true captions.
+    nats per token of the true captions, and share of their tokens that are the likeliest ones.
     """
     x, prompts, twins = examples(n, np.random.default_rng(77), split)
+    x, texts = x[:n] / 2 + 0.5, [p.text for p in prompts]
     chunks = [slice(i, i + 100) for i in range(0, n, 100)]
-    score = lambda p: torch.cat([reward.score(x[c] / 2 + 0.5, [q.text for q in p[c]]) for c in chunks])  # noqa: E731
+
+    def score(captions: list[Prompt]) -> Tensor:
+        return torch.cat([reward.score(x[c], [p.text for p in captions[c]]) for c in chunks])
+
     true, false = score(prompts), score(twins)
     right = (true > false).float() + 0.5 * (true == false).float()
-    out = {"hard_negative": right.mean().item(), "score": true.mean().item()}
+    words = torch.cat([guessed(reward, x[c], texts[c]) for c in chunks])
+    out = {"hard_negative": right.mean().item(), "score": true.mean().item(), "words": words.mean().item()}
     for kind in PROMPT_KINDS:
         out[f"hard_negative_{kind}"] = right[[p.kind == kind for p in prompts]].mean().item()
     return out
