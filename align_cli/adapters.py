@@ -389,6 +389,7 @@ def import_official(method: str, path: Path | str, model: str, out: Path) -> Ada
 IMPORTERS = registry.Table(
     "importer",
     {
+        "comat": "align_cli.methods.comat.release:read_release",
         "dpt": "align_cli.methods.dpt.release:read_release",
         "longalign": "align_cli.methods.longalign.release:read_release",
         "softrepa": "align_cli.methods.softrepa.release:read_release",

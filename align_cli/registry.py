@@ -20,14 +20,15 @@ class Table(dict[str, str]):
 METHODS = Table(
     "method",
     {
-        "comat": "align_cli.methods.comat.method:CoMat",
         "dpt": "align_cli.methods.dpt.method:DPT",
         "longalign": "align_cli.methods.longalign.method:LongAlign",
         "softrepa": "align_cli.methods.softrepa.method:SoftREPA",
         "textcraftor": "align_cli.methods.textcraftor.method:TextCraftor",
+        "comat": "align_cli.methods.comat.method:CoMat",
     },
 )
-"""Classes that follow `align_cli.methods.base.Method`."""
+"""Classes that follow `align_cli.methods.base.Method`. A model draws with the preset of the first that has
+one for it: a new one comes last."""
 
 METHOD_CONFIGS = Table(
     "method",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from training_helpers import LinearMap, Points, scripted, settings
-from two_processes import dpt, softrepa, textcraftor
+from two_processes import comat, dpt, softrepa, textcraftor
 
 from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
 from align_cli.training.log import read_metrics
@@ -127,6 +127,24 @@ def test_dpt_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_f
     assert reports[0]["dpt"] == reports[1]["dpt"]
     for a, b in zip(alone, reports[0]["dpt"], strict=True):
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
+
+
+def test_comat_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_folder):
+    """With all three losses; in the first step the second process meets no noun."""
+    out, reports = two
+    alone = comat(str(tiny_sd15_folder), tmp_path / "one")
+    one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / "comat"))
+    for a, b in zip(one, both, strict=True):
+        for key in (
+            "loss", "loss/token", "loss/pixel", "loss/fidelity", "words/nouns", "reward/tiny-blip",
+            "discriminator/loss", "generator/grad_norm", "discriminator/grad_norm",
+        ):  # fmt: skip
+            assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] == 1 else 1e-4)
+    assert one[0]["words/nouns"] == 0.5 and one[0]["loss/token"] > 0.1
+    assert one[0]["generator/grad_norm"] > 1e-4 and one[0]["discriminator/grad_norm"] > 1e-4
+    assert reports[0]["comat"] == reports[1]["comat"]
+    for a, b in zip(alone, reports[0]["comat"], strict=True):
+        assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
 
 
 def test_a_bad_loss_on_one_process_stops_all(two):

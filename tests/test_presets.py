@@ -8,6 +8,7 @@ import tomllib
 import pytest
 
 from align_cli import config, registry
+from align_cli.cli.drawing import preset_of
 from align_cli.errors import UserError
 
 PRESETS = config.list_presets()
@@ -114,6 +115,12 @@ def test_official_values_of_editing(name):
 def test_unknown_preset_offers_the_nearest():
     with pytest.raises(UserError, match=r"unknown preset 'softrepa/sd51'; did you mean 'softrepa/sd15'\?"):
         config.read_preset("softrepa/sd51")
+
+
+def test_what_a_model_draws_with_stays_when_methods_come():
+    """The preset of a method that draws as the model is drawn elsewhere, SDXL at its own size."""
+    for name in ("sd15", "sdxl", "sd3", "tiny-sd15", "tiny-sdxl", "tiny-sd3"):
+        assert preset_of(name) == f"softrepa/{name}"
 
 
 def test_preset_name_is_no_path():

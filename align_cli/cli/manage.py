@@ -64,7 +64,8 @@ def adapters_import(
     method: Annotated[
         str,
         typer.Argument(
-            metavar="METHOD", help="softrepa, longalign, textcraftor or dpt: what it was released for."
+            metavar="METHOD",
+            help="softrepa, longalign, textcraftor, dpt or comat: what it was released for.",
         ),
     ],
     path: Annotated[

@@ -116,6 +116,7 @@ class Report:
 PARTS = registry.Table(
     "exported method",
     {
+        "comat": "align_cli.methods.comat.export:trained",
         "dpt": "align_cli.methods.dpt.export:trained",
         "longalign": "align_cli.methods.longalign.export:trained",
         "textcraftor": "align_cli.methods.textcraftor.export:trained",

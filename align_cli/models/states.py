@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,23 @@ if TYPE_CHECKING:
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 """Ends of the keys of a LoRA's state, as in peft; before them is the name of the layer."""
+
+_LAYER = re.compile(r"(?:unet\.){0,2}(.+\.to_(?:q|k|v|out\.0))\.lora(?:\.(down|up)|_([AB]))\.weight")
+_PROCESSOR = re.compile(r"(?:unet\.){0,2}(.+\.)processor\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+_SIDES = {"down": LORA_A, "A": LORA_A, "up": LORA_B, "B": LORA_B}
+
+
+def attention_lora_key(key: str) -> str | None:
+    """Our key of a LoRA on attention for one of a file of diffusers, in any of its spellings, with "unet."
+    before it twice, once or not at all; None for what is none.
+
+        LAYER.to_out.0.lora_A.weight, LAYER.to_out.0.lora.down.weight, LAYER.processor.to_out_lora.down.weight
+    """
+    if found := _LAYER.fullmatch(key):
+        return found[1] + _SIDES[found[2] or found[3]]
+    if found := _PROCESSOR.fullmatch(key):
+        return f"{found[1]}to_{found[2]}{'.0' if found[2] == 'out' else ''}{_SIDES[found[3]]}"
+    return None
 
 
 def by_group(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -381,7 +381,8 @@ class CoMat:
         """
         c, told = self.config, dict[str, float]()
         with self._at_work(plan):
-            drawn = self.draw(prompts, start, noise, plan)
+            # of one process alone a parser may refuse a prompt
+            drawn = ctx.together(lambda: self.draw(prompts, start, noise, plan), start.device)
             z = drawn.latents
             loss, slope = z.new_zeros(()), torch.zeros_like(z)
             pictures: Tensor | None = None
@@ -394,6 +395,8 @@ class CoMat:
             total = with_gradient(loss, z, slope)
             if drawn.kept and pictures is not None:
                 total = total + self._concentrated(drawn, pictures, told, ctx)
+            elif plan.attention:  # no nouns: these count in the means over processes and slices
+                told |= dict.fromkeys(("loss/token", "loss/pixel", "words/nouns"), 0.0)
             told["loss"] = float(total.detach())
             with self.lora.attached():
                 ctx.backward(total, "generator")

@@ -23,7 +23,7 @@ from align_cli.methods.dpt.method import ATTENTION, block_channels, own_feature
 from align_cli.models.loading import model_id
 from align_cli.models.lora import lora_layers
 from align_cli.models.parts import family_of, outline
-from align_cli.models.states import LORA_A, LORA_B, by_group, check_state
+from align_cli.models.states import LORA_A, LORA_B, attention_lora_key, by_group, check_state
 
 FILE = "pytorch_model.bin"
 FILES = (FILE, "model.safetensors")
@@ -58,7 +58,6 @@ SIZES = {
 }  # fmt: skip
 """Tensors that tell sizes -> their dimensions."""
 _STEP = re.compile(r"checkpoint-(\d+)")
-_LORA = re.compile(r"unet\.(.+)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _SIDES = {"down": LORA_A, "up": LORA_B}
 
 
@@ -114,11 +113,9 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
 
 def own_key(key: str) -> str | None:
     """Key of an adapter for one of the file; None for what neither the discriminator nor LoRA has."""
-    found = _LORA.fullmatch(key)
-    if found is None:
-        return f"{DISCRIMINATOR}.{key}" if key.partition(".")[0] in (*PARTS, FUSION, POSITIONS) else None
-    layer, kind, side = found.groups()
-    return f"{LORA}.{layer}.to_{'out.0' if kind == 'out' else kind}{_SIDES[side]}"
+    if (found := attention_lora_key(key)) is not None:
+        return f"{LORA}.{found}"
+    return f"{DISCRIMINATOR}.{key}" if key.partition(".")[0] in (*PARTS, FUSION, POSITIONS) else None
 
 
 def official_key(key: str) -> str:
