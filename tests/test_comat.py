@@ -16,6 +16,7 @@ from align_cli.grounding.entities import Entity
 from align_cli.methods.base import Batch, StepContext
 from align_cli.methods.comat.concentration import Words
 from align_cli.methods.comat.config import CoMatConfig
+from align_cli.methods.comat.matching import ConceptMatching
 from align_cli.methods.comat.method import CoMat, Plan
 from align_cli.models.base import Posterior
 from align_cli.models.states import LORA_B
@@ -360,7 +361,8 @@ def test_crops_of_512_pixels(sd15):
 def test_the_captioner_sees_the_crop(sd15):
     method = make(sd15)
     images = field(0, 1, 3, 512, 512)
-    method._reward(images, ["x"], Plan((), crop=(1, 2)), {"tiny-blip": 1.0}, 1)
+    matching = ConceptMatching(sd15, method.config, method.rewards)
+    matching._judged(images, ["x"], (1, 2), {"tiny-blip": 1.0}, 1)
     assert torch.equal(method.rewards.rewards["tiny-blip"].seen[0], images[:, :, 1:511, 2:512])
 
 
@@ -437,9 +439,9 @@ class Nothing:
 
 
 def test_prompts_without_nouns(sd15):
-    """The other losses go on; the log has no losses of attention."""
+    """The other losses go on; those of attention are none, which counts in their means."""
     values = run(make(sd15, reader=Nothing()))
-    assert "loss/token" not in values and math.isfinite(values["loss"])
+    assert values["loss/token"] == 0 == values["words/nouns"] and math.isfinite(values["loss"])
 
 
 def test_prompts_without_nouns_and_nothing_else_to_learn(sd15):

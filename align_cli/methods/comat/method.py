@@ -7,7 +7,8 @@ Source: arXiv 2404.03653 and github.com/CaraJ7/CoMat (commit 5eadcce). Deviation
 - SDXL's rewards see pictures in [0, 1] (`official_range` restores the bug); nouns are found as a reader would
   (`entities` official restores the rest); SAM in place of FastSAM.
 - The discriminator may share the UNet in training, whose weights are frozen for both.
-- Also, beyond it: SD2.x, any UNet of its kind, more than one process with the loss of one.
+- Also, beyond it: SD2.x, any UNet of its kind, more than one process with the loss of one (but for
+  `norm_grad`, whose norm is that of a process's own pictures, as there).
 
 Letters: B prompts of this process, C h w latent, H W pixels.
 """
@@ -36,35 +37,29 @@ from align_cli.methods.base import Batch, StepContext
 from align_cli.methods.comat.concentration import Words
 from align_cli.methods.comat.config import CoMatConfig
 from align_cli.methods.comat.discriminator import ATTENTION, LatentDiscriminator
+from align_cli.methods.comat.matching import CROPPED, ConceptMatching, Crop
 from align_cli.models.attention import AttentionMaps, check_layers, watched
 from align_cli.models.base import BaseModel, TextCond
-from align_cli.models.decoding import Judged, through_pictures
 from align_cli.models.lora import LoraTuning, most_rank
 from align_cli.models.moving import moved_weights
 from align_cli.rewards.base import Reward
-from align_cli.rewards.captioning import Captioner
 from align_cli.rewards.weighted import WeightedRewards, load_rewards
 from align_cli.sampling import check_side
 from align_cli.settings import ModelSettings, TrainSettings
 
 LORA = "unet"
 """Group of the trained tensors in an artefact."""
-CROPPED = 224
-"""A crop is so many times smaller as this goes into the picture's side. Source: caption_blip.py."""
-GRADIENT_NORM = 1e4
-"""Of the pictures' gradient with norm_grad. Source: training_script.py."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a step draws at random besides noise. gradient: sampling steps with gradient, 0 is the noisiest.
-    attention: those of them whose attention is looked at. crop: rows and columns that are cut off before the
-    crop; None for the whole picture.
+    attention: those of them whose attention is looked at. crop: what rewards see.
     """
 
     gradient: tuple[int, ...]
     attention: frozenset[int] = frozenset()
-    crop: tuple[int, int] | None = None
+    crop: Crop = None
 
 
 @dataclass
@@ -243,7 +238,9 @@ class CoMat:
             return ctx.rows(torch.randn(*shape, generator=ctx.rng)).to(model.device)
 
         plan, start = self.plan(ctx.rng), noise()
-        real = self._real(batch, noise) if self.discriminator is not None else None
+        real = None
+        if self.discriminator is not None:
+            real = ctx.together(lambda: self._real(batch, noise), model.device)
         return self.learn(batch.prompts, start, noise, plan, real, ctx)
 
     def plan(self, rng: torch.Generator) -> Plan:
@@ -394,7 +391,7 @@ class CoMat:
                 told["loss/fidelity"] = float(fooled)
             total = with_gradient(loss, z, slope)
             if drawn.kept and pictures is not None:
-                total = total + self._concentrated(drawn, pictures, told, ctx)
+                total = total + self._concentrated(drawn, pictures, told)
             elif plan.attention:  # no nouns: these count in the means over processes and slices
                 told |= dict.fromkeys(("loss/token", "loss/pixel", "words/nouns"), 0.0)
             told["loss"] = float(total.detach())
@@ -423,60 +420,11 @@ class CoMat:
         self, z: Tensor, prompts: list[str], plan: Plan, told: dict[str, float], ctx: StepContext
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss () of the rewards, its gradient in the latents, and the pictures (B, 3, H, W), detached."""
-        pictures: list[Tensor] = []
-        if not self.config.concept:
-            with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-                return z.new_zeros(()), torch.zeros_like(z), self.model.decode(z, clamp=False)
-        totals = self._scored_tokens(prompts, ctx)
-        norm = z.new_zeros(())
-
-        def keep_norm(gradient: Tensor) -> Tensor:
-            own = gradient.detach().float().square().sum()
-            norm.add_(own)
-            return gradient / (own.sqrt() / GRADIENT_NORM) if self.config.norm_grad else gradient
-
-        def judge(images: Tensor, rows: slice) -> Judged:
-            pictures.append(images.detach())
-            images.register_hook(keep_norm)
-            return self._reward(images, prompts[rows], plan, totals, len(prompts))
-
-        loss, slope, means = ctx.together(
-            lambda: through_pictures(
-                self.model, z, judge, chunk=self.config.decode_chunk, loss_scale=ctx.loss_scale, clamp=False
-            ),
-            z.device,
-        )
-        told |= {f"reward/{name}": float(x) for name, x in means.items()}
-        told["reward/gradient_norm"] = float(norm.sqrt()) / ctx.loss_scale
-        return loss, slope, torch.cat(pictures)
-
-    def _scored_tokens(self, prompts: list[str], ctx: StepContext) -> dict[str, float]:
-        """Captioner -> tokens that it scores, per process: the mean is over all tokens of the batch."""
-        found = {}
-        for name, reward in self.rewards.rewards.items():
-            if isinstance(reward, Captioner):
-                own = reward.token_counts(prompts).sum().reshape(1).to(self.model.device)
-                found[name] = float(ctx.gather(own).sum()) / ctx.world_size
-        return found
-
-    def _reward(
-        self, images: Tensor, prompts: list[str], plan: Plan, totals: Mapping[str, float], count: int
-    ) -> Judged:
-        """Minus the weighted rewards of pictures (b, 3, H, W), as their part of the batch's means."""
-        if self.config.official_range:
-            images = images * 2 - 1
-        if plan.crop is not None:
-            top, left = plan.crop
-            size = images.shape[-1] - images.shape[-1] // CROPPED
-            images = images[:, :, top : top + size, left : left + size]
-        parts: dict[str, Tensor] = {}
-        for name, reward in self.rewards.rewards.items():
-            if isinstance(reward, Captioner):
-                parts[name] = -reward.token_losses(images, prompts)[0].sum() / totals[name]
-            else:
-                parts[name] = reward.score(images, prompts).sum() / count
-        loss = -torch.stack([self.config.rewards[name] * x.to(images.device) for name, x in parts.items()])
-        return loss.sum(), parts
+        if self.config.concept:
+            matching = ConceptMatching(self.model, self.config, self.rewards)
+            return matching.loss(z, prompts, plan.crop, told, ctx)
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            return z.new_zeros(()), torch.zeros_like(z), self.model.decode(z, clamp=False)
 
     def _fooled(
         self, z: Tensor, discriminator: LatentDiscriminator, loss_scale: float
@@ -488,9 +436,7 @@ class CoMat:
             (slope,) = torch.autograd.grad(fooled * loss_scale, leaf)
         return fooled.detach(), slope / loss_scale
 
-    def _concentrated(
-        self, drawn: Drawn, pictures: Tensor, told: dict[str, float], ctx: StepContext
-    ) -> Tensor:
+    def _concentrated(self, drawn: Drawn, pictures: Tensor, told: dict[str, float]) -> Tensor:
         """The weighted losses of attention (), with graph."""
         assert self.masker is not None and drawn.words is not None
         masker, words, c = self.masker, drawn.words, self.config
