@@ -51,7 +51,9 @@ def test_smoothed_loss_by_hand():
     one = 0.9 * (log_z - 2) + 0.1 * (log_z - 0.5)
     other = 0.9 * log_z + 0.1 * (log_z - 0.5)
     torch.testing.assert_close(smoothed_losses(logits, labels, LABEL_SMOOTHING), torch.tensor([one + other]))
-    torch.testing.assert_close(smoothed_losses(torch.zeros(1, 4, 4), labels, LABEL_SMOOTHING), torch.tensor([2 * math.log(4)]))
+    torch.testing.assert_close(
+        smoothed_losses(torch.zeros(1, 4, 4), labels, LABEL_SMOOTHING), torch.tensor([2 * math.log(4)])
+    )
 
 
 def test_scores(reward):

@@ -5,6 +5,7 @@ Letters: B pictures, N nouns of a picture, S boxes of a picture, H W pixels.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,7 +26,7 @@ class MaskRequest:
     segmenter: str = ""
     box_threshold: float = 0.3
     text_threshold: float = 0.25
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
 
 
@@ -56,29 +57,37 @@ def sent_to_detector(nouns: Sequence[str]) -> str:
 
 def clean_phrase(phrase: str) -> str:
     """What a detector says that a box shows, without full stops, special tokens and blanks around it."""
-    for mark in (".", "[CLS]", "[SEP]", "[PAD]", "[cls]", "[sep]", "[pad]"):
+    for mark in (".", "[CLS]", "[SEP]", "[PAD]"):
         phrase = phrase.replace(mark, "")
     return phrase.strip()
 
 
 def counted(nouns: Sequence[str], phrases: Sequence[str]) -> list[tuple[int, int]]:
-    """(box, noun) of every box whose phrase is one of the nouns, capitals aside, in the order of the boxes.
-    A phrase of two nouns ("dog cat") counts for neither.
+    """(box, noun) of every box whose phrase is one of the nouns, in the order of the boxes. A phrase of two
+    nouns ("dog cat") counts for neither.
 
-    Source: CoMat gsam_interface.py. Deviations: capitals, which the detector's phrases never have.
+    Source: CoMat gsam_interface.py. Deviations: words are compared as the detector's tokenizer leaves them,
+    without capitals, accents and blanks ("T-shirt" comes back as "t - shirt").
     """
-    wanted = {noun.lower(): i for i, noun in reversed(list(enumerate(nouns)))}
-    said = [clean_phrase(phrase).lower() for phrase in phrases]
-    return [(box, wanted[words]) for box, words in enumerate(said) if words in wanted]
+    said = [_plain(clean_phrase(phrase)) for phrase in phrases]
+    wanted = [_plain(clean_phrase(noun)) for noun in nouns]
+    return [
+        (box, i) for box, words in enumerate(said) for i, noun in enumerate(wanted) if words == noun != ""
+    ]
+
+
+def _plain(words: str) -> str:
+    apart = unicodedata.normalize("NFD", words.lower())
+    return "".join(c for c in apart if unicodedata.category(c) != "Mn" and not c.isspace())
 
 
 def masks_of_nouns(number: int, pairs: Sequence[tuple[int, int]], segments: Tensor) -> Tensor:
     """The union of the segments of each noun's boxes.
 
     Args:
-        number: N. pairs: P times (box, noun), as `counted` gives them. segments: (P, H, W) bool, of each pair.
+        number: N. pairs: P times (box, noun), as of `counted`. segments: (P, H, W) bool, of each pair.
     Returns:
-        (N, H, W) bool; all False for a noun without a box. Of a noun that stands twice the first has it.
+        (N, H, W) bool; all False for a noun without a box.
     Raises:
         ValueError: another number of segments than of pairs.
     Source: CoMat gsam_interface.py, get_mask.

@@ -33,6 +33,7 @@ PREFIX = "a photography of"
 LABEL_SMOOTHING = 0.1
 """Of the cross-entropy: hard-wired in transformers 4.31, which CoMat ran on; transformers 5 defaults to 0."""
 
+
 def _stretch(images: Tensor, size: int) -> Tensor:
     """(B, 3, H, W) -> (B, 3, size, size), whatever the shape was; values may leave [0, 1]."""
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False)

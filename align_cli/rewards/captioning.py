@@ -24,11 +24,14 @@ class Captioner(Reward):
 
     @abstractmethod
     def token_losses(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Sum of the cross-entropies of each prompt's scored tokens in nats, and how many these are: both (B,)
-        float32.
+        """Sum of the cross-entropies of each prompt's scored tokens in nats, and how many these are.
 
         Args:
             images: (B, 3, H, W) float, in [0, 1] or a little beyond. prompts: B texts.
+        Returns:
+            (B,) float32 both; with gradients in the pictures.
+        Raises:
+            ValueError: other shapes or numbers of pictures (see `rgb`).
         """
 
     @abstractmethod

@@ -82,5 +82,7 @@ def build_git_caption(request: Request) -> GitCaption:
         request, request.source or HUB, AutoModelForCausalLM, "a GIT model of transformers"
     )
     if not isinstance(model, GitForCausalLM):
-        raise UserError(f"{request.name}: {request.source} is of a {model.config.model_type} model, not of GIT")
+        raise UserError(
+            f"{request.name}: {request.source} is of a {model.config.model_type} model, not of GIT"
+        )
     return GitCaption(model, processor, twin_of(processor.image_processor, request), request)

@@ -108,7 +108,7 @@ def build_vlm_caption(request: Request) -> VLMCaption:
     )
     if model.config.get_text_config().is_encoder_decoder or not hasattr(processor, "image_token"):
         raise UserError(
-            f"{request.name}: {source} ({type(model).__name__}) does not read picture and answer as one text; "
-            f"name another with --weights {request.name}=ID, for example {HUB}"
+            f"{request.name}: {source} ({type(model).__name__}) does not read picture and answer as one "
+            f"text; name another with --weights {request.name}=ID, for example {HUB}"
         )
     return VLMCaption(model, processor, twin_of(processor.image_processor, request), request)

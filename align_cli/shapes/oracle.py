@@ -38,7 +38,7 @@ class Blobs:
 
     image: (M,) picture index. color: (M,) index into COLORS. shape: (M,) index into SHAPES, -1 for unknown.
     x, y: (M,) centre of the bounding box in pixels. area: (M,) pixels. background: (N,) name or "" if
-    neither.
+    neither. soft: (M, 32, 32) coverage of its pixels; above MIN_COVER they are its own.
     """
 
     image: np.ndarray
@@ -48,6 +48,13 @@ class Blobs:
     y: np.ndarray
     area: np.ndarray
     background: list[str]
+    soft: np.ndarray
+
+    @property
+    def masks(self) -> np.ndarray:
+        """(M, 32, 32) bool."""
+        own: np.ndarray = self.soft > MIN_COVER
+        return own
 
 
 def as_uint8(images: np.ndarray | Tensor) -> np.ndarray:
@@ -75,8 +82,8 @@ def find(images: np.ndarray | Tensor) -> Blobs:
     labels, total = ndimage.label(solid, structure)
     background = _backgrounds(rgb)
     if total == 0:
-        none = np.zeros(0)
-        return Blobs(none.astype(int), none.astype(int), none.astype(int), none, none, none, background)
+        none, index = np.zeros(0), np.zeros(0, int)
+        return Blobs(index, index, index, none, none, none, background, np.zeros((0, SIZE, SIZE), np.float32))
     image, hue, row, col = np.nonzero(labels)
     label = labels[image, hue, row, col] - 1
     weight = alpha[image, row, col]
@@ -90,7 +97,7 @@ def find(images: np.ndarray | Tensor) -> Blobs:
     cx = (soft.sum(1) * grid).sum(1) / area
     cy = (soft.sum(2) * grid).sum(1) / area
     shape, y = _classify(soft, area, cx, cy)
-    return Blobs(owner[keep], tint[keep], shape, cx, y, area, background)
+    return Blobs(owner[keep], tint[keep], shape, cx, y, area, background, soft)
 
 
 def _nearest_color(rgb: np.ndarray, high: np.ndarray, chroma: np.ndarray) -> np.ndarray:

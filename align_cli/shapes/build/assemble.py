@@ -20,6 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import (
+    BlipForConditionalGeneration,
     CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -35,7 +36,7 @@ from align_cli.config import resolve
 from align_cli.evaluation import benchmarks
 from align_cli.models.loading import load_model
 from align_cli.settings import PROMPT_KINDS, ModelSettings
-from align_cli.shapes.build import components, contrastive, paraphrase, phrases
+from align_cli.shapes.build import captioner, components, contrastive, paraphrase, phrases
 from align_cli.shapes.build.painters import PAINTERS
 from align_cli.shapes.dataset import eval_prompts
 from align_cli.shapes.world import SIZE
@@ -47,6 +48,8 @@ def assemble(out: Path) -> None:
     """Write the embedded models whose stages in `out` are finished, each with its card."""
     if (out / "clip-refine.json").exists():
         tiny_clip(out)
+    if (out / "blip.json").exists():
+        tiny_blip(out)
     if (out / "t5.json").exists():
         tiny_t5(out)
     if (out / "roberta.json").exists():
@@ -78,6 +81,31 @@ def tiny_clip(out: Path) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "training": _stages(out, "clip", "clip-refine"),
         "measured_fp16": measured,
+    }
+    _write(folder / "card.json", card)
+
+
+def tiny_blip(out: Path) -> None:
+    """The captioner, rounded to fp16 and measured as rounded."""
+    folder, source = WEIGHTS / "tiny-blip", out / "tiny-blip"
+    model = BlipForConditionalGeneration.from_pretrained(source)
+    model.half().save_pretrained(folder)
+    (folder / captioner.VOCABULARY).write_text((source / captioner.VOCABULARY).read_text())
+    _forget_paths(folder)
+    reward = captioner.as_reward(model.float().eval(), captioner.tokenizer())
+    card = {
+        "model": "tiny-blip",
+        "class": "transformers.BlipForConditionalGeneration",
+        "trained_on": "shapes world, training split: every picture with its caption and false ones, worn as "
+        "drawn pictures are; the image tower starts as tiny-clip's",
+        "input": f"{SIZE}x{SIZE} RGB, normalised as CLIP's; {components.BLIP_LIMIT} tokens",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training": _stages(out, "blip"),
+        "measured_fp16": {
+            f"{split}_{k}": round(v, 4)
+            for split in ("train", "test")
+            for k, v in captioner.evaluate(reward, split).items()
+        },
     }
     _write(folder / "card.json", card)
 

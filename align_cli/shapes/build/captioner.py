@@ -26,6 +26,7 @@ from align_cli.shapes.captions import hard_negative
 from align_cli.shapes.world import SIZE
 
 BATCH = 32
+VOCABULARY = "vocab.txt"
 LR = 1e-3
 LONG_RATE = 0.2
 """Share of the batches whose pairs and triples have long captions; in other batches none has, so that short
@@ -177,5 +178,5 @@ def train(out: Path, steps: int, seed: int, name: str) -> None:
     print(name, "final", line(metrics), flush=True)
     folder = out / "tiny-blip"
     model.save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(components.blip_vocabulary()) + "\n")
+    (folder / VOCABULARY).write_text("\n".join(components.blip_vocabulary()) + "\n")
     stage.finish(out / f"{name}.json", seed, {"pictures": stage.step * BATCH} | metrics)

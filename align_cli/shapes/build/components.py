@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from align_cli.rewards.blip_caption import PREFIX
+from align_cli.rewards.blip_caption import LABEL_SMOOTHING, PREFIX
 from align_cli.shapes.captions import word_list
 from align_cli.shapes.world import SIZE
 
@@ -205,8 +205,8 @@ def roberta(tok: RobertaTokenizer) -> RobertaForMaskedLM:
 
 
 def blip_vocabulary() -> list[str]:
-    """The pieces of tiny-blip, a line of vocab.txt each: every word of the grammar and of what the reward puts
-    before a caption; every other word is [UNK].
+    """The pieces of tiny-blip, a line of vocab.txt each: every word of the grammar and of what the reward
+    puts before a caption; every other word is [UNK].
     """
     return [*BERT_SPECIAL, *dict.fromkeys([*PREFIX.split(), *word_list()])]
 
@@ -226,6 +226,7 @@ def blip(tok: BertTokenizer) -> BlipForConditionalGeneration:
     text = sizes | {
         "vocab_size": len(tok),
         "max_position_embeddings": BLIP_LIMIT,
+        "label_smoothing": LABEL_SMOOTHING,
         "bos_token_id": tok.cls_token_id,
         "eos_token_id": tok.sep_token_id,
         "sep_token_id": tok.sep_token_id,
