@@ -178,9 +178,8 @@ def _draw(
     from align_cli.adapters import attach
     from align_cli.cli.drawing import note_long_prompts
     from align_cli.cli.progress import DrawingProgress
-    from align_cli.pictures import to_uint8
-
     from align_cli.evaluation import attention
+    from align_cli.pictures import to_uint8
 
     pictures: dict[Job, np.ndarray] = {}
     seen: dict[Job, Attention] = {}
@@ -251,6 +250,7 @@ def _write_attention(
     from align_cli.evaluation.attention import LAYERS, masks_of
     from align_cli.evaluation.benchmarks import ShapesBenchmark
     from align_cli.evaluation.heat import heat, note_of, words_of
+    from align_cli.evaluation.maps import relative
     from align_cli.pictures import Note, contact_sheet
 
     masker = None
@@ -265,7 +265,7 @@ def _write_attention(
         for i in own:
             entities = seen[i].entities
             masks = masks_of(masker, pictures[i], entities) if masker is not None else None
-            tiles.append([pictures[i], *(heat(pictures[i], one) for one in seen[i].relative())])
+            tiles.append([pictures[i], *(heat(pictures[i], one) for one in relative(seen[i].maps))])
             shares = zip(entities, seen[i].shares(masks), strict=True)
             notes.append([Note(""), *(note_of(words_of(entity), share) for entity, share in shares)])
         contact_sheet(
@@ -273,6 +273,6 @@ def _write_attention(
             [f"{jobs[i].variant} seed {jobs[i].seed}".strip() for i in own],
             folder / attention_file(number, jobs[own[0]].prompt),
             notes=notes,
-            title=f"{jobs[own[0]].prompt}: attention to its words, each relative to its own maximum; mean over "
-            f"heads, steps and the {LAYERS}; {plan.title()}",
+            title=f"{jobs[own[0]].prompt}: attention to its words, each relative to its own maximum; mean "
+            f"over heads, steps and {LAYERS}; {plan.title()}",
         )

@@ -1,4 +1,4 @@
-"""Where a picture looks at the words of its prompt: cross-attention of a UNet, seen while the picture is drawn.
+"""Where a picture looks at the words of its prompt: cross-attention of a UNet, seen while it draws.
 
 Letters: B pictures, E entities of a prompt, L tokens, H heads, N = r r positions of a layer, S side of a map,
 h w pixels.
@@ -23,7 +23,7 @@ from align_cli.models.attention import AttentionMaps, layer_names, watched
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.settings import SampleSettings
 
-LAYERS = "middle and way up, all layers"
+LAYERS = "layers of the middle and the way up"
 """Whose maps are averaged, in words. Source: CoMat, which looks at these."""
 
 
@@ -36,12 +36,6 @@ class Attention:
     entities: tuple[Entity, ...]
     maps: np.ndarray
 
-    def relative(self) -> np.ndarray:
-        """(E, S, S) in [0, 1]: each map as a share of its own maximum."""
-        peaks = self.maps.max((1, 2), keepdims=True)
-        found: np.ndarray = self.maps / np.where(peaks > 0, peaks, 1)
-        return found
-
     def shares(self, masks: np.ndarray | None = None) -> list[dict[str, float | None]]:
         """The numbers of every entity.
 
@@ -52,16 +46,18 @@ class Attention:
             that the mask takes, which is what `inside` would be if every position looked alike. Both are None
             where the noun was not found, or is not told apart from another entity's.
         """
-        found: list[dict[str, float | None]] = []
-        cells = None if masks is None else _cells(masks, self.maps.shape[-1])
-        for i, one in enumerate(self.maps):
-            row: dict[str, float | None] = {"peak": float(one.max()), "mean": float(one.mean())}
-            row |= {"inside": None, "area": None}
-            if masks is not None and cells is not None and masks[i].any() and one.any():
-                if not any((masks[i] == masks[k]).all() for k in range(len(masks)) if k != i):
-                    inside = float((one.astype(np.float64) * cells[i]).sum() / one.astype(np.float64).sum())
-                    row |= {"inside": inside, "area": float(masks[i].mean())}
-            found.append(row)
+        maps = self.maps.astype(np.float64)
+        found: list[dict[str, float | None]] = [
+            {"peak": float(one.max()), "mean": float(one.mean()), "inside": None, "area": None}
+            for one in maps
+        ]
+        if masks is not None:
+            cells = _cells(masks, maps.shape[-1])
+            for i, one in enumerate(maps):
+                alone = not any((masks[i] == masks[k]).all() for k in range(len(masks)) if k != i)
+                if alone and masks[i].any() and one.any():
+                    inside = float((one * cells[i]).sum() / one.sum())
+                    found[i] |= {"inside": inside, "area": float(masks[i].mean())}
         return found
 
 
@@ -86,8 +82,8 @@ def check(model: BaseModel) -> None:
     """UserError if `model`, as it is now, has no attention that could be shown."""
     if model.family == "sd3":
         raise UserError(
-            f"--attention shows the cross-attention of a UNet, and {model.model_id} has none: in SD3 text and "
-            "picture attend to each other as one sequence"
+            f"--attention shows the cross-attention of a UNet, and {model.model_id} has none: in SD3 text "
+            "and picture attend to each other as one sequence"
         )
     if model.reader is not None:
         raise UserError(
