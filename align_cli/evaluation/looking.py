@@ -10,7 +10,7 @@ they are. So they can be asked for later, of an evaluation that is done.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+from align_cli.adapters import parse_spec, read_adapter
 from align_cli.errors import UserError
 from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.attention import LAYERS, Attention, check, masks_of, sample
@@ -190,9 +191,26 @@ def seen_results(
         )
         compared = compare(table, metrics, design)
         found["means"] = [mean_row(mean) for mean in means(table, metrics, design)]
-        found["comparisons"] = [comparison_row(c) for c in compared]
-        found["words"] = in_words(compared, baseline, {arm.name: () for arm in arms}, [], unit)
+        trained = {arm.name: ("attention",) if _trained(arm) else () for arm in arms}
+        found["comparisons"] = [comparison_row(c, (*trained[c.arm], *trained[baseline])) for c in compared]
+        found["words"] = in_words(compared, baseline, dict.fromkeys(trained, ()), [], unit)
+        found["words"] += [
+            f"{arm} was trained to attend to where things are (attribute concentration of comat): a gain of "
+            "attention/inside says that training worked, not that pictures are better"
+            for arm, what in trained.items()
+            if what
+        ]
     return dict(plain(found))
+
+
+def _trained(arm: Arm) -> bool:
+    """Whether CoMat's attribute concentration is among what an arm was trained for."""
+    for spec in arm.adapters:
+        info = read_adapter(parse_spec(spec)[0])[1]
+        section = info.config.get("comat", {}) if info.method == "comat" else None
+        if isinstance(section, Mapping) and section.get("attention_steps", 1):
+            return bool(section.get("token_weight", 1) or section.get("pixel_weight", 1))
+    return False
 
 
 def _path(store: Store, arm: str, item: Item) -> Path:

@@ -61,7 +61,7 @@ def _numbers(results: Mapping[str, Any], found: Mapping[str, Any]) -> list[Html]
             tag(
                 "tr",
                 row_head(NAMES[row["metric"]]),
-                tag("td", row["arm"]),
+                tag("td", row["arm"], None if row["held_out"] else tag("span", "trained on", class_="mark")),
                 tag("td", verdict_text(row["verdict"]), class_=f"verdict {verdict_kind(row['verdict'])}"),
                 nums(signed(row["difference"], 4), interval(row["low"], row["high"], 4)),
                 nums(number(row["base"], 4), number(row["aligned"], 4), p_value(row["p_adjusted"])),
@@ -84,9 +84,9 @@ def _numbers(results: Mapping[str, Any], found: Mapping[str, Any]) -> list[Html]
     words = (
         "On the thing: share of the attention to the words of a noun that lies on what it names, as the "
         "picture itself shows it. Area: the share of the picture that this takes, which attention without a "
-        "preference would have. n: nouns that every compared arm shows, and that are told apart. CoMat's "
-        "attribute concentration trains this very number: with it a gain says that training worked, and not "
-        "that pictures are better."
+        "preference would have. n: nouns that both arms show, and that are told apart. Trained on: "
+        "CoMat's attribute concentration asks for this very number; a gain says that training worked, and "
+        "not that pictures are better."
     )
     return [
         table(head, tag("tbody", body), caption="Attention on the thing", kind="wide"),
