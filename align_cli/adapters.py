@@ -305,6 +305,7 @@ def restore(adapter: Adapter, model: BaseModel) -> Method:
             stacklevel=2,
         )
     _note_other_reading(adapter, model)
+    _note_other_denoiser(adapter, model)
     where = f"adapter {adapter.path}: config"
     settings = configs.Resolved.from_dict({**info.config, "method": info.method}, where=where).method_config
     method = cls(model, settings)
@@ -313,6 +314,22 @@ def restore(adapter: Adapter, model: BaseModel) -> Method:
     except ValueError as error:
         raise UserError(f"adapter {adapter.path} does not fit {model.model_id}: {error}") from error
     return method
+
+
+def _note_other_denoiser(adapter: Adapter, model: BaseModel) -> None:
+    """A warning if the adapter was trained on a denoiser from elsewhere, and this is none or another one, or
+    the other way round.
+    """
+    saved = str(adapter.info.config.get("model", {}).get("unet", ""))
+    if adapter.info.model_id != model.model_id or saved == model.denoiser_id:
+        return
+    theirs, ours = (
+        f"the denoiser {name}" if name else "the model's own" for name in (saved, model.denoiser_id)
+    )
+    advice = f"; give --unet {saved} to draw as it was trained" if saved else ""
+    warnings.warn(
+        f"adapter {adapter.path} was trained on {theirs} and is used on {ours}{advice}", stacklevel=3
+    )
 
 
 def _note_other_reading(adapter: Adapter, model: BaseModel) -> None:

@@ -46,6 +46,7 @@ DATASETS = Table(
     {
         "captions": "align_cli.data.captioned_images:CaptionedImages",
         "coco": "align_cli.data.coco:CocoDataset",
+        "latents": "align_cli.data.latents:DrawnLatents",
         "prompts": "align_cli.data.prompt_lists:PromptDataset",
         "shapes": "align_cli.shapes.dataset:ShapesDataset",
     },
@@ -62,7 +63,10 @@ GROUNDED = Table(
 """Datasets whose examples have a `data.grounded.Grounded`, for methods that learn to tell pictures and texts
 apart."""
 
-CAPTIONS_ONLY = frozenset({"prompts"})
+LATENTS = frozenset({"latents"})
+"""Datasets of captions with latents that a model drew for them."""
+
+CAPTIONS_ONLY = frozenset({"prompts"}) | LATENTS
 """Datasets without pictures."""
 
 BENCHMARKS = Table(
@@ -163,6 +167,14 @@ def model_source(name: str) -> str:
     raise unknown("model", name, MODELS)
 
 
+def model_id(name: str) -> str:
+    """What the user named as a model; folders as absolute paths, so that adapters find them from anywhere."""
+    if name in MODELS or not name:
+        return name
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
 def dataset_table(name: str, *, grounded: bool = False) -> Table:
     """Where the dataset `name` is registered: in GROUNDED for methods that learn to tell pictures and texts
     apart, in DATASETS for all other work.
@@ -182,9 +194,8 @@ def dataset_table(name: str, *, grounded: bool = False) -> Table:
 def no_pictures(dataset: str, wants: str) -> UserError:
     """What is said of a dataset of captions alone. wants: who works with pictures, in words."""
     others = ", ".join(sorted(DATASETS.keys() - CAPTIONS_ONLY))
-    return UserError(
-        f"{wants}, and the {dataset} dataset has captions only; name another with --data ({others})"
-    )
+    held = "latents that a model drew" if dataset in LATENTS else "captions only"
+    return UserError(f"{wants}, and the {dataset} dataset has {held}; name another with --data ({others})")
 
 
 def is_embedded(name: str) -> bool:

@@ -5,7 +5,7 @@ Shape letters: N pictures, B of them in one forward pass, C h w latent, H W pixe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,8 +21,8 @@ from align_cli.pictures import Note, contact_sheet, save_png
 from align_cli.settings import OWN_SPACING, SampleSettings, require_multiple
 
 __all__ = [
-    "Note", "check_settings", "check_side", "contact_sheet", "own_settings", "picture_seeds", "sample",
-    "save_png",
+    "Note", "check_settings", "check_side", "contact_sheet", "draw_latents", "own_settings", "picture_seeds",
+    "sample", "save_png",
 ]  # fmt: skip
 
 Callback = Callable[[int, int], None]
@@ -61,6 +61,22 @@ def sample(
         UserError: a picture size that the autoencoder cannot make, or more steps than timesteps.
     Source: SoftREPA sample.py and sampler.py (spec h), without its min-max stretching of the saved picture.
     """
+    parts = draw_latents(model, prompts, settings, seeds, callback, start_noise=start_noise, watch=watch)
+    return torch.cat([model.decode(z).float().cpu() for z in parts])
+
+
+@torch.no_grad()
+def draw_latents(
+    model: BaseModel,
+    prompts: Sequence[str],
+    settings: SampleSettings,
+    seeds: Sequence[int],
+    callback: Callback | None = None,
+    *,
+    start_noise: Tensor | None = None,
+    watch: Callable[[int, int], Predict] | None = None,
+) -> Iterator[Tensor]:
+    """What `sample` decodes, batch by batch: (B, C, h, w) scaled latents on the model's device, float32."""
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     if not prompts:
@@ -68,7 +84,6 @@ def sample(
     side = check_settings(model, settings)
     shape = (model.latent_channels, side // model.vae_factor, side // model.vae_factor)
     total = len(prompts) * settings.steps
-    pictures: list[Tensor] = []
     for start in range(0, len(prompts), settings.batch_size):
         part = list(prompts[start : start + settings.batch_size])
         noise = PictureNoise(seeds[start : start + settings.batch_size], shape, model)
@@ -81,7 +96,7 @@ def sample(
                 callback(first + (step + 1) * size, total)
 
         correct = Correction(model, part, seeds[start : start + settings.batch_size], settings)
-        z = rollout(
+        yield rollout(
             model.predict if watch is None else watch(start, size),
             model.process,
             noise() if start_noise is None else start_noise[start : start + size].to(model.device),
@@ -99,8 +114,6 @@ def sample(
             correct=correct if correct.at_work else None,
             correct_path=settings.correction == "latent",
         )
-        pictures.append(model.decode(z).float().cpu())
-    return torch.cat(pictures)
 
 
 def check_settings(model: BaseModel, settings: SampleSettings) -> int:

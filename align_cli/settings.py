@@ -56,7 +56,7 @@ class ModelSettings:
     """
     unet: str = ""
     """Path or hub id of a separately tuned denoiser (UNet, or the transformer of SD3) to use in place of the
-    pipeline's own; empty for none.
+    pipeline's own; empty for none. A path is kept in full.
     """
     vae: str = ""
     """Path or hub id of an autoencoder to use in place of the pipeline's own; empty for none. SDXL's own
@@ -90,6 +90,8 @@ class ModelSettings:
             f"got {self.encoder_device!r}",
         )
         require(bool(self.name), "model.name must not be empty")
+        for key, name in self.others().items():
+            object.__setattr__(self, key, registry.model_id(name))
         require(
             0 <= self.t5_length <= 512, f"model.t5_length must be between 0 and 512, got {self.t5_length}"
         )
@@ -101,6 +103,10 @@ class ModelSettings:
         """What fixes the pictures, as plain JSON: not the devices, and of reading text what is in use."""
         found = asdict(replace(self, device="auto", encoder_device=""))
         return {k: v for k, v in found.items() if k not in self.reading()} | self.reading_in_use()
+
+    def others(self) -> dict[str, str]:
+        """The parts that are not the pipeline's own, by their settings."""
+        return {key: name for key in ("unet", "vae") if (name := getattr(self, key))}
 
     def reading(self) -> dict[str, Any]:
         """The settings of how prompts are read."""
@@ -116,13 +122,14 @@ class DataSettings:
     """Training data."""
 
     name: str = "shapes"
-    """Registered dataset: shapes, coco, captions (a list that names pictures), or prompts (a list without
-    pictures); refcoco or shapes for methods that tell pictures and texts apart.
+    """Registered dataset: shapes, coco, captions (a list that names pictures), prompts (a list without
+    pictures), or latents (a list that names latents of the original model, in CoMat's layout); refcoco or
+    shapes for methods that tell pictures and texts apart.
     """
     path: str = ""
     """Root folder of the dataset (coco: holds coco/train2017 and coco/annotations; refcoco: coco/images, ReC
-    and ITM), or its file (captions, prompts: .csv, .tsv, .jsonl or .json; prompts also .txt); unused by
-    shapes.
+    and ITM), or its file (captions, prompts: .csv, .tsv, .jsonl or .json; prompts also .txt; latents: .jsonl
+    or .json); unused by shapes.
     """
     expressions: str = "refall"
     """Refcoco only: refall, refcoco, refcoco+ or refcocog; or a JSON file in MDETR's layout, in whose path
@@ -133,12 +140,12 @@ class DataSettings:
     the place that DPT's data have them at.
     """
     column: str = ""
-    """Prompts and captions only: the column or key of the text; empty for prompt, text, caption or
+    """Prompts, captions and latents only: the column or key of the text; empty for prompt, text, caption or
     captions (dataset captions: caption, text or prompt), whichever is there first; prompts: else the first
     column of a table.
     """
     images: str = ""
-    """Captions only: folder that the names of the pictures begin at; empty for that of the list."""
+    """Captions and latents only: folder that the names of the files begin at; empty for that of the list."""
     image_size: int = 512
     """Pixels of the square training image (shapes: fixed by the world)."""
     interpolation: str = "bicubic"

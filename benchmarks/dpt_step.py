@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from parts import TEXT_ROWS, denoiser, facts, peak_memory
+from parts import RandomModel, facts, in_turns, peak_memory
 from torch import Tensor
 
 from align_cli.data.grounded import Grounded
-from align_cli.diffusion.process import NoiseProcess
 from align_cli.diffusion.rollout import rollout
 from align_cli.methods.base import StepContext
 from align_cli.methods.dpt import method as dpt
@@ -34,8 +31,6 @@ from align_cli.methods.dpt.config import DPTConfig
 from align_cli.models.base import TextCond
 from align_cli.models.features import observe
 from align_cli.models.roberta import load_roberta
-from align_cli.models.unet import unet_predict
-from align_cli.shapes.build import components
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_dim": 128, "num_heads": 4, "feedforward_dim": 256, "num_grounding_queries": 12},
@@ -43,30 +38,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "real": {},
 }
 EXPRESSIONS = ("a red circle", "two blue squares", "a green triangle")
-
-
-class RandomModel:
-    """A UNet with random weights whose texts mean nothing; no autoencoder, no text encoder."""
-
-    family, model_id = "sd15", "random"
-    dtype = torch.float32
-
-    def __init__(self, size: str, device: str) -> None:
-        self.denoiser = denoiser("sd15", size).to(device).requires_grad_(False).eval()
-        self.device = self.encoder_device = torch.device(device)
-        if device == "cpu":  # as the model loader does
-            self.denoiser.to(memory_format=torch.channels_last)
-        self.summary_width = int(self.denoiser.config.cross_attention_dim)
-        self.rows = TEXT_ROWS[size]
-        self.process = NoiseProcess.from_scheduler_config(dict(components.scheduler().config))
-
-    def summarised(self, prompts: list[str]) -> tuple[TextCond, Tensor]:
-        g = torch.Generator().manual_seed(sum(map(len, prompts)))
-        tokens = torch.randn(len(prompts), self.rows, self.summary_width, generator=g)
-        return TextCond(tokens.to(self.device)), tokens[:, 0].to(self.device)
-
-    def predict(self, z: Tensor, t: Tensor, cond: TextCond) -> Tensor:
-        return unet_predict(self.denoiser, z, t, cond)
 
 
 def one_by_one(
@@ -130,7 +101,7 @@ def measure(size: str, options: argparse.Namespace) -> list[dict[str, object]]:
     rows, grads, losses = [], {}, {}
     for form in FORMS:  # warm, too
         losses[form], grads[form] = step(form), gradient()
-    times = in_turns({form: lambda form=form: step(form) for form in FORMS}, options)  # type: ignore[misc]
+    times = in_turns({form: lambda form=form: step(form) for form in FORMS}, options.repeat)  # type: ignore[misc]
     for form in FORMS:
         memory = {name: peak_memory(lambda name=name: step(name), model.device) for name in (form, FORMS[0])}
         rows.append(
@@ -178,26 +149,13 @@ def correcting(
     }
     for run in runs.values():
         run()
-    times = in_turns(runs, options)
+    times = in_turns(runs, options.repeat)
     rows: list[dict[str, object]] = []
     for name, seconds in times.items():
         row = {"size": size, "batch": len(cond), "form": name, "seconds": round(seconds / 4, 4)}
         rows.append({**row, "time_ratio": round(seconds / times["drawing"], 3)})
         print(json.dumps(rows[-1]), flush=True)
     return rows
-
-
-def in_turns(runs: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.repeat):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if options.device != "cpu":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def main() -> None:

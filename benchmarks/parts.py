@@ -1,16 +1,23 @@
-"""What the benchmarks share: denoisers of several sizes with random weights, peak memory, versions."""
+"""What the benchmarks share: denoisers of several sizes with random weights, time, peak memory, versions."""
 
 from __future__ import annotations
 
 import platform
+import statistics
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from align_cli.diffusion.process import NoiseProcess
+from align_cli.models.attention import AttentionMaps
+from align_cli.models.base import TextCond
+from align_cli.models.unet import unet_predict
 from align_cli.shapes.build import components
 
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -94,6 +101,47 @@ def denoiser(family: str, size: str) -> Any:
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
     width = POOLED[size] + 6 * 256
     return UNet2DConditionModel(**XL[size], **added, projection_class_embeddings_input_dim=width)
+
+
+class RandomModel:
+    """SD1.5's UNet with random weights and texts that mean nothing; no autoencoder, no text encoder."""
+
+    family, model_id = "sd15", "random"
+    dtype = torch.float32
+
+    def __init__(self, size: str, device: str) -> None:
+        self.denoiser = denoiser("sd15", size).to(device).requires_grad_(False).eval()
+        self.device = self.encoder_device = torch.device(device)
+        if device == "cpu":  # as the model loader does
+            self.denoiser.to(memory_format=torch.channels_last)
+        self.summary_width = int(self.denoiser.config.cross_attention_dim)
+        self.rows = TEXT_ROWS[size]
+        self.process = NoiseProcess.from_scheduler_config(dict(components.scheduler().config))
+
+    def encode_text(self, prompts: list[str]) -> TextCond:
+        g = torch.Generator().manual_seed(sum(map(len, prompts)))
+        tokens = torch.randn(len(prompts), self.rows, self.summary_width, generator=g)
+        return TextCond(tokens.to(self.device))
+
+    def summarised(self, prompts: list[str]) -> tuple[TextCond, Tensor]:
+        cond = self.encode_text(prompts)
+        return cond, cond.tokens[:, 0]
+
+    def predict(self, z: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None) -> Tensor:
+        return unet_predict(self.denoiser, z, t, cond, keep)
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], repeat: int) -> dict[str, float]:
+    """Median seconds of each."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeat):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:

@@ -27,6 +27,7 @@ import torch
 from golden_checks import (
     comat,
     comat_attention,
+    comat_entities,
     comat_masks,
     comat_steps,
     dpt,
@@ -46,8 +47,9 @@ from golden_checks.lines import Line
 from align_cli.errors import UserError
 
 MODULES = (
-    comat, comat_attention, comat_masks, comat_steps, dpt, dpt_discriminator, dpt_steps, imagereward,
-    longalign, longalign_lcm, longalign_lora, longalign_steps, longalign_text, softrepa, textcraftor,
+    comat, comat_attention, comat_entities, comat_masks, comat_steps, dpt, dpt_discriminator,
+    dpt_steps, imagereward, longalign, longalign_lcm, longalign_lora, longalign_steps,
+    longalign_text, softrepa, textcraftor,
 )  # fmt: skip
 KINDS = [kind for module in MODULES for kind in module.KINDS]
 

@@ -6,30 +6,34 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration, CLIPConfig
 
+from align_cli import registry
 from align_cli.errors import UserError
 from align_cli.rewards.blip_caption import LABEL_SMOOTHING
 from align_cli.rewards.captioning import UNSCORED, smoothed_losses
 from align_cli.rewards.loading import load_reward
+from align_cli.shapes.build import captioner, contrastive
 
 CASE = Path(__file__).parent / "golden" / "imagereward" / "tiny" / "case.json"
 VOCABULARY = json.loads(CASE.read_text())["vocab"]
 PROMPTS = ["a red dog", "two greenish dogs on a blue bench", ""]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A tiny BLIP as transformers saves it. Do not write into it."""
+@pytest.fixture(scope="module", params=[24, 32], ids=["base", "large"])
+def folder(tmp_path_factory, request) -> Path:
+    """A tiny BLIP as transformers saves it: both towers of one width, or a wider one for pictures. Do not
+    write into it.
+    """
     home = tmp_path_factory.mktemp("blip")
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = BlipConfig(
-        text_config=sizes
-        | {"vocab_size": len(VOCABULARY), "encoder_hidden_size": 24, "max_position_embeddings": 16},
-        vision_config=sizes | {"image_size": 32, "patch_size": 8},
+        text_config=sizes | {"vocab_size": len(VOCABULARY), "max_position_embeddings": 16},
+        vision_config=sizes | {"hidden_size": request.param, "image_size": 32, "patch_size": 8},
     )
     model = BlipForConditionalGeneration(config)
     for p in model.parameters():
@@ -101,3 +105,30 @@ def test_another_model(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json.*--weights blip-caption=PATH"):
         load_reward("blip-caption", source=str(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_tiny_blip(split):
+    """It tells captions from hard negatives, and says so in its card; unmoved by a little noise."""
+    reward = load_reward("tiny-blip")
+    card = json.loads((registry.WEIGHTS / "tiny-blip" / "card.json").read_text())
+    assert reward.facts()["source"] == "embedded:tiny-blip"
+    found = captioner.evaluate(reward, split, 200)
+    assert found["hard_negative"] == pytest.approx(card["measured_fp16"][f"{split}_hard_negative"], abs=0.06)
+    assert found["hard_negative"] > 0.85 and found["score"] > -1.2
+    x, prompts, false = contrastive.examples(50, np.random.default_rng(5), split)
+    x = (x / 2 + 0.5)[:50] + 0.05 * torch.randn(50, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    gains = reward.score(x, [p.text for p in prompts]) - reward.score(x, [p.text for p in false])
+    assert (gains > 0).float().mean() > 0.8
+
+
+def test_tiny_blip_slope():
+    """A step along its gradient turns a picture towards what it is asked for."""
+    reward = load_reward("tiny-blip")
+    x, prompts, _ = contrastive.examples(8, np.random.default_rng(6), "test")
+    image, others = (x / 2 + 0.5)[:8], [p.text for p in prompts[1:] + prompts[:1]]
+    image.requires_grad_()
+    before = reward.score(image, others)
+    (slope,) = torch.autograd.grad(before.sum(), image)
+    step = 0.5 * slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert (reward.score(image + step, others) > before).float().mean() > 0.8

@@ -8,11 +8,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPModel
 
+from align_cli import registry
 from align_cli.models.roberta import load_roberta
-from align_cli.shapes.build import components, phrases
+from align_cli.rewards.loading import load_reward
+from align_cli.shapes.build import captioner, components, contrastive, phrases
 from align_cli.shapes.build.painters import PAINTERS, SDXL, _widen
 from align_cli.shapes.build.run import Stage
+from align_cli.shapes.captions import parse
+from align_cli.shapes.oracle import judge
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +166,38 @@ def test_stage_stopped_twice_ends_as_one_that_ran_through(tmp_path):
         for key, value in whole[part].items():
             assert torch.equal(parts[part][key], value)
     assert torch.equal(whole["average"]["weight"], average)
+
+
+def test_the_captioner_starts_as_tiny_clip_and_learns(stages, tmp_path, monkeypatch):
+    """Its image tower says about what tiny-clip's says; a few steps, and a folder that the reward opens."""
+    tok = captioner.tokenizer()
+    model, clip = components.blip(tok), CLIPModel.from_pretrained(registry.WEIGHTS / "tiny-clip").float()
+    captioner.start_from(model, clip)
+    x, _, _ = contrastive.examples(4, np.random.default_rng(0), "train")
+    with torch.no_grad():
+        before = clip.vision_model.post_layernorm(clip.vision_model(x).last_hidden_state)
+        after = model.vision_model(x).last_hidden_state
+    assert torch.nn.functional.cosine_similarity(before, after, dim=-1).mean() > 0.9
+    clip.save_pretrained(tmp_path / "tiny-clip-refined")
+    components.vae().save_pretrained(tmp_path / "vae")
+    whole = captioner.evaluate
+    monkeypatch.setattr(captioner, "BATCH", 4)
+    monkeypatch.setattr(captioner, "evaluate", lambda *given: whole(*given[:2], 4))
+    captioner.train(tmp_path, 3, 0, "blip")
+    facts = json.loads((tmp_path / "blip.json").read_text())
+    assert facts["steps"] == 3 and facts["measured"]["test_score"] < -1
+    reward = load_reward("blip-caption", source=str(tmp_path / "tiny-blip"))
+    assert reward.token_counts(["a red circle .", "zebra"]).tolist() == [5, 2]
+
+
+def test_what_the_captioner_is_asked():
+    """Every picture has its own caption first, and false ones that the training split allows."""
+    rng = np.random.default_rng(0)
+    x, texts = captioner.pictures_and_captions(20, rng, "train", 0.5)
+    assert len(x) == len(texts) == 40
+    shown = ((x.permute(0, 2, 3, 1) / 2 + 0.5) * 255).round().byte().numpy()
+    for i in range(1 + captioner.NEGATIVES):
+        true = judge(shown, [parse(row[i]) for row in texts])["all"]
+        assert true.all() if i == 0 else not true.any()
+    worn = captioner.worn(x, rng, components.vae())
+    assert worn.shape == x.shape and worn.min() > -0.5 and worn.max() < 1.5

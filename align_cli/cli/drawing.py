@@ -105,11 +105,12 @@ class Plan:
     def _settings(self) -> str:
         s = self.sample
         spacing = "" if s.sampler == "euler" else f" ({s.spacing})"
+        other = "".join(f", {key} {name}" for key, name in self.model.others().items())
         text = "" if self.model.text == "plain" else f", text by {self.model.text}"
         scale = f"{s.self_correct:g} ({s.correction})"
         corrected = f", self-correction {scale}: one more pass, forward and back, in every step"
         return (
-            f"{self.model.name}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}{text}"
+            f"{self.model.name}{other}: {s.sampler}, {s.steps} steps{spacing}, guidance {s.guidance:g}{text}"
             f"{corrected if s.self_correct else ''}"
         )
 
@@ -184,14 +185,14 @@ def _recorded(
     return replace(found.model, name=name), found.sample, f"preset {preset}", found.origin
 
 
-def preset_of(model: str) -> str | None:
-    """The preset `<method>/<alias>` made for this model, of the method that is registered first: what a
-    model draws with does not change when another method gets a preset.
+def preset_of(model: str, method: str = "") -> str | None:
+    """The preset `<method>/<alias>` made for this model, of `method` if it has one, else of the method that
+    is registered first: what a model draws with does not change when another method gets a preset.
     """
     source = registry.model_source(model)
     aliases = [alias for alias, target in registry.MODELS.items() if target == source]
     there = config.list_presets()
-    return next((p for m in registry.METHODS for a in aliases if (p := f"{m}/{a}") in there), None)
+    return next((p for m in (method, *registry.METHODS) for a in aliases if (p := f"{m}/{a}") in there), None)
 
 
 def _check_files(model: str, sample: SampleSettings) -> None:

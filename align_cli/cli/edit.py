@@ -41,6 +41,7 @@ def edit(
         ),
     ] = None,
     model: options.Model = None,
+    unet: options.Unet = None,
     adapter: options.Adapters = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Edit with the base model, too, and put it beside.")
@@ -119,7 +120,7 @@ def edit(
     if resume and overwrite:
         raise UserError("--resume keeps finished edits and --overwrite replaces them; give one of them")
     devices = {"device": device, "encoder_device": encoder_device}
-    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype, "text": text}, {})
+    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype, "text": text, "unet": unet}, {})
     flags = {
         "steps": steps, "n_start": n_start, "n_min": n_min, "n_avg": n_avg, "src_guidance": src_guidance,
         "tgt_guidance": tgt_guidance, "convention": convention, "image_size": image_size,

@@ -117,7 +117,7 @@ class Work:
         drawing = ", ".join(f"{k} {v}" for k, v in vars(self._drawing()).items() if k != "batch_size")
         held = self.plan.model
         model: dict[str, object] = {"model": held.name, "dtype": str(self.model.dtype).removeprefix("torch.")}
-        model |= held.reading_in_use()
+        model |= held.others() | held.reading_in_use()
         common = {"seed": job.seed, **model, "software": "t2ialign"}
         if variant == "source":
             return {"prompt": job.request.src, "sampling": drawing, "adapter": "none", **common}

@@ -1,10 +1,12 @@
-"""`t2ialign encode`: compute latents and text encodings once, for training to read. No torch at import."""
+"""`t2ialign encode`: compute latents and text encodings once, for training to read; or let the model draw
+latents. No torch at import.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,21 +15,34 @@ import typer
 from align_cli import config
 from align_cli.cli import options
 from align_cli.errors import UserError
+from align_cli.settings import one_of
 
 if TYPE_CHECKING:
     from align_cli.data.encoding import Request
 
 METHOD = "softrepa"
 """Whose presets say how a model is trained, where the command does not."""
+PICTURES = "pictures"
+"""--for that is not said: the pictures of the dataset."""
 
 
 def encode(
+    purpose: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="NAME",
+            help="pictures (default): those of the dataset; comat: latents that the model draws for its "
+            "captions.",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             "--model", metavar="NAME", help="Alias, hub id or folder. Default: tiny-sd15, which is built in."
         ),
     ] = None,
+    unet: options.Unet = None,
     preset: options.Preset = None,
     sets: options.Sets = None,
     data: options.Data = None,
@@ -37,6 +52,15 @@ def encode(
     ] = None,
     image_size: Annotated[
         int | None, typer.Option("--image-size", metavar="PIXELS", min=8, help="Pixels per side.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="--for: denoising steps. Default: 50.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", metavar="X", help="--for: guidance scale. Default: 7.5.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", metavar="NAME", help="--for: as in sample. Default: ddpm.")
     ] = None,
     layout: Annotated[
         str | None,
@@ -61,11 +85,13 @@ def encode(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", metavar="N", help="Rows per encoder call; that of training gives training's bits."
+            "--batch-size",
+            metavar="N",
+            help="Rows per encoder call; that of training gives its bits. --for: pictures at once (8).",
         ),
     ] = None,
     shard_items: Annotated[
-        int | None, typer.Option("--shard-items", metavar="N", help="Rows per file. Default: 256.")
+        int | None, typer.Option("--shard-items", metavar="N", help="Rows per file. Default: 256; --for: 64.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="SEED", min=0, help="Seed of random captions and draws.")
@@ -76,7 +102,11 @@ def encode(
     text: options.Text = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Default: encodings/DATA-MODEL-SIZE."),
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="Default: encodings/DATA-MODEL-SIZE; --for: encodings/NAME-DATA-MODEL.",
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Write the shards that are missing or cut off, and no others.")
@@ -98,6 +128,7 @@ def encode(
     """Encode a dataset once: latents and text, in files that 't2ialign train --cache FOLDER' reads.
 
     Settings come from the preset of the model, as in training. Says first how many bytes it will write.
+    With --for comat the model draws every caption, with CoMat's official settings unless flags say otherwise.
     Several of these commands, or torchrun, may fill one folder together. --resume and --verify take the
     folder's own settings; together they also find and repair shards whose content has changed.
     """
@@ -106,22 +137,24 @@ def encode(
 
     if overwrite and (resume or verify):
         raise UserError("--resume and --verify need the encodings that --overwrite removes; give one of them")
+    again = resume or verify
+    wanted = purpose or (_saved_purpose(out) if again and out is not None else PICTURES)
+    drawn = {"sample.steps": steps, "sample.guidance": guidance, "sample.sampler": sampler}
+    how = {"layout": layout, "posterior": posterior, "captions": captions, "shard_items": shard_items}
+    _check_options(wanted, drawn, how)
     flags = {
         "model.name": model, "model.dtype": dtype, "model.text": text, "model.device": device,
-        "model.encoder_device": encoder_device, "data.name": data,
+        "model.encoder_device": encoder_device, "model.unet": unet, "data.name": data,
         "data.path": None if data_path is None else data_path.expanduser().resolve(),
-        "data.image_size": image_size, "data.num_examples": limit, "train.batch_size": batch_size,
-        "train.seed": seed,
+        "data.num_examples": limit, "train.batch_size": batch_size, "train.seed": seed,
+        "data.image_size" if wanted == PICTURES else "sample.image_size": image_size, **drawn,
     }  # fmt: skip
-    how = {"layout": layout, "posterior": posterior, "captions": captions, "shard_items": shard_items}
     given = {key: value for key, value in how.items() if value is not None}
-    fresh = not (resume or verify) or out is None or preset is not None or bool(sets)
-    if fresh:
-        request = _request(preset, sets or [], flags, given)
+    if not again or out is None or preset is not None or sets:
+        request = _request(wanted, preset, sets or [], flags, given)
         folder = out or Path("encodings") / default_name(request)
     else:
-        assert out is not None
-        folder, request = out, _saved_request(out, flags, given)
+        folder, request = out, _saved_request(out, wanted, flags, given)
     if verify and not resume:
         encode_work.verify(folder, request, samples)
         return
@@ -136,36 +169,85 @@ def encode(
     encode_work.fill(request, folder, resume=resume, overwrite=overwrite, content=verify)
 
 
-def _request(preset: str | None, sets: list[str], flags: dict[str, Any], given: dict[str, Any]) -> Request:
-    """What to encode, from the preset of the model, --set and flags."""
+def _check_options(wanted: str, drawn: dict[str, Any], how: dict[str, Any]) -> None:
+    """UserError for an unknown --for, and for options that mean nothing with this one."""
+    from align_cli.data.drawn import PURPOSES
+
+    one_of("--for", wanted, (PICTURES, *PURPOSES))
+    idle = {config.flag_name(key): value for key, value in drawn.items()}
+    reason = "says how the model draws; give --for comat, or leave it away"
+    if wanted != PICTURES:
+        idle = {f"--{key}": how[key] for key in ("layout", "posterior")}
+        reason = f"is for pictures that are encoded, and --for {wanted} lets the model draw; leave it away"
+    for flag, value in idle.items():
+        if value is not None:
+            raise UserError(f"{flag} {reason}")
+
+
+def _request(
+    wanted: str, preset: str | None, sets: list[str], flags: dict[str, Any], given: dict[str, Any]
+) -> Request:
+    """What to encode or to draw, from the preset of the model, --set and flags."""
+    from align_cli.data.drawn import PURPOSES, DrawRequest
     from align_cli.data.encoding import Request
     from align_cli.settings import ModelSettings
 
-    chosen = preset or own_preset(flags["model.name"] or ModelSettings().name)
+    chosen = preset or own_preset(flags["model.name"] or ModelSettings().name, wanted)
     method = chosen.partition("/")[0] if "/" in chosen else METHOD
     found = config.resolve(method, preset=chosen, sets=sets, flags=flags)
-    return Request(
+    if wanted == PICTURES:
+        return Request(
+            model=found.model,
+            data=found.data,
+            seed=found.train.seed,
+            batch_size=found.train.batch_size,
+            **given,
+        )
+    said = {key: value for key, value, origin in found.values() if origin.startswith("--")}
+    drawing: dict[str, Any] = {
+        f.name: said[key] for f in fields(found.sample) if (key := f"sample.{f.name}") in said
+    }
+    purpose = PURPOSES[wanted]  # presets say how pictures are drawn that people look at, not these
+    data = found.data
+    if data.name != "shapes" and "data.num_examples" not in said:
+        data = replace(data, num_examples=0)  # a preset means its own data by it, and a list is drawn whole
+    return DrawRequest(
         model=found.model,
-        data=found.data,
+        data=data,
         seed=found.train.seed,
-        batch_size=found.train.batch_size,
+        batch_size=flags["train.batch_size"] or drawing.get("batch_size", purpose.batch_size),
+        purpose=wanted,
+        sample=replace(purpose.settings(), **drawing),
+        own_spacing="spacing" not in drawing,
         **given,
     )
 
 
-def own_preset(model: str) -> str:
-    """The preset made for a model, or the name of no preset."""
+def own_preset(model: str, method: str = "") -> str:
+    """The preset made for a model, of this method if it has one; or the name of no preset."""
     from align_cli.cli.drawing import preset_of
 
-    return preset_of(model) or config.NO_PRESET
+    return preset_of(model, method) or config.NO_PRESET
 
 
-def _saved_request(folder: Path, flags: dict[str, Any], given: dict[str, Any]) -> Request:
+def _saved_purpose(folder: Path) -> str:
+    """--for of what is in a folder."""
+    from align_cli.data.cache import Cache
+
+    return str(Cache.read(folder).about.get("for", PICTURES))
+
+
+def _saved_request(folder: Path, wanted: str, flags: dict[str, Any], given: dict[str, Any]) -> Request:
     """The settings of the encodings in a folder, with flags above them."""
     from align_cli.data.cache import MANIFEST, Cache
-    from align_cli.data.encoding import Request
+    from align_cli.data.drawn import DrawRequest, saved_request
 
-    saved = Request.from_json(Cache.read(folder).about.get("settings", {}), str(folder / MANIFEST))
+    if wanted != (there := _saved_purpose(folder)):
+        raise UserError(
+            f"{folder} was made with --for {there}, now it is {wanted}; leave --for away, or choose another "
+            "--out"
+        )
+    saved = saved_request(Cache.read(folder).about.get("settings", {}), str(folder / MANIFEST))
 
     def part(section: str) -> dict[str, Any]:
         return {
@@ -175,12 +257,18 @@ def _saved_request(folder: Path, flags: dict[str, Any], given: dict[str, Any]) -
         }
 
     model, data = replace(saved.model, **part("model")), replace(saved.data, **part("data"))
+    if isinstance(saved, DrawRequest):
+        saved = replace(saved, sample=replace(saved.sample, **part("sample")))
     return replace(saved, model=model, data=data, **part("train"), **given)
 
 
 def default_name(request: Request) -> str:
-    """coco-sd3-512; the size is left out where the dataset knows it itself."""
+    """coco-sd3-512; the size is left out where the dataset knows it itself. comat-prompts-sd15."""
+    from align_cli.data.drawn import DrawRequest
+
     tail = Path(request.model.name.rstrip("/")).name.removeprefix("embedded:")
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", tail).strip("-.") or "model"
+    if isinstance(request, DrawRequest):
+        return f"{request.purpose}-{request.data.name}-{slug}"
     size = "" if request.data.name == "shapes" else f"-{request.data.image_size}"
     return f"{request.data.name}-{slug}{size}"

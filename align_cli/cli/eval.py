@@ -21,6 +21,7 @@ def evaluate(
         ),
     ],
     model: options.Model = None,
+    unet: options.Unet = None,
     adapter: options.Adapters = None,
     arm: Annotated[
         list[str] | None,
@@ -200,7 +201,10 @@ def evaluate(
             per_prompt=per_prompt, seed=seed,
             images=images or [], allow_missing=allow_missing, geneval_results=geneval_results or [],
             protocol=protocol, reference=reference, interval=interval,
-            model_flags={"device": device, "encoder_device": encoder_device, "dtype": dtype, "text": text},
+            model_flags={
+                "device": device, "encoder_device": encoder_device, "dtype": dtype, "text": text,
+                "unet": unet,
+            },
             sample_flags={
                 "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
                 "image_size": image_size, "batch_size": batch_size, "from_step": from_step,

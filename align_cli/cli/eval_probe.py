@@ -45,7 +45,7 @@ TAKEN = frozenset(
      "model_flags", "sample_flags"}
 )  # fmt: skip
 """Fields of `Asked` that mean something here."""
-MODEL_FLAGS, SAMPLE_FLAGS = ("device", "encoder_device", "dtype"), ("batch_size",)
+MODEL_FLAGS, SAMPLE_FLAGS = ("device", "encoder_device", "dtype", "unet"), ("batch_size",)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,14 @@ Model = Annotated[
         "--model", metavar="NAME", help="Alias, hub id or folder. Default: the adapter's, else tiny-sd15."
     ),
 ]
+Unet = Annotated[
+    str | None,
+    typer.Option(
+        "--unet",
+        metavar="PATH",
+        help="Separately tuned UNet (SD3: transformer) in place of the model's own; hub id or folder.",
+    ),
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="FOLDER", help="Adapter folder, or FOLDER@SCALE; repeatable, stacks."),
@@ -100,7 +108,9 @@ TrainData = Annotated[
 DataPath = Annotated[
     Path | None,
     typer.Option(
-        "--data-path", metavar="PATH", help="Folder of the dataset; of captions and prompts the file."
+        "--data-path",
+        metavar="PATH",
+        help="Folder of the dataset; of captions, prompts and latents the file.",
     ),
 ]
 Overwrite = Annotated[

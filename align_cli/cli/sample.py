@@ -32,6 +32,7 @@ def sample(
         typer.Option("--prompts", metavar="FILE", help="Text file, one prompt per line, UTF-8."),
     ] = None,
     model: options.Model = None,
+    unet: options.Unet = None,
     adapter: options.Adapters = None,
     compare: Annotated[bool, typer.Option("--compare", help="Draw the base beside the aligned.")] = False,
     n: Annotated[
@@ -93,7 +94,7 @@ def sample(
         "self_correct": self_correct, "correction": correction,
     }  # fmt: skip
     devices = {"device": device, "encoder_device": encoder_device}
-    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype, "text": text}, flags)
+    plan = make_plan(model, adapter or [], {**devices, "dtype": dtype, "text": text, "unet": unet}, flags)
     if correction is not None and not plan.sample.self_correct:
         raise UserError("--correction says what self-correction moves; give its scale with --self-correct")
     variants = ["base", "aligned"] if compare else [""]
@@ -213,8 +214,8 @@ def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndar
     used = ", ".join(
         f"{spec} sha256:{info.sha256}" for spec, info in zip(plan.adapters, plan.infos, strict=True)
     )
-    reading = plan.model.reading_in_use()
-    common = {"model": plan.model.name, **reading, "sampling": plan.sample.words(), "software": "t2ialign"}
+    held = {"model": plan.model.name, **plan.model.others(), **plan.model.reading_in_use()}
+    common = {**held, "sampling": plan.sample.words(), "software": "t2ialign"}
     for job, picture in zip(jobs, pictures, strict=True):
         facts = {"prompt": job.prompt, "seed": job.seed, **common}
         save_png(

@@ -16,7 +16,8 @@ import typer
 
 from align_cli import config, registry
 from align_cli.cli import options
-from align_cli.cli.text import columns, say_loading, say_reading
+from align_cli.cli.text import columns, say_loading
+from align_cli.cli.train_data import check_data, open_data
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
 from align_cli.rewards.spec import parse_places, parse_weights
@@ -41,6 +42,7 @@ def train(
             "--model", metavar="NAME", help="Alias, hub id or folder. Default: tiny-sd15, which is built in."
         ),
     ] = None,
+    unet: options.Unet = None,
     preset: options.Preset = None,
     config_file: Annotated[
         Path | None,
@@ -134,7 +136,7 @@ def train(
     places = {name: place for name, place in places.items() if name not in watching or name in rewards}
     flags: dict[str, object] = {
         "model.name": model, "model.text": text, "model.device": device,
-        "model.encoder_device": encoder_device,
+        "model.encoder_device": encoder_device, "model.unet": unet,
         "data.name": data, "data.path": data_path, "data.cache": cache, "train.steps": steps,
         "train.lr": lr, "train.batch_size": batch_size, "train.seed": seed,
         "guard.scorers": guard or None, "guard.every": guard_every, "guard.keep": keep,
@@ -145,7 +147,7 @@ def train(
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
     resolved.method_config.check_train(resolved.train)
-    _check_data(resolved)
+    check_data(resolved)
     check_guard(resolved)
     if dry_run:
         typer.echo(describe(resolved))
@@ -248,35 +250,16 @@ def describe(resolved: config.Resolved) -> str:
     return f"method: {resolved.method}\n\n{columns(rows)}"
 
 
-def _check_data(resolved: config.Resolved) -> None:
-    """UserError for an unknown dataset, for captions alone where the method needs pictures, and for encodings
-    where it needs false pictures, too.
-    """
-    _table(resolved)
-    if resolved.method_config.grounded and resolved.data.cache:
-        raise UserError(
-            f"{resolved.method} learns from false pictures and captions, too, and encodings hold none: leave "
-            "--cache (data.cache) away"
-        )
-    if resolved.method_config.pictures and resolved.data.name in registry.CAPTIONS_ONLY:
-        raise registry.no_pictures(resolved.data.name, f"{resolved.method} trains on pictures with captions")
-
-
-def _table(resolved: config.Resolved) -> registry.Table:
-    """Where the dataset is registered. UserError if it is not there."""
-    return registry.dataset_table(resolved.data.name, grounded=resolved.method_config.grounded)
-
-
 def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Load, train, save, evaluate."""
     say_loading(resolved.model.name)
-    dataset = _dataset(resolved)
+    dataset = open_data(resolved)
     run_folder.check(folder, resume=resume, overwrite=overwrite)
     method_class = registry.load(registry.METHODS, resolved.method)
 
     from rich.console import Console
 
-    from align_cli.data.cached import CachedDataset
+    from align_cli.data.base import Fitted
     from align_cli.models.loading import load_model
     from align_cli.sampling import check_side
     from align_cli.training.distributed import is_main, leave_group, on_rank
@@ -297,7 +280,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         denoiser: Any = model.denoiser
         denoiser.enable_gradient_checkpointing()
     resolved = _with_own_sampling(resolved, model)
-    if isinstance(dataset, CachedDataset):
+    if isinstance(dataset, Fitted):
         dataset.check_model(model)
     method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
     method.check(resolved.train)
@@ -324,19 +307,6 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         typer.echo(f"go on with: {run_folder.resume_command(resolved.method, folder)}")
         raise typer.Exit(128 + result.signal)
     _conclude(resolved, folder, model, method, dataset, result)
-
-
-def _dataset(resolved: config.Resolved) -> Dataset:
-    """The training data: a registered dataset, or what was encoded of it."""
-    from align_cli.data.cached import CachedDataset
-
-    named = registry.load(_table(resolved), resolved.data.name)
-    say_reading(resolved.data.path)
-    kind, wanted = named, resolved.method_config.pictures
-    if resolved.data.cache:
-        kind, wanted = CachedDataset, wanted or resolved.method_config.latents
-    dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train", pictures=wanted)
-    return dataset
 
 
 def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.Resolved:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from align_cli.methods.base import Batch
-from align_cli.models.base import Posterior, TextCond
+from align_cli.models.base import BaseModel, Posterior, TextCond
 
 T = TypeVar("T")
 
@@ -45,6 +45,15 @@ class Dataset(Protocol):
 
     def fingerprint(self) -> str:
         """Identity of the data, saved beside the adapter."""
+        ...
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A dataset that was made with a model, and fits others like it alone."""
+
+    def check_model(self, model: BaseModel) -> None:
+        """UserError if the examples are not for `model`."""
         ...
 
 

@@ -350,6 +350,10 @@ class Cache:
         return sha256(json.dumps([about, records], sort_keys=True).encode()).hexdigest()[:16]
 
 
+GIVEN, DRAWN = "those of the dataset", "drawn by the model"
+"""`pictures` of the manifest: what was encoded (where it does not say), or final latents that the model drew
+for the captions; see drawn.py."""
+
 NOT_IDENTITY = ("settings", "model_id", "made_on", "versions", "complete")
 """Keys of the manifest that may differ between equal caches."""
 
@@ -358,19 +362,22 @@ WORDS = {
     "family": "the family of the model",
     "dtype": "model.dtype",
     "t5_length": "model.t5_length",
-    "text": "model.text",
     "data": "the dataset",
     "image_size": "the size of the pictures in pixels",
     "interpolation": "the resize filter",
     "mixture": "data.mixture",
     "fingerprint": "the content of the dataset (its fingerprint)",
     "num_examples": "the number of items",
+    "pictures": "the pictures",
+    "text": "model.text",
 }
 """What a key of the manifest is called in errors."""
 
 
 PLAIN = "plain"
-"""`text` of the manifest where prompts are read as the pipeline does, and of older ones, which do not say."""
+"""`text` of the manifest where prompts are read as the pipeline does."""
+UNSAID = {"text": PLAIN, "pictures": GIVEN}
+"""What holds where a manifest does not say."""
 
 
 def reading(model: BaseModel) -> str:
@@ -378,11 +385,16 @@ def reading(model: BaseModel) -> str:
     return PLAIN if model.reader is None else model.reader.words()
 
 
+def identity(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a manifest, what makes it this cache and no other."""
+    return {"pictures": GIVEN} | {key: value for key, value in about.items() if key not in NOT_IDENTITY}
+
+
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In words, where `now` differs from what a cache says about itself; only keys of `now` count."""
     found = []
     for key, value in now.items():
-        before = saved.get(key, PLAIN if key == "text" else None)
+        before = saved.get(key, UNSAID.get(key))
         if before == value:
             continue
         if key == "encoders":
@@ -410,6 +422,11 @@ def encoder_identity(model: BaseModel, *, text: bool = True) -> dict[str, str]:
             words = json.dumps([sorted(part.get_vocab().items()), part.model_max_length])
             found[name] = sha256(words.encode()).hexdigest()
     return found
+
+
+def drawing_identity(model: BaseModel) -> dict[str, str]:
+    """Of all weights that draw a picture: `encoder_identity`, and the denoiser."""
+    return {"denoiser": module_sha256(model.denoiser), **encoder_identity(model)}
 
 
 def _encoders(model: BaseModel, text: bool) -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -13,7 +14,16 @@ from torch import Tensor
 
 from align_cli import registry
 from align_cli.data.base import Dataset, Example, draw_caption
-from align_cli.data.cache import GENERATED, Cache, differences, dtype_name, encoder_identity, reading
+from align_cli.data.cache import (
+    DRAWN,
+    GENERATED,
+    Cache,
+    differences,
+    drawing_identity,
+    dtype_name,
+    encoder_identity,
+    reading,
+)
 from align_cli.data.shards import READ_ERRORS, ShardReader
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel, Posterior
@@ -24,7 +34,9 @@ class CachedDataset:
     """The dataset that was encoded, without its pictures (layout exact: without its texts' encoders, too).
 
     Follows `align_cli.data.base.Dataset`. Examples have `latents` and, in layout exact, `text`. With all
-    captions stored, the caption of an epoch is the one that the dataset itself would have drawn.
+    captions stored, the caption of an epoch is the one that the dataset itself would have drawn. Latents that
+    a model drew for captions are `drawn`: scaled as the denoiser has them, so that their Posterior has scale
+    1.
     """
 
     def __init__(
@@ -37,8 +49,11 @@ class CachedDataset:
         """
         self.cache = Cache.read(Path(settings.cache).expanduser())
         about = self.cache.about
+        self.drawn = about.get("pictures") == DRAWN
         now: dict[str, Any] = {"data": settings.name}
-        if settings.name in GENERATED:
+        if self.drawn:  # captions and pictures are both in the cache, whatever seed chose them
+            now |= {"mixture": settings.mixture} if settings.name in GENERATED else {}
+        elif settings.name in GENERATED:
             now |= {"mixture": settings.mixture, "seed": seed}
             if settings.num_examples:
                 now["num_examples"] = settings.num_examples
@@ -48,6 +63,8 @@ class CachedDataset:
         self.cache.check_whole()
         held = about["num_examples"]
         self.size = settings.num_examples or held
+        if self.drawn:
+            self.size = min(self.size, held)  # as of a list of prompts
         if self.size > held:
             raise UserError(
                 f"data.num_examples is {self.size}, but {settings.cache} holds {held} items; leave it away, "
@@ -87,9 +104,13 @@ class CachedDataset:
         """UserError unless the cache was made by encoders like those of `model`.
 
         Their weights are compared as far as `model` holds them; if it does not hold all of them, its name
-        must be that of the model that made the cache, too.
+        must be that of the model that made the cache, too. Of drawn latents the family has to be the same; a
+        warning says if other weights drew them, or weights of another dtype that have another name.
         """
         about = self.cache.about
+        if self.drawn:
+            self._check_drawn(model)
+            return
         now: dict[str, Any] = {"family": model.family, "dtype": dtype_name(model.dtype)}
         if self.exact and "t5_length" in about:
             now["t5_length"] = getattr(model, "t5_length", None)
@@ -99,6 +120,19 @@ class CachedDataset:
         found = encoder_identity(model, text=self.exact)
         named = {} if found.keys() >= about["encoders"].keys() else {"model_id": model.model_id}
         self._refuse({"encoders": found, **named})
+
+    def _check_drawn(self, model: BaseModel) -> None:
+        about = self.cache.about
+        self._refuse({"family": model.family})
+        now: dict[str, Any] = {"model_id": model.model_id}
+        if about["dtype"] == dtype_name(model.dtype):
+            now = {"encoders": drawing_identity(model)}
+        if found := differences(about, now):
+            warnings.warn(
+                f"the latents in {self.cache.folder} were drawn by another model than is trained: "
+                f"{'; '.join(found)}",
+                stacklevel=3,
+            )
 
     def _refuse(self, now: Mapping[str, Any]) -> None:
         if found := differences(self.cache.about, now):

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -70,15 +70,18 @@ class Request:
         return asdict(replace(self, model=replace(self.model, device="auto", encoder_device="")))
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any], where: str) -> Request:
+    def from_json(cls, raw: Mapping[str, Any], where: str) -> Self:
         """Inverse of `to_json`. UserError naming `where` if it is none."""
         try:
             model, data = ModelSettings(**raw["model"]), DataSettings(**raw["data"])
             return cls(**{**raw, "model": model, "data": data})
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{where}: settings that cannot be read ({error}); encode again with --overwrite"
-            ) from error
+            raise cls.unreadable(error, where) from error
+
+    @staticmethod
+    def unreadable(error: Exception, where: str) -> UserError:
+        """What is said of a manifest whose settings are none."""
+        return UserError(f"{where}: settings that cannot be read ({error}); encode again with --overwrite")
 
 
 def plan_arguments(request: Request, items: int, captions: int) -> dict[str, Any]:
@@ -208,6 +211,23 @@ def device_name(device: torch.device) -> str:
 
 
 # ---------------------------------------------------------------- encoding
+
+
+class Rows(Protocol):
+    """What gives the rows of a cache."""
+
+    shapes: Shapes
+    index: Index
+
+    def fields(self, kind: str) -> list[Field]:
+        """Tensors of a shard of this kind."""
+        ...
+
+    def rows(self, kind: str, numbers: Sequence[int], report: Report | None = None) -> dict[str, Tensor]:
+        """The tensors of pictures or captions by their numbers, (n, ...) each, on the CPU. UserError if they
+        cannot be made.
+        """
+        ...
 
 
 class Encoder:

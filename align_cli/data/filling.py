@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align_cli.data.cache import INDEX, LOCK, MANIFEST, NOT_IDENTITY, Cache, Index, Shard, differences
+from align_cli.data.cache import INDEX, LOCK, MANIFEST, Cache, Index, Shard, differences, identity
 from align_cli.data.claims import Claims
-from align_cli.data.encoding import Encoder, Report
+from align_cli.data.encoding import Report, Rows
 from align_cli.data.shards import READ_ERRORS, ShardReader, file_sha256, write_shard
 from align_cli.errors import UserError
 from align_cli.files import blocking, file_errors, part_path, write_text
@@ -116,11 +116,14 @@ class Filling:
         resume: bool = False,
         overwrite: bool = False,
         content: bool = False,
+        less: str = LESS,
     ) -> None:
+        """less: what the user may do where there is no room."""
         self.folder, self.index = folder, index
         self.resume, self.overwrite, self.content = resume, overwrite, content
         self.cache = Cache(folder, about, {})
         self.repaired: dict[str, str] = {}
+        self.less = less
         self.others = False
 
     def __enter__(self) -> Filling:
@@ -162,8 +165,7 @@ class Filling:
             self._write_texts()
             return
         found = Cache.read(self.folder)
-        wanted = {key: value for key, value in self.cache.about.items() if key not in NOT_IDENTITY}
-        if why := differences(found.about, wanted):
+        if why := differences(found.about, identity(self.cache.about)):
             raise UserError(
                 f"{self.folder} holds other encodings: they were made with {why[0]}; choose another --out, "
                 "or replace them with --overwrite"
@@ -198,14 +200,14 @@ class Filling:
     def _check_new(self, replaced: int = 0) -> None:
         texts = self.index.to_text(), self.cache.to_text()
         needed = self.missing_bytes() + sum(len(text.encode()) for text in texts)
-        check_room(self.folder, needed, replaced=replaced)
+        check_room(self.folder, needed, self.less, replaced)
 
     def _write_texts(self) -> None:
         """items.json and the manifest."""
         write_text(self.folder / INDEX, self.index.to_text())
         write_text(self.folder / MANIFEST, self.cache.to_text())
 
-    def run(self, encoder: Encoder, report: Report, waiting: Callable[[int], None]) -> None:
+    def run(self, encoder: Rows, report: Report, waiting: Callable[[int], None]) -> None:
         """Write all shards that no other process writes, and wait for those of others; a shard that its
         process gave up is taken over.
 
@@ -236,7 +238,7 @@ class Filling:
                 told = True
                 time.sleep(POLL)
 
-    def _write(self, shard: Shard, encoder: Encoder, report: Report) -> None:
+    def _write(self, shard: Shard, encoder: Rows, report: Report) -> None:
         path = self.folder / shard.name
         with file_errors(f"cannot write {path}", self._advice()):
             part_path(path).unlink(missing_ok=True)  # of a process that was killed
@@ -311,7 +313,7 @@ class Comparison:
         return self.worst <= TOLERANCE
 
 
-def compare(cache: Cache, encoder: Encoder, count: int, skip: Sequence[str] = ()) -> Comparison:
+def compare(cache: Cache, encoder: Rows, count: int, skip: Sequence[str] = ()) -> Comparison:
     """Encode `count` items, evenly over the dataset, and a caption of each, and compare with what is stored.
 
     skip: shards that are known to be damaged.

@@ -91,6 +91,7 @@ def picture_facts(model: BaseModel, arm: Arm, settings: SampleSettings) -> dict[
     pairs = zip(arm.adapters, arm.hashes, strict=True)
     return {
         "model": model.model_id,
+        **({"unet": model.denoiser_id} if model.denoiser_id else {}),
         "sampling": settings.words(),
         "software": "t2ialign",
         "adapter": ", ".join(f"{spec} sha256:{sha}" for spec, sha in pairs) or "none",

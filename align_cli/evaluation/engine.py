@@ -171,6 +171,7 @@ def _model_facts(model: BaseModel | None) -> dict[str, str]:
         return {"id": "pictures that were given", "family": "", "dtype": "uint8", "device": "cpu"}
     return {
         "id": model.model_id,
+        **({"unet": model.denoiser_id} if model.denoiser_id else {}),
         "family": model.family,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),

@@ -12,7 +12,7 @@ KIN = (
     frozenset({"hpsv2", "hpsv2.1", "hpsv2-reference", "hpsv2.1-reference"}),
     frozenset({"clip", "clip-b32", "clip-g14"}),
     frozenset({"shapes", "geneval-shapes"}),
-    frozenset({"tiny-clip", "tiny-denscore"}),
+    frozenset({"tiny-clip", "tiny-denscore", "tiny-blip"}),
 )
 """Scorers that are one kind of judge with other weights: trained on one, none of them is held out."""
 HELD_OUT = " (held out)"

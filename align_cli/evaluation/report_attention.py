@@ -120,5 +120,5 @@ def _row(item: Mapping[str, Any], arm: str, folder: Path) -> list[Html]:
 def _figure(picture: np.ndarray, caption: str, alt: str) -> Html:
     small = "pixels" if max(picture.shape[:2]) <= LOSSLESS else None
     source = f"data:{TYPE};base64,{webp(Image.fromarray(picture))}"
-    image = tag("img", src=source, alt=alt, class_=small, loading="lazy", decoding="async")
+    image = tag("img", src=source, alt=alt, class_=small, decoding="async")
     return tag("figure", image, tag("figcaption", caption))

@@ -101,10 +101,9 @@ def identity(
     }
     if model is None:
         return about
-    from align_cli.data.cache import encoder_identity, module_sha256
+    from align_cli.data.cache import drawing_identity
 
-    weights = {"denoiser": module_sha256(model.denoiser), **encoder_identity(model)}
-    return about | {"device": model.device.type, "weights": weights}
+    return about | {"device": model.device.type, "weights": drawing_identity(model)}
 
 
 def identity_of_prompts(prompts: PromptSet, per_prompt: int) -> dict[str, Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
 
 from align_cli.errors import UserError, unknown
-
-log = logging.getLogger(__name__)
 
 PARSERS = ("auto", "plain", "shapes", "spacy")
 """What `load_parser` reads; also "spacy:MODEL", an installed spaCy model or its folder."""
@@ -60,7 +58,7 @@ def load_parser(name: str, *, embedded: bool) -> Parser:
     if kind == "plain":
         from align_cli.grounding.plain_parsing import PlainParser
 
-        log.warning("%s", PLAIN)
+        warnings.warn(PLAIN, stacklevel=2)
         return PlainParser()
     if find_spec("spacy") is None:
         raise UserError(f"the parser {name!r} needs spaCy, which is not installed; {INSTALL}")

@@ -36,10 +36,9 @@ class SpacyParser:
         try:
             self._model = spacy.load(model, exclude=UNUSED)
         except OSError as error:
-            there = ", ".join(found) or "none"
-            reason = first_line(error)
+            there = f"English ones installed: {', '.join(found) or 'none'}"
             raise UserError(
-                f"the spaCy model {model!r} cannot be read ({reason}); English ones installed: {there}; {INSTALL}"
+                f"the spaCy model {model!r} cannot be read ({first_line(error)}); {there}; {INSTALL}"
             ) from error
         except (ImportError, ValueError) as error:  # it needs another package, or another version of spaCy
             raise UserError(f"the spaCy model {model!r} cannot be loaded: {first_line(error)}") from error

@@ -115,6 +115,8 @@ class BaseModel(Protocol):
     """sd15, sd21 (both UNets with one text encoder), sdxl or sd3."""
     model_id: str
     """What the user named: alias, hub id or absolute path."""
+    denoiser_id: str
+    """Hub id or path of a separately tuned denoiser in place of the pipeline's own; empty for that."""
     process: Process
     denoiser: nn.Module
     """The UNet or transformer, for methods that hook into it."""

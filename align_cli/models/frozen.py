@@ -48,6 +48,7 @@ class FrozenModel(ABC):
         encoders: Sequence[nn.Module],
     ) -> None:
         self.model_id, self.process = model_id, process
+        self.denoiser_id = ""
         self.denoiser, self.vae, self.encoders = denoiser, vae, list(encoders)
         for module in (denoiser, vae, *encoders):
             module.eval().requires_grad_(False)

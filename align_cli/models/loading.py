@@ -25,7 +25,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from align_cli import registry
 from align_cli.devices import pick_device
 from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.process import NoiseProcess
@@ -49,6 +48,7 @@ from align_cli.models.sources import (
     with_parts,
 )
 from align_cli.models.unet import UNetModel
+from align_cli.registry import model_id as model_id
 from align_cli.settings import ModelSettings
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
@@ -135,6 +135,7 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
         # the layout of oneDNN's convolutions: 1.3x faster
         modules["unet"] = modules["unet"].to(memory_format=torch.channels_last)
     model = family.build(_Parts(modules, process, settings, source))
+    model.denoiser_id = settings.unet
     model.device = device  # an outline is nowhere
     if settings.text == "segments":
         model.reader = SegmentReader(model, length=settings.segment_length, splitter=settings.splitter)
@@ -229,7 +230,11 @@ def _other_module(cls: Any, part: str, name: str, dtype: torch.dtype) -> nn.Modu
     """A denoiser or autoencoder from elsewhere: its own folder or hub repository, or a pipeline's."""
     setting = f"model.{'vae' if part == 'vae' else 'unet'} {name}"
     half = dtype != torch.float32
-    source, prefix = find_module(name, part, half=half)
+    flag = f"--set model.vae={name}" if part == "vae" else f"--unet {name}"
+    try:
+        source, prefix = find_module(name, part, half=half, advice="name a local folder with it")
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
     if f"{prefix}config.json" not in source.files:
         others = [p for p in DENOISERS if p != part and source.names(p)]
         held = f"a {source.index[others[0]][1]}" if others and part != "vae" else "none"
@@ -354,14 +359,6 @@ def _check_channels(name: str, label: str, denoiser: Any, vae: Any) -> None:
         )
     if vae.config.latents_mean is not None or vae.config.latents_std is not None:
         raise UserError(f"the autoencoder beside {label} scales its channels one by one; that is unsupported")
-
-
-def model_id(name: str) -> str:
-    """What the user named; folders as absolute paths, so that adapters find them from anywhere."""
-    if name in registry.MODELS:
-        return name
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
 
 
 SDXL = "StableDiffusionXLPipeline"

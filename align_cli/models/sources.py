@@ -73,14 +73,14 @@ def find(name: str) -> Source:
 
 def find_module(name: str, part: str, *, half: bool, advice: str = "") -> tuple[Source, str]:
     """A single module, with its files there: a folder or hub repository that holds nothing else, or `part` of
-    a pipeline.
+    a pipeline or of a folder that holds parts of one (as training scripts save them).
 
     advice: what the user may do where the hub does not give it; "" names another --model.
     Returns:
         The source and the folder of the module in it, "" or "unet/".
     """
     source = _find(name, advice)
-    if source.index:
+    if source.index or ("config.json" not in source.files and f"{part}/config.json" in source.files):
         return with_parts(source, [part], half=half), f"{part}/"
     return _with_module(source, "", stem_of(part), half), ""
 

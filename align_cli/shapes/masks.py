@@ -28,7 +28,7 @@ class ShapesMasker:
         whole = images.isfinite().flatten(1).all(1).tolist()
         pictures = images.detach().float().nan_to_num().clamp(0, 1)
         if size != (SIZE, SIZE):
-            pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
+            pictures = F.interpolate(pictures, (SIZE, SIZE), mode="area")
         blobs = find(pictures)
         shown = torch.zeros(len(images), len(SHAPES), SIZE, SIZE)
         for image, shape, own in zip(blobs.image, blobs.shape, blobs.masks, strict=True):

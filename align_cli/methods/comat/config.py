@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from align_cli import registry
+from align_cli.grounding.parsing import PARSERS
 from align_cli.rewards.spec import check_weights
 from align_cli.settings import MethodConfig, TrainSettings, one_of, require
 
@@ -130,6 +132,11 @@ class CoMatConfig(MethodConfig):
         for key in ("box_threshold", "text_threshold", "discriminator_beta1"):
             value = getattr(self, key)
             require(0 <= value < 1, f"comat.{key} must be >= 0 and < 1, got {value}")
+        require(
+            self.parser in PARSERS or re.fullmatch(r"spacy:.+", self.parser) is not None,
+            f"comat.parser must be one of {', '.join(PARSERS)} or spacy:MODEL, got {self.parser!r}",
+        )
+        one_of("comat.masker", self.masker, ("auto", *registry.MASKERS))
         for name in self.attention_layers:
             require(
                 _LAYER.fullmatch(name) is not None,

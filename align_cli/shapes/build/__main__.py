@@ -13,7 +13,7 @@ STAGES = {
     "clip-refine": ("contrastive", 4000),
     "t5": ("paraphrase", 2000),
     "roberta": ("phrases", 2000),
-    "blip": ("captioner", 3000),
+    "blip": ("captioner", 2400),
     "denoiser": ("denoiser", 8000),
     "denoiser-refine": ("denoiser", 5000),
     "denoiser-sdxl": ("denoiser", 3000),

@@ -22,7 +22,7 @@ from align_cli.settings import PROMPT_KINDS
 from align_cli.shapes.build import components
 from align_cli.shapes.build.contrastive import examples
 from align_cli.shapes.build.run import Stage, line
-from align_cli.shapes.captions import hard_negative
+from align_cli.shapes.captions import Prompt, hard_negative
 from align_cli.shapes.world import SIZE
 
 BATCH = 32
@@ -143,8 +143,12 @@ def evaluate(reward: BlipCaption, split: str, n: int = 1000) -> dict[str, float]
     nats per token of the true captions.
     """
     x, prompts, twins = examples(n, np.random.default_rng(77), split)
+    x = x[:n] / 2 + 0.5
     chunks = [slice(i, i + 100) for i in range(0, n, 100)]
-    score = lambda p: torch.cat([reward.score(x[c] / 2 + 0.5, [q.text for q in p[c]]) for c in chunks])  # noqa: E731
+
+    def score(captions: list[Prompt]) -> Tensor:
+        return torch.cat([reward.score(x[c], [p.text for p in captions[c]]) for c in chunks])
+
     true, false = score(prompts), score(twins)
     right = (true > false).float() + 0.5 * (true == false).float()
     out = {"hard_negative": right.mean().item(), "score": true.mean().item()}

@@ -1,0 +1,79 @@
+"""What `t2ialign train` trains on: a dataset, or a folder of `t2ialign encode`. No torch at import."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from align_cli import config, registry
+from align_cli.cli.text import say_reading
+from align_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from align_cli.data.base import Dataset
+
+
+def check_data(resolved: config.Resolved) -> None:
+    """UserError for an unknown dataset, for captions alone where the method needs pictures, and for encodings
+    where it needs false pictures, too.
+    """
+    _table(resolved)
+    if resolved.method_config.grounded and resolved.data.cache:
+        raise UserError(
+            f"{resolved.method} learns from false pictures and captions, too, and encodings hold none: leave "
+            "--cache (data.cache) away"
+        )
+    if resolved.method_config.pictures and resolved.data.name in registry.CAPTIONS_ONLY:
+        raise registry.no_pictures(resolved.data.name, f"{resolved.method} trains on pictures with captions")
+    latents = resolved.data.cache or resolved.data.name in registry.LATENTS
+    if resolved.method_config.latents and not (resolved.method_config.pictures or latents):
+        raise UserError(
+            f"{resolved.method} needs latents that the original model made of the prompts: make them with "
+            f"t2ialign encode --for {resolved.method} --model {resolved.model.name} and give the folder with "
+            "--cache, name the official list with --data latents, or let every step draw them with --set "
+            f"{resolved.method}.real=drawn; --set {resolved.method}.fidelity_weight=0 does without"
+        )
+
+
+def _table(resolved: config.Resolved) -> registry.Table:
+    """Where the dataset is registered. UserError if it is not there."""
+    return registry.dataset_table(resolved.data.name, grounded=resolved.method_config.grounded)
+
+
+def open_data(resolved: config.Resolved) -> Dataset:
+    """The training data: a registered dataset, or what was encoded or drawn of it.
+
+    UserError for data that cannot be read, and for drawn latents where the method does not learn from such.
+    """
+    from align_cli.data.cached import CachedDataset
+
+    named = registry.load(_table(resolved), resolved.data.name)
+    say_reading(resolved.data.path)
+    cache, chosen = resolved.data.cache, resolved.method_config
+    kind = CachedDataset if cache else named
+    stored = bool(cache) or resolved.data.name in registry.LATENTS
+    wanted = chosen.pictures or (chosen.latents and stored)
+    dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train", pictures=wanted)
+    if isinstance(dataset, CachedDataset):
+        _check_drawn(resolved, dataset.drawn)
+    return dataset
+
+
+def _check_drawn(resolved: config.Resolved, drawn: bool) -> None:
+    """Whether what a cache holds, latents that a model drew or encodings of pictures, is for the method."""
+    from align_cli.training.distributed import is_main
+
+    cache, chosen = resolved.data.cache, resolved.method_config
+    if drawn and not chosen.latents:
+        raise UserError(
+            f"the latents in {cache} were drawn by a model, for methods that learn from such examples, and "
+            f"{resolved.method} does not; encode pictures with t2ialign encode, or leave --cache "
+            "(data.cache) away"
+        )
+    if chosen.latents and not chosen.pictures and not drawn and is_main():
+        typer.echo(
+            f"note: {cache} holds encodings of pictures; {resolved.method} takes them for what the original "
+            "model draws (t2ialign encode --for draws such)",
+            err=True,
+        )
