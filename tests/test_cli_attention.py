@@ -68,7 +68,7 @@ def test_a_prompt_without_attributes_is_shown_word_by_word(tiny_sd15_folder, tmp
         "a circle": [Word("a", "DET", "det", 1), Word("circle", "NOUN", "ROOT", 1)],
         "the": [Word("the", "DET", "ROOT", 0)],
     }
-    monkeypatch.setattr(ShapesParser, "parse", lambda self, prompt: said[prompt])
+    monkeypatch.setattr(ShapesParser, "parse", lambda _, prompt: said[prompt])
     args = ("sample", "--model", tiny_sd15_folder, *QUICK, "--attention", "--parser", "shapes")
     result = ok(*args, "--prompt", "a circle", "--prompt", "the", "--out", "a")
     assert (
