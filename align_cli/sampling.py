@@ -15,7 +15,7 @@ from torch import Tensor
 from align_cli.diffusion.rollout import rollout
 from align_cli.diffusion.samplers import samplers_of
 from align_cli.errors import UserError
-from align_cli.models.base import BaseModel
+from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.conditioning import StepText
 from align_cli.pictures import Note, contact_sheet, save_png
 from align_cli.settings import OWN_SPACING, SampleSettings, require_multiple
@@ -27,6 +27,9 @@ __all__ = [
 
 Callback = Callable[[int, int], None]
 """Called as (done, total), both in pictures times denoising steps."""
+Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
+"""`BaseModel.predict`, or what stands in its place: z_t, t and text, with guidance the unconditional half
+first."""
 
 
 @torch.no_grad()
@@ -38,6 +41,7 @@ def sample(
     callback: Callback | None = None,
     *,
     start_noise: Tensor | None = None,
+    watch: Callable[[int, int], Predict] | None = None,
 ) -> Tensor:
     """One picture per prompt.
 
@@ -50,13 +54,14 @@ def sample(
         settings: sampler, number of steps, guidance, batch size; image_size 0 takes the model's own.
         start_noise: (N, C, h, w) standard normal in place of what the seeds give, for published protocols;
             noise of later steps still comes from the seeds.
+        watch: gives what predicts in place of the model for the pictures from `start` on, `size` of them.
     Returns:
         (N, 3, H, W) float32 in [0, 1] on the CPU.
     Raises:
         UserError: a picture size that the autoencoder cannot make, or more steps than timesteps.
     Source: SoftREPA sample.py and sampler.py (spec h), without its min-max stretching of the saved picture.
     """
-    parts = draw_latents(model, prompts, settings, seeds, callback, start_noise=start_noise)
+    parts = draw_latents(model, prompts, settings, seeds, callback, start_noise=start_noise, watch=watch)
     return torch.cat([model.decode(z).float().cpu() for z in parts])
 
 
@@ -69,6 +74,7 @@ def draw_latents(
     callback: Callback | None = None,
     *,
     start_noise: Tensor | None = None,
+    watch: Callable[[int, int], Predict] | None = None,
 ) -> Iterator[Tensor]:
     """What `sample` decodes, batch by batch: (B, C, h, w) scaled latents on the model's device, float32."""
     if len(prompts) != len(seeds):
@@ -91,7 +97,7 @@ def draw_latents(
 
         correct = Correction(model, part, seeds[start : start + settings.batch_size], settings)
         yield rollout(
-            model.predict,
+            model.predict if watch is None else watch(start, size),
             model.process,
             noise() if start_noise is None else start_noise[start : start + size].to(model.device),
             steps=settings.steps,

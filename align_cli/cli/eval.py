@@ -156,6 +156,17 @@ def evaluate(
     encoder_device: options.EncoderDevice = None,
     dtype: options.Dtype = None,
     text: options.Text = None,
+    attention: Annotated[
+        int,
+        typer.Option(
+            "--attention",
+            metavar="N",
+            min=0,
+            help="Show where the pictures of the first N prompts look at their words; in the shapes world, "
+            "how much of it lies on the thing.",
+        ),
+    ] = 0,
+    parser: options.Parser = None,
     as_json: options.AsJson = False,
     out: Annotated[
         Path | None,
@@ -199,7 +210,7 @@ def evaluate(
                 "image_size": image_size, "batch_size": batch_size, "from_step": from_step,
                 "correction": correction,
             },
-            self_correct=self_correct,
+            self_correct=self_correct, attention=attention, parser=parser,
             as_json=as_json, out=out, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     if benchmark == eval_probe.NAME:

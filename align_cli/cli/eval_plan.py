@@ -61,6 +61,8 @@ class Asked:
     model_flags: Mapping[str, Any]
     sample_flags: Mapping[str, Any]
     self_correct: float | None
+    attention: int
+    parser: str | None
     as_json: bool
     out: Path | None
     resume: bool
@@ -168,13 +170,17 @@ def _identity(
 
 
 def _check_options(asked: Asked) -> None:
+    if asked.parser is not None and not asked.attention:
+        raise UserError("--parser finds the words that --attention N shows; give that, too")
+    if asked.attention and asked.protocol is not None:
+        raise UserError(f"--attention does not go with --protocol {asked.protocol}, whose noise is its own")
     if not asked.images:
         if asked.allow_missing:
             raise UserError("--allow-missing is for pictures that are given with --images")
         return
     drawing: dict[str, object] = {
         "--model": asked.model, "--adapter": asked.adapters, "--arm": asked.arms,
-        "--self-correct": asked.self_correct,
+        "--self-correct": asked.self_correct, "--attention": asked.attention or None,
     }  # fmt: skip
     settings = {**asked.sample_flags, **asked.model_flags}
     settings.pop("device")  # that of the scorers

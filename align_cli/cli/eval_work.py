@@ -21,6 +21,7 @@ from align_cli.evaluation.store import GENEVAL, REPORT, RESULTS, Item, Store, id
 
 if TYPE_CHECKING:
     from align_cli.evaluation.engine import Evaluation
+    from align_cli.evaluation.looking import Looking
     from align_cli.models.base import BaseModel
     from align_cli.rewards.base import Reward
 
@@ -48,7 +49,7 @@ def evaluate(asked: Asked, decided: Decided) -> None:
         decided.scorers, device, reference=asked.reference
     )  # before the model: missing weights are told before minutes of drawing
     model: BaseModel | None = None
-    about = decided.identity
+    about, looking = decided.identity, None
     if plan is not None:
         stacks = [list(arm.adapters) for arm in arms]
         model, plan = replace(plan, model=on_rank(plan.model)).load(stacks, quiet=True)
@@ -56,6 +57,7 @@ def evaluate(asked: Asked, decided: Decided) -> None:
         about = identity(
             prompts, decided.per_prompt, arms, asked.seed, plan.model, plan.sample, asked.protocol, model
         )
+        looking = _looking(asked, decided, model, items)
     job = engine.Evaluation(
         prompts=prompts,
         arms=arms,
@@ -68,6 +70,7 @@ def evaluate(asked: Asked, decided: Decided) -> None:
         given=given,
         extra=[] if decided.verdicts is None else [decided.verdicts],
         protocol=decided.protocol,
+        looking=looking,
         command=["t2ialign", *sys.argv[1:]],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=notes,
@@ -122,6 +125,24 @@ def _note_replaced(path: Path, results: dict[str, Any]) -> None:
             "--scorers to have them in it again",
             err=True,
         )
+
+
+def _looking(asked: Asked, decided: Decided, model: BaseModel, items: Sequence[Item]) -> Looking | None:
+    """What is seen of attention. UserError, before anything is drawn, where there is none to be seen."""
+    if not asked.attention:
+        return None
+    from align_cli import registry
+    from align_cli.evaluation.attention import reader_of
+    from align_cli.evaluation.looking import Looking, check_arms
+    from align_cli.shapes.masks import ShapesMasker
+
+    check_arms(model, decided.arms)
+    shapes = decided.prompts.scenes is not None
+    world = shapes or (decided.plan is not None and registry.is_embedded(decided.plan.model.name))
+    reader = reader_of(model, asked.parser or "auto", world=world)
+    found = Looking(asked.attention, reader, ShapesMasker() if world else None)
+    found.entities(found.items(items))
+    return found
 
 
 def _again(folder: Path) -> str:

@@ -30,6 +30,7 @@ def measure(
     from align_cli.cli.progress import CountingProgress
     from align_cli.evaluation import engine
     from align_cli.evaluation.drawing import find_missing
+    from align_cli.evaluation.looking import find_unseen
 
     missing = find_missing(store, job.arms, job.items, ranks) if model is not None else {}
     totals = {f"drawing {name}": len(job.items) for name in missing}
@@ -39,6 +40,9 @@ def measure(
         if about:
             typer.echo(about, err=True)
         typer.echo(f"{left} of {sum(totals.values())} pictures to draw, in {store.folder}", err=True)
+    if job.looking is not None:
+        unseen = find_unseen(job.looking, store, job.arms, job.items, ranks)
+        totals |= {f"attention {name}": len(rows) for name, rows in unseen.items() if rows}
     given = {arm.name: job.given.get(arm.name, job.items) for arm in job.arms}
     there = sum(picture is not None for of in given.values() for picture in of)
     names = [scorer.name for scorer in job.scorers()] + (["drift"] if len(job.arms) > 1 else [])

@@ -74,6 +74,14 @@ Text = Annotated[
         help="How prompts are read: plain (77 tokens), or segments (long ones, by sentence; not SD3).",
     ),
 ]
+Parser = Annotated[
+    str | None,
+    typer.Option(
+        "--parser",
+        metavar="NAME",
+        help="What finds the nouns of prompts for --attention: auto, spacy, spacy:MODEL, shapes or plain.",
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option(

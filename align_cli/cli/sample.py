@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from align_cli.cli.drawing import Plan
+    from align_cli.evaluation.attention import Attention
+    from align_cli.grounding.entities import Entity
     from align_cli.models.base import BaseModel
 
 
@@ -63,6 +65,11 @@ def sample(
     encoder_device: options.EncoderDevice = None,
     dtype: options.Dtype = None,
     text: options.Text = None,
+    attention: Annotated[
+        bool,
+        typer.Option("--attention", help="Show where every picture looks at the words of its prompt."),
+    ] = False,
+    parser: options.Parser = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="Folder for the pictures. Default: samples."),
@@ -79,6 +86,8 @@ def sample(
     texts = _texts(prompt or [], prompts)
     if compare and not adapter:
         raise UserError("--compare draws the base beside the aligned model; name an adapter with --adapter")
+    if parser is not None and not attention:
+        raise UserError("--parser finds the words that --attention shows; give --attention, too")
     flags = {
         "steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing, "eta": eta,
         "image_size": image_size, "batch_size": batch_size, "from_step": from_step,
@@ -90,14 +99,19 @@ def sample(
         raise UserError("--correction says what self-correction moves; give its scale with --self-correct")
     variants = ["base", "aligned"] if compare else [""]
     jobs = [Job(k, text, seed + i, v) for k, text in enumerate(texts) for i in range(n) for v in variants]
-    folder = choose_folder(out, "samples", [SHEET, *(job.file for job in jobs)], overwrite)
+    maps = [attention_file(k, text) for k, text in enumerate(texts)] if attention else []
+    folder = choose_folder(out, "samples", [SHEET, *(job.file for job in jobs), *maps], overwrite)
     loaded, plan = plan.load()
+    words = _words(loaded, plan, texts, parser or "auto") if attention else None
     make_folder(folder)
     typer.echo(plan.describe(), err=True)
-    pictures = _draw(loaded, plan, jobs)
+    pictures, seen = _draw(loaded, plan, jobs, words)
     _write(loaded, plan, jobs, pictures, folder)
+    _write_attention(loaded, plan, jobs, pictures, seen, folder)
     typer.echo(f"{len(jobs)} picture{'s' * (len(jobs) > 1)} in {folder}")
     typer.echo(f"contact sheet: {folder / SHEET}")
+    for name in maps:
+        typer.echo(f"attention: {folder / name}")
 
 
 @dataclass(frozen=True)
@@ -112,9 +126,17 @@ class Job:
     @property
     def file(self) -> str:
         """Its file name: number and words of the prompt, seed, variant."""
-        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:48].rstrip("-")
-        parts = [f"{self.number + 1:03d}", words, f"seed{self.seed}", self.variant]
-        return "-".join(part for part in parts if part) + ".png"
+        return _file(self.number, self.prompt, f"seed{self.seed}", self.variant)
+
+
+def attention_file(number: int, prompt: str) -> str:
+    """File name of what is shown of the attention of a prompt's pictures."""
+    return _file(number, prompt, "attention")
+
+
+def _file(number: int, prompt: str, *more: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
+    return "-".join(part for part in (f"{number + 1:03d}", words, *more) if part) + ".png"
 
 
 def _texts(given: list[str], path: Path | None) -> list[str]:
@@ -130,15 +152,38 @@ def _texts(given: list[str], path: Path | None) -> list[str]:
     return texts
 
 
-def _draw(model: BaseModel, plan: Plan, jobs: list[Job]) -> list[np.ndarray]:
-    """(H, W, 3) uint8 per job, in the order of jobs."""
+def _words(model: BaseModel, plan: Plan, texts: list[str], parser: str) -> list[list[Entity]]:
+    """The entities of every prompt. UserError, before anything is drawn, where there is nothing to show."""
+    from align_cli import registry
+    from align_cli.adapters import attach
+    from align_cli.evaluation.attention import check, reader_of
+
+    with attach(model, plan.adapters):
+        check(model)
+    reader = reader_of(model, parser, world=registry.is_embedded(plan.model.name))
+    found = [reader.shown(text) for text in texts]
+    for text, entities in zip(texts, found, strict=True):
+        said = f"note: {text!r} has no noun with attributes that is read"
+        if not entities:
+            typer.echo(f"{said}, and no other word to show the attention of", err=True)
+        elif all(len(entity.words) == 1 for entity in entities):
+            typer.echo(f"{said}: its words are shown one by one", err=True)
+    return found
+
+
+def _draw(
+    model: BaseModel, plan: Plan, jobs: list[Job], words: list[list[Entity]] | None
+) -> tuple[list[np.ndarray], list[Attention]]:
+    """(H, W, 3) uint8 per job, in the order of jobs, and what is seen of `words` there, if they are given."""
     from align_cli import sampling
     from align_cli.adapters import attach
     from align_cli.cli.drawing import note_long_prompts
     from align_cli.cli.progress import DrawingProgress
+    from align_cli.evaluation import attention
     from align_cli.pictures import to_uint8
 
     pictures: dict[Job, np.ndarray] = {}
+    seen: dict[Job, Attention] = {}
     with DrawingProgress() as progress:
         for variant in dict.fromkeys(job.variant for job in jobs):
             part = [job for job in jobs if job.variant == variant]
@@ -150,11 +195,15 @@ def _draw(model: BaseModel, plan: Plan, jobs: list[Job]) -> list[np.ndarray]:
             with nullcontext() if variant == "base" else attach(model, plan.adapters):
                 if variant != "base":  # an adapter may read more of a prompt than the model does
                     note_long_prompts(model, [job.prompt for job in part])
-                drawn = sampling.sample(
-                    model, [job.prompt for job in part], plan.sample, [job.seed for job in part], report
-                )
+                texts, seeds = [job.prompt for job in part], [job.seed for job in part]
+                if words is None:
+                    drawn = sampling.sample(model, texts, plan.sample, seeds, report)
+                else:
+                    own = [words[job.number] for job in part]
+                    drawn, maps = attention.sample(model, texts, own, plan.sample, seeds, report)
+                    seen.update(zip(part, maps, strict=True))
             pictures.update(zip(part, to_uint8(drawn), strict=True))
-    return [pictures[job] for job in jobs]
+    return [pictures[job] for job in jobs], [seen[job] for job in jobs if job in seen]
 
 
 def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndarray], folder: Path) -> None:
@@ -186,3 +235,45 @@ def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndar
         title=plan.title(),
         metadata=common,
     )
+
+
+def _write_attention(
+    model: BaseModel,
+    plan: Plan,
+    jobs: list[Job],
+    pictures: list[np.ndarray],
+    seen: list[Attention],
+    folder: Path,
+) -> None:
+    """A sheet per prompt: base above aligned, seed by seed; the picture, then what it looks at for each of
+    the prompt's words.
+    """
+    from align_cli.evaluation.attention import LAYERS, masks_of
+    from align_cli.evaluation.benchmarks import ShapesBenchmark
+    from align_cli.evaluation.heat import heat, note_of, words_of
+    from align_cli.evaluation.maps import relative
+    from align_cli.pictures import Note, contact_sheet
+
+    masker = None
+    if ShapesBenchmark().suits(model):
+        from align_cli.shapes.masks import ShapesMasker
+
+        masker = ShapesMasker()
+    places = sorted(range(len(seen)), key=lambda i: (jobs[i].number, jobs[i].seed))
+    for number in sorted({job.number for job in jobs}) if seen else ():
+        own = [i for i in places if jobs[i].number == number]
+        tiles, notes = [], []
+        for i in own:
+            entities = seen[i].entities
+            masks = masks_of(masker, pictures[i], entities) if masker is not None else None
+            tiles.append([pictures[i], *(heat(pictures[i], one) for one in relative(seen[i].maps))])
+            shares = zip(entities, seen[i].shares(masks), strict=True)
+            notes.append([Note(""), *(note_of(words_of(entity), share) for entity, share in shares)])
+        contact_sheet(
+            tiles,
+            [f"{jobs[i].variant} seed {jobs[i].seed}".strip() for i in own],
+            folder / attention_file(number, jobs[own[0]].prompt),
+            notes=notes,
+            title=f"{jobs[own[0]].prompt}: attention to its words, each relative to its own maximum; mean "
+            f"over heads, steps and {LAYERS}; {plan.title()}",
+        )

@@ -25,6 +25,7 @@ from align_cli.evaluation.benchmarks import ShapesBenchmark, compositions
 from align_cli.evaluation.by_protocol import draw_by_protocol
 from align_cli.evaluation.compare import Design
 from align_cli.evaluation.drawing import Progress, draw, find_missing
+from align_cli.evaluation.looking import Looking, look, seen_results
 from align_cli.evaluation.outcome import Facts, outcome
 from align_cli.evaluation.prompts import PromptSet
 from align_cli.evaluation.protocols import Protocol
@@ -40,7 +41,8 @@ from align_cli.training.distributed import Ranks
 class Evaluation:
     """What is measured. baseline: the arm that the others are compared with. given: arm -> the picture of
     every item, for pictures that are not drawn here. extra: scorers besides the rewards and the benchmark's
-    own judge. protocol: a published way to draw and to average. interval: "t" or "bootstrap".
+    own judge. protocol: a published way to draw and to average. interval: "t" or "bootstrap". looking: what
+    is seen of the attention of the first prompts' pictures; None for nothing.
     """
 
     prompts: PromptSet
@@ -54,6 +56,7 @@ class Evaluation:
     given: Mapping[str, Sequence[Path | None]] = field(default_factory=dict)
     extra: Sequence[Scorer] = ()
     protocol: Protocol | None = None
+    looking: Looking | None = None
     command: Sequence[str] = ()
     created: str = ""
     notes: Sequence[str] = ()
@@ -97,6 +100,8 @@ def run(
                 job.protocol, model, job.arms, job.items, rewards, store, ranks, missing, progress
             )
         pictures = {arm.name: [store.path(arm.name, item) for item in job.items] for arm in job.arms}
+        if job.looking is not None:
+            look(job.looking, model, job.arms, job.items, sample, store, ranks, progress)
     seconds["drawing"] = time.perf_counter() - begun
     scored: list[tuple[Scorer, dict[str, dict[str, np.ndarray]]]] = []
     for scorer in job.scorers():
@@ -126,10 +131,18 @@ def run(
         memory={"process": memory, "gpu": gpu},
         notes=list(job.notes),
     )
-    return outcome(
+    results = outcome(
         store.folder, job.prompts, job.items, job.arms, job.baseline, pictures, scored, design, drift,
         audit(job, model), floor_of(job, pictures), facts_,
     )  # fmt: skip
+    if job.looking is not None:
+        clusters = clusters_of(job.prompts, job.looking.items(job.items))
+        results["attention"] = seen_results(
+            job.looking, store, job.arms, job.baseline, job.items, clusters, job.interval, results["unit"],
+            job.seed,
+        )  # fmt: skip
+        results["words"] += results["attention"]["words"]
+    return results
 
 
 def peak_memory() -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 NONE = "\u2013"
 """What stands where there is no number: a dash."""
 MINUS = "\u2212"
-VOID = frozenset({"meta", "input", "br", "col"})
+VOID = frozenset({"meta", "input", "br", "col", "img"})
 """Elements that are written without content and without an end tag."""
 
 

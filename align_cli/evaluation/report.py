@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from align_cli.evaluation import report_attention
 from align_cli.evaluation import report_parts as parts
 from align_cli.evaluation.markup import Html, decimals_of, finite, plural, tag
 from align_cli.evaluation.report_pictures import MAX_BYTES, SIDE, TYPE, Embedded, embed, picture_order
@@ -43,12 +44,13 @@ def write_report(
     embedded = embed(results["items"], arms, folder, order, max_picture_bytes)
     with file_errors(f"cannot write {path}", "make room, or choose another folder with --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, page(results, embedded).encode("utf-8", "replace").decode("utf-8"))
+        seen = report_attention.attention(results, folder)
+        write_text(path, page(results, embedded, seen).encode("utf-8", "replace").decode("utf-8"))
 
 
-def page(results: Mapping[str, Any], embedded: Embedded) -> str:
-    """The whole document. Pictures stand at its end, one inert block per item: the words are there before
-    they are read, and only those on view are ever decoded.
+def page(results: Mapping[str, Any], embedded: Embedded, seen: Html | None) -> str:
+    """The whole document. seen: the section of attention. Pictures of the grid stand at its end, one inert
+    block per item: the words are there before they are read, and only those on view are ever decoded.
     """
     decimals = decimals_of(results)
     sections = [
@@ -57,6 +59,7 @@ def page(results: Mapping[str, Any], embedded: Embedded) -> str:
         parts.groups(results, decimals),
         parts.drift(results),
         parts.audit(results),
+        seen,
         _pictures(results, embedded),
         parts.provenance(results),
     ]
@@ -92,8 +95,8 @@ def _subject(results: Mapping[str, Any]) -> str:
 
 def _top(sections: Sequence[Html | None]) -> Html:
     """Links to the sections that are there, and the switch between light and dark."""
-    names = ("summary", "official", "groups", "drift", "tokens", "pictures", "provenance")
-    words = ("Summary", "Official", "Groups", "Drift", "Tokens", "Pictures", "Provenance")
+    names = ("summary", "official", "groups", "drift", "tokens", "attention", "pictures", "provenance")
+    words = ("Summary", "Official", "Groups", "Drift", "Tokens", "Attention", "Pictures", "Provenance")
     links = [
         tag("a", word, href=f"#{name}")
         for name, word, part in zip(names, words, sections, strict=True)

@@ -52,6 +52,7 @@ SHOWN = frozenset(
         "floor",
         "floor_means",
         "official",
+        "attention",
         "notes",
     }
 )

@@ -109,6 +109,11 @@ def _text(folder: Path, path: str | None) -> str:
             picture = file.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
         return ""
+    return webp(picture)
+
+
+def webp(picture: Image.Image) -> str:
+    """Base64 of a picture, made smaller if its longest side is above SIDE."""
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     buffer = BytesIO()
     picture.save(buffer, "WEBP", quality=QUALITY, lossless=max(picture.size) <= LOSSLESS)

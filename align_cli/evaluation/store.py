@@ -3,6 +3,7 @@
     eval.json                      what fixes the run, written first and compared when it goes on
     images/ARM/00000.png           pictures, 00000-0.png and so on where there are several per prompt
     scores/ARM/SCORER.jsonl        see scoring.py
+    attention/ARM/00000.safetensors  see looking.py
     results.json, results.csv, report.html
     protocol/ARM.jsonl             see by_protocol.py
     geneval/ARM/00000/             pictures as GenEval's own evaluator wants them
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
     from align_cli.models.base import BaseModel
 
 FORMAT = 1
-ABOUT, IMAGES, SCORES = "eval.json", "images", "scores"
+ABOUT, IMAGES, SCORES, ATTENTION = "eval.json", "images", "scores", "attention"
 RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
 GENEVAL, PROTOCOL = "geneval", "protocol"
-OURS = (ABOUT, IMAGES, SCORES, RESULTS, TABLE, REPORT, GENEVAL, PROTOCOL)
+OURS = (ABOUT, IMAGES, SCORES, ATTENTION, RESULTS, TABLE, REPORT, GENEVAL, PROTOCOL)
 """Everything an evaluation writes; --overwrite removes these names and nothing else."""
 PICTURE_ERRORS = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What a damaged picture raises."""
@@ -133,7 +134,7 @@ class Store:
                 _remove(self.folder)
             if resume:
                 refuse_other_run(self.folder, self.identity, whole=True)
-                for place in (IMAGES, SCORES):  # what a killed process was about to write
+                for place in (IMAGES, SCORES, ATTENTION):  # what a killed process was about to write
                     for part in (self.folder / place).rglob(".*.part"):
                         part.unlink()
                 return

@@ -43,6 +43,8 @@ STOP_LIST = frozenset({
 """Nouns that no detector should be asked for, as they are or in front of a last letter.
 Source: AttrConcenTrainableSDPipeline.py.
 """
+CONTENT = frozenset({"NOUN", "PROPN", "ADJ", "VERB"})
+"""Parts of speech that are worth a look where no noun has an attribute."""
 LONGEST = 10_000
 """Characters of a prompt that are parsed: far more than any text encoder reads."""
 REMEMBERED = 65_536
@@ -89,33 +91,60 @@ class EntityReader:
         if not prompt.strip():
             return ()
         words = self.parser.parse(prompt)
-        read = self.tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
-        last = min(len(read["input_ids"]), self.limit) - 1
+        ids, spans = self._tokens(prompt)
         if self.official:
-            tokens = self.tokenizer.convert_ids_to_tokens(read["input_ids"])
+            tokens = self.tokenizer.convert_ids_to_tokens(ids)
             pieces = {i: piece.replace("</w>", "") for i, piece in enumerate(tokens[1:-1], 1)}
             found = official_entities(words, pieces)
+            last = min(len(ids), self.limit) - 1
             return tuple(entity for entity in found if max(entity.positions) < last)
-        spans = dict(enumerate(read["offset_mapping"][1:last], 1))
         return tuple(entities_of(words, prompt, spans))
+
+    def _tokens(self, prompt: str) -> tuple[list[int], dict[int, tuple[int, int]]]:
+        """Token ids of the whole prompt, and the characters [start, end) of each position that is read."""
+        read = self.tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
+        last = min(len(read["input_ids"]), self.limit) - 1
+        return read["input_ids"], dict(enumerate(read["offset_mapping"][1:last], 1))
+
+    def shown(self, prompt: str) -> list[Entity]:
+        """What there is to be seen of a prompt: every noun with attributes, also where no detector is asked
+        for it; without any, each noun, adjective and verb by itself (then no entity has two words).
+
+        Raises UserError for a prompt that the parser cannot read.
+        """
+        prompt = prompt[:LONGEST]
+        words = self.parser.parse(prompt) if prompt.strip() else []
+        single = [[i] for i, word in enumerate(words) if word.pos in CONTENT]
+        spans = self._tokens(prompt)[1]
+        return grouped(attributed(words), words, prompt, spans) or grouped(single, words, prompt, spans)
 
 
 def entities_of(words: Sequence[Word], prompt: str, spans: Mapping[int, tuple[int, int]]) -> list[Entity]:
     """The entities of a parsed prompt. spans: for each token position the characters [start, end) it covers;
     a word of which no part is covered is left out.
     """
+    return detectable(grouped(attributed(words), words, prompt, spans))
+
+
+def grouped(
+    groups: Iterable[Sequence[int]],
+    words: Sequence[Word],
+    prompt: str,
+    spans: Mapping[int, tuple[int, int]],
+) -> list[Entity]:
+    """Groups of words, the noun last, as entities. spans: see `entities_of`."""
     places = []
     for word, start in zip(words, _starts(prompt, words), strict=True):
         end = start + len(word.text) if start >= 0 else start
         places.append([p for p, (a, b) in spans.items() if a < end and b > start])
     found = []
-    for group in attributed(words):
+    for group in groups:
         if places[group[-1]]:
             seen = [i for i in group if places[i]]
             positions = tuple(dict.fromkeys(p for i in seen for p in places[i]))
             texts = tuple(words[i].text for i in seen)
             found.append(Entity(texts[-1].lower(), positions, texts))
-    return detectable(found)
+    return found
 
 
 def official_entities(words: Sequence[Word], pieces: Mapping[int, str]) -> list[Entity]:
