@@ -418,7 +418,8 @@ def test_idle_settings(tmp_path):
 
 def test_help_names_the_datasets():
     for command in ("train", "encode"):
-        assert "Dataset: captions, coco, prompts, shapes." in " ".join(call(command, "--help").stdout.split())
+        said = " ".join(call(command, "--help").stdout.split())
+        assert "Dataset: captions, coco, latents, prompts, shapes." in said
 
 
 def test_dry_run_reads_no_file(tmp_path):
