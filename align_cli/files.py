@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
@@ -22,6 +23,36 @@ def file_errors(doing: str, advice: str = "") -> Iterator[None]:
         reason = "the disk is full" if full else error.strerror or str(error)
         tail = f"; {advice}" if advice else ""
         raise UserError(f"{doing}: {reason}{tail}") from error
+
+
+def released_file(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> Path:
+    """The file of released weights in a folder: the first of `names` that is there, else the only one that
+    ends in one of `suffixes`.
+
+    Raises:
+        UserError: none, or several; names the folders checkpoint-N that are there.
+    """
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    there = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file())
+    if len(there) == 1:
+        return there[0]
+    steps = sorted((step for p in folder.iterdir() if (step := checkpoint_step(p)) is not None), reverse=True)
+    if there:
+        held = f"several files, name one: {', '.join(f.name for f in there)}"
+    elif steps:
+        held = f"checkpoints, name one: {', '.join(f'checkpoint-{n}' for n in steps[:3])}"
+        held += ", ..." * (len(steps) > 3)
+    else:
+        held = f"no {names[0]}"
+    raise UserError(f"{folder} has {held}")
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """N of a folder that accelerate calls checkpoint-N, None for any other."""
+    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(found[1]) if found else None
 
 
 def blocking(folder: Path) -> Path | None:

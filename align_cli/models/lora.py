@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from align_cli.errors import UserError
 from align_cli.models.dropout import RowDropout
 from align_cli.models.moving import moved_weights
 from align_cli.models.states import LORA_A, LORA_B, check_state
@@ -184,6 +185,14 @@ def most_rank(module: nn.Module, targets: Sequence[str] = ATTENTION) -> int:
     """The largest rank that a change of these layers can have; 0 without such a layer."""
     layers = lora_layers(module, targets).values()
     return max((min(layer.weight.flatten(1).shape) for layer in layers), default=0)
+
+
+def check_rank(module: nn.Module, rank: int, targets: Sequence[str], setting: str, where: str) -> None:
+    """UserError, about `setting`, for a rank that no change of these layers can have. where: whose they are."""
+    if rank > (most := most_rank(module, targets)):
+        raise UserError(
+            f"{setting} must be at most {most}, the smaller side of the largest layer of {where}, got {rank}"
+        )
 
 
 def _named(module: nn.Module, targets: Callable[[nn.Module], Sequence[str]]) -> dict[str, Layer]:

@@ -40,7 +40,7 @@ from align_cli.methods.comat.discriminator import ATTENTION, LatentDiscriminator
 from align_cli.methods.comat.matching import CROPPED, ConceptMatching, Crop
 from align_cli.models.attention import AttentionMaps, check_layers, watched
 from align_cli.models.base import BaseModel, TextCond
-from align_cli.models.lora import LoraTuning, most_rank
+from align_cli.models.lora import LoraTuning, check_rank
 from align_cli.models.moving import moved_weights
 from align_cli.rewards.base import Reward
 from align_cli.rewards.weighted import WeightedRewards, load_rewards
@@ -82,11 +82,8 @@ class CoMat:
 
     def __init__(self, model: BaseModel, config: CoMatConfig, *, seed: int = 0) -> None:
         self.model, self.config, self.seed = model, config, seed
-        if config.lora_rank > (most := most_rank(model.denoiser, ATTENTION)):
-            raise UserError(
-                f"comat.lora_rank must be at most {most}, the smaller side of the largest layer of the unet "
-                f"of {model.model_id}, got {config.lora_rank}"
-            )
+        place = f"the unet of {model.model_id}"
+        check_rank(model.denoiser, config.lora_rank, ATTENTION, "comat.lora_rank", place)
         rng = torch.Generator().manual_seed(seed)
         self.lora = LoraTuning(
             model.denoiser,
@@ -182,10 +179,8 @@ class CoMat:
     def discriminate(self, model: BaseModel) -> None:
         """Learn to tell latents apart with the UNet of `model`."""
         rank = self.config.discriminator_rank or self.config.lora_rank
-        if rank > (most := most_rank(model.denoiser, ATTENTION)):
-            raise UserError(
-                f"comat.discriminator_rank must be at most {most} for {model.model_id}, got {rank}"
-            )
+        place = f"the unet of {model.model_id}"
+        check_rank(model.denoiser, rank, ATTENTION, "comat.discriminator_rank", place)
         last = int(self.model.process.timesteps(self.config.steps, "leading")[-1])
         self.discriminator = LatentDiscriminator(model, rank=rank, timestep=last, seed=self.seed)
         if model is not self.model:

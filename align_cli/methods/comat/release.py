@@ -7,7 +7,6 @@ itself: what the shapes tell is taken from them, the rest from the official scri
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from align_cli import config
 from align_cli.adapters import NOT_RECORDED, OFFICIAL, AdapterInfo, load_pickle, load_safetensors
 from align_cli.errors import UserError
+from align_cli.files import checkpoint_step, released_file
 from align_cli.methods.comat.discriminator import ATTENTION
 from align_cli.methods.comat.method import LORA
 from align_cli.models.loading import model_id
@@ -57,7 +57,6 @@ DRAWING: dict[str, object] = {
     "sample.sampler": "ddpm", "sample.spacing": "leading", "sample.steps": 50, "sample.guidance": 7.5,
 }  # fmt: skip
 """How its validation draws."""
-_STEP = re.compile(r"checkpoint-(\d+)")
 
 
 def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]]:
@@ -76,7 +75,7 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
             f"released files of CoMat are for Stable Diffusion 1.5 and XL, and {model} is of the family "
             f"{family}; name their base model with --model"
         )
-    file = _choose(path) if path.is_dir() else path
+    file = released_file(path, FILES, SUFFIXES) if path.is_dir() else path
     unet: Any = outline(model, "unet")
     state = read_state(file)
     rank = _fit(state, unet, file, model)
@@ -96,7 +95,7 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
         method="comat",
         model_id=model_id(model),
         family=family,
-        step=int(found[1]) if (found := _STEP.fullmatch(file.parent.name)) else 0,
+        step=checkpoint_step(file.parent) or 0,
         source=f"official release, imported from {file.name}",
         config={"method": "comat"} | {section: held[section] for section in sections},
         origin={
@@ -177,22 +176,3 @@ def _fit(state: Mapping[str, Tensor], unet: nn.Module, file: Path, model: str) -
             f"{file} and {model} do not fit: {error}; name its base model with --model"
         ) from error
     return rank
-
-
-def _choose(folder: Path) -> Path:
-    """The LoRA in the folder of a checkpoint: of an official name, else the only one."""
-    for name in FILES:
-        if (folder / name).is_file():
-            return folder / name
-    there = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    if len(there) == 1:
-        return there[0]
-    steps = sorted((int(m[1]) for p in folder.iterdir() if (m := _STEP.fullmatch(p.name))), reverse=True)
-    if there:
-        held = f"several files, name one: {', '.join(f.name for f in there)}"
-    elif steps:
-        held = f"checkpoints, name one: {', '.join(f'checkpoint-{n}' for n in steps[:3])}"
-        held += ", ..." * (len(steps) > 3)
-    else:
-        held = f"no {FILE}"
-    raise UserError(f"{folder} has {held}")

@@ -42,7 +42,7 @@ from align_cli.methods.dpt.discriminator import Discriminator, Grounding
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.dropout import RowDropout
 from align_cli.models.features import alike_at_first, blocks, check_blocks, observe
-from align_cli.models.lora import LoraTuning, most_rank
+from align_cli.models.lora import LoraTuning, check_rank
 from align_cli.models.roberta import PhraseReader, load_roberta
 from align_cli.models.states import by_group, check_state
 from align_cli.settings import TrainSettings
@@ -107,11 +107,8 @@ class DPT:
         self.phrases: PhraseReader | None = None
         self.lora: LoraTuning | None = None
         if config.stage == "tune":
-            if config.lora_rank > (most := most_rank(model.denoiser, ATTENTION)):
-                raise UserError(
-                    f"dpt.lora_rank must be at most {most}, the smaller side of the largest layer of the "
-                    f"unet of {model.model_id}, got {config.lora_rank}"
-                )
+            place = f"the unet of {model.model_id}"
+            check_rank(model.denoiser, config.lora_rank, ATTENTION, "dpt.lora_rank", place)
             self.lora = LoraTuning(
                 model.denoiser,
                 rank=config.lora_rank,

@@ -6,7 +6,6 @@ the rest from the official commands.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from align_cli import config, registry
 from align_cli.adapters import NOT_RECORDED, OFFICIAL, AdapterInfo, load_pickle, load_safetensors
 from align_cli.errors import UserError
+from align_cli.files import checkpoint_step, released_file
 from align_cli.methods.dpt.config import DISCRIMINATOR, LORA, DPTConfig, feature_names
 from align_cli.methods.dpt.discriminator import Discriminator
 from align_cli.methods.dpt.method import ATTENTION, block_channels, own_feature
@@ -57,7 +57,6 @@ SIZES = {
     "map_to_clip.2.weight": 2, "contrastive_align_projection_text.weight": 2,
 }  # fmt: skip
 """Tensors that tell sizes -> their dimensions."""
-_STEP = re.compile(r"checkpoint-(\d+)")
 _SIDES = {"down": LORA_A, "up": LORA_B}
 
 
@@ -77,7 +76,7 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
             f"released files of DPT are for Stable Diffusion 1.x and 2.x, and {model} is of the family "
             f"{family}; name their base model with --model"
         )
-    file = _choose(path) if path.is_dir() else path
+    file = released_file(path, FILES, SUFFIXES) if path.is_dir() else path
     unet = outline(model, "unet")
     state = read_state(file)
     groups = by_group(state)
@@ -98,7 +97,7 @@ def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]
         stage=str(values["dpt.stage"]),
         model_id=model_id(model),
         family=family,
-        step=int(found[1]) if (found := _STEP.fullmatch(file.parent.name)) else 0,
+        step=checkpoint_step(file.parent) or 0,
         source=f"official release, imported from {file.name}",
         config={"method": "dpt"} | {section: held[section] for section in sections},
         origin={
@@ -267,15 +266,3 @@ def _check(
             raise UserError(
                 f"{what} do not fit: {name}: {error}; name its base model with --model"
             ) from error
-
-
-def _choose(folder: Path) -> Path:
-    """The checkpoint in a folder: of an official name, else the only one."""
-    for name in FILES:
-        if (folder / name).is_file():
-            return folder / name
-    there = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    if len(there) == 1:
-        return there[0]
-    held = f"several files, name one: {', '.join(f.name for f in there)}" if there else f"no {FILE}"
-    raise UserError(f"{folder} has {held}")
