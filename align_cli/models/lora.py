@@ -188,7 +188,7 @@ def most_rank(module: nn.Module, targets: Sequence[str] = ATTENTION) -> int:
 
 
 def check_rank(module: nn.Module, rank: int, targets: Sequence[str], setting: str, where: str) -> None:
-    """UserError, about `setting`, for a rank that no change of these layers can have. where: whose they are."""
+    """UserError, about `setting`, for a rank that no change of these layers (of `where`) can have."""
     if rank > (most := most_rank(module, targets)):
         raise UserError(
             f"{setting} must be at most {most}, the smaller side of the largest layer of {where}, got {rank}"
