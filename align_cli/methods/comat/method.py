@@ -436,7 +436,7 @@ class CoMat:
         assert self.masker is not None and drawn.words is not None
         masker, words, c = self.masker, drawn.words, self.config
         shown = pictures * 2 - 1 if c.official_range else pictures
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
             masks = masker.masks(shown.clamp(0, 1), words.nouns)
         token, pixel = words.losses(drawn.kept, masks)
         found = sum(int(mask.flatten(1).any(1).sum()) for mask in masks if mask is not None and len(mask))
