@@ -115,7 +115,7 @@ def test_latents_made_beforehand(tiny_sd15_folder, tmp_path):
         (["--set", "comat.parser=stanza"], "comat.parser must be one of"),
         (["--set", 'comat.attention_layers=["up_64"]'], "has no cross-attention up_64"),
         (["--set", "comat.lora_rank=4096"], "comat.lora_rank must be at most"),
-        (["--set", "comat.discriminator=nowhere"], "nowhere"),
+        (["--set", "comat.discriminator=nowhere"], "comat.discriminator: unknown model 'nowhere'"),
         (["--set", "comat.discriminator=tiny-sd3"], "it must be a UNet"),
         (["--from", "nowhere"], "nowhere does not exist"),
         (["--text", "segments"], "attribute concentration knows the tokens"),

@@ -15,11 +15,13 @@ from cache_helpers import full_disk
 from cli_helpers import call, ok, refused
 
 from align_cli import config
+from align_cli.cli.encode_drawn import DrawnWork
 from align_cli.cli.train_data import open_data
 from align_cli.data import filling
 from align_cli.data.cache import Cache
-from align_cli.data.drawn import Drawer
+from align_cli.data.drawn import Drawer, DrawRequest
 from align_cli.methods.textcraftor.config import TextCraftorConfig
+from align_cli.settings import DataSettings, ModelSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["a red circle", "a dog", "a red circle", "two blue squares", "a cat"]
@@ -65,7 +67,7 @@ def test_it_says_what_it_draws_and_how_to_train(tmp_path, options, tiny_sd15_fol
     assert f"prompts, drawn by {tiny_sd15_folder} for comat: ddpm, 2 steps, guidance 7.5" in result.stdout
     assert re.search(r"images +sample 4x8x8 float32 +1,024 +5 +3 ", result.stdout)
     assert "images 5/5" in result.stderr
-    command = f"t2ialign train comat --model {tiny_sd15_folder} --data prompts --cache {out}"
+    command = f"t2ialign train comat --model {tiny_sd15_folder} --data prompts --cache {out} --preset none"
     assert f"train from them: {command}\n" in result.stdout
     assert sorted(p.name for p in out.iterdir()) == ALL
     items = json.loads((out / "items.json").read_text())
@@ -241,3 +243,14 @@ def test_methods_that_do_get_them(tmp_path, whole, tiny_sd15_folder, monkeypatch
     dataset = open_data(config.resolve("textcraftor", preset="none", flags=flags))
     assert dataset.get(0, np.random.default_rng(0)).latents.std is not None
     assert f"note: {real} holds encodings of pictures; textcraftor takes them" in capsys.readouterr().err
+
+
+def test_the_command_to_train_with_takes_the_latents(monkeypatch, tmp_path, tiny_sd15_folder, whole):
+    """Also where the preset draws them in every step; without that, what to give is said."""
+    work = DrawnWork(DrawRequest(model=ModelSettings(name="tiny-sd15"), data=DataSettings(), purpose="comat"))
+    assert "--set comat.real=stored" in work.train_command(whole)
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "comat", "--data", "prompts", "--cache", whole, "--model", tiny_sd15_folder]
+    said = "--set comat.real=stored and a comat.fidelity_weight above 0"
+    for wrong in ("comat.real=drawn", "comat.fidelity_weight=0"):
+        assert said in refused(*train, "--preset", "none", "--set", wrong)

@@ -506,6 +506,28 @@ def test_settings_without_effect_are_told(sd15):
     assert "comat.masker" in texts and "comat.crop" in texts
 
 
+def test_more_steps_than_timesteps(sd15):
+    method = CoMat(sd15, CoMatConfig(lora_rank=2, steps=1001, fidelity_weight=0, attention_steps=0))
+    with pytest.raises(UserError, match=r"comat.steps must be at most 1000 .*, got 1001"):
+        method.check(TrainSettings())
+
+
+def test_the_dtype_of_the_rewards_is_also_that_of_the_masks():
+    """So it has an effect without rewards, too."""
+    plain = {"rewards": {}, "reward_dtype": "bfloat16"}
+    assert "comat.reward_dtype" not in CoMatConfig(**plain).idle()
+    assert "comat.reward_dtype" in CoMatConfig(**plain, attention_steps=0).idle()
+
+
+def test_another_discriminator_saves_memory_as_the_model_does(sd15, tiny_sd15_folder):
+    config = CoMatConfig(lora_rank=2, discriminator=str(tiny_sd15_folder), rewards={}, attention_steps=0)
+    for saving in (True, False):
+        method = CoMat(sd15, config)
+        method.check(TrainSettings(gradient_checkpointing=saving))
+        assert method.discriminator.model is not sd15
+        assert method.discriminator.model.denoiser.is_gradient_checkpointing == saving
+
+
 # ---------------------------------------------------------------- the artefact
 
 

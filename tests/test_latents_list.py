@@ -187,3 +187,12 @@ def test_methods_without_read_the_prompts_alone(root, monkeypatch):
     assert open_data(chosen).get(0, RNG).latents is None
     monkeypatch.setattr(TextCraftorConfig, "latents", True)
     assert open_data(chosen).get(0, RNG).latents is not None
+
+
+def test_latents_that_the_settings_do_not_use_are_said_aloud(root, capsys):
+    given = {"data.name": "latents", "data.path": str(root / "list.jsonl"), "model.name": "tiny-sd15"}
+    for real, said in (("drawn", True), ("stored", False)):
+        resolved = config.resolve("comat", sets=[f"comat.real={real}"], flags=given)
+        example = open_data(resolved).get(0, RNG)
+        assert (example.latents is None) == said
+        assert ("alone with these settings, not its latents" in capsys.readouterr().err) == said

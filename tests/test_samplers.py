@@ -304,3 +304,21 @@ def test_rollout_refuses_nonsense():
     for options in ({"sampler": "ddpm"}, {"sampler": "lcm"}, {"eta": 0.5}):
         with pytest.raises(ValueError, match="needs noise_fn"):
             rollout(toy, process, START, steps=3, cond=COND, **options)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_steps_without_gradient_leave_no_cast_weights_behind(mixed):
+    """Older versions of torch took them in the steps with gradient, too, and the weights had none."""
+    process, layer, seen = NoiseProcess.from_scheduler_config(EPS), nn.Linear(6, 6), []
+
+    def predict(z, t, cond):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+        return layer(z)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        options = {"steps": 4, "cond": COND, "grad_steps": frozenset({1, 3})}
+        z = rollout(predict, process, START, **options)
+        assert torch.is_autocast_cache_enabled()
+    assert seen == [(mixed, False), (mixed, True)] * 2
+    z.sum().backward()
+    assert float(layer.weight.grad.abs().max()) > 0

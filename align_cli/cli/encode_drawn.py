@@ -9,7 +9,7 @@ import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from align_cli import registry
+from align_cli import config, registry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,12 +66,19 @@ class DrawnWork:
 
     def train_command(self, folder: Path) -> str:
         """What to type to train from the latents."""
+        from align_cli.cli.drawing import preset_of
+
         request = self.request
         words = ["t2ialign", "train", request.purpose, "--model", request.model.name]
         words += ["--unet", request.model.unet] if request.model.unet else []
         words += ["--data", request.data.name, "--cache", str(folder)]
         if request.data.name == "shapes":
             words += ["--set", f"data.mixture={request.data.mixture}"]
+        own = preset_of(request.model.name, request.purpose) or ""
+        preset = own if own.startswith(f"{request.purpose}/") else config.NO_PRESET
+        words += ["--preset", preset] if preset == config.NO_PRESET else []
+        usual = config.resolve(request.purpose, preset=preset).method_config
+        words += [] if usual.latents else ["--set", f"{request.purpose}.real=stored"]
         return shlex.join(words)
 
     def _dataset(self) -> Dataset:

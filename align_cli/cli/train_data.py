@@ -47,6 +47,7 @@ def open_data(resolved: config.Resolved) -> Dataset:
     UserError for data that cannot be read, and for drawn latents where the method does not learn from such.
     """
     from align_cli.data.cached import CachedDataset
+    from align_cli.training.distributed import is_main
 
     named = registry.load(_table(resolved), resolved.data.name)
     say_reading(resolved.data.path)
@@ -57,15 +58,28 @@ def open_data(resolved: config.Resolved) -> Dataset:
     dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train", pictures=wanted)
     if isinstance(dataset, CachedDataset):
         _check_drawn(resolved, dataset.drawn)
+    elif stored and not wanted and is_main():
+        typer.echo(
+            f"note: {resolved.method} reads the prompts of {resolved.data.path} alone with these settings, "
+            "not its latents",
+            err=True,
+        )
     return dataset
 
 
 def _check_drawn(resolved: config.Resolved, drawn: bool) -> None:
     """Whether what a cache holds, latents that a model drew or encodings of pictures, is for the method."""
+    from align_cli.data.drawn import PURPOSES
     from align_cli.training.distributed import is_main
 
     cache, chosen = resolved.data.cache, resolved.method_config
     if drawn and not chosen.latents:
+        if resolved.method in PURPOSES:
+            raise UserError(
+                f"the latents in {cache} are of no use to {resolved.method} with these settings: give --set "
+                f"{resolved.method}.real=stored and a {resolved.method}.fidelity_weight above 0, or leave "
+                "--cache (data.cache) away"
+            )
         raise UserError(
             f"the latents in {cache} were drawn by a model, for methods that learn from such examples, and "
             f"{resolved.method} does not; encode pictures with t2ialign encode, or leave --cache "

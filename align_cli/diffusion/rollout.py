@@ -104,7 +104,7 @@ def rollout(
         now = z.detach() if detach_input else z
         inputs = (now, torch.tensor(t, device=z.device), at_step(cond, i), at_step(uncond, i), shift)
         if grad_steps is not None and i not in grad_steps:
-            with torch.no_grad():
+            with torch.no_grad(), _uncached(z.device.type):
                 pred = model(*inputs)
         elif torch.is_grad_enabled() and (checkpoint is True or (checkpoint and i in checkpoint)):
             pred = recompute(model, *inputs, use_reentrant=False)
@@ -129,6 +129,19 @@ def rollout(
         if callback is not None:
             callback(i)
     return z
+
+
+def _uncached(device_type: str) -> torch.autocast:
+    """Autocast as it is, but without its memory of cast weights: with torch of 2025 and before, a weight that
+    was cast where there is no gradient has none in the steps that follow, either.
+    Source: github.com/pytorch/pytorch, issues 65766 and 158232.
+    """
+    return torch.autocast(
+        device_type,
+        torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    )
 
 
 def at_step(given: Given | Callable[[int], Given], i: int) -> Given:

@@ -48,7 +48,8 @@ class CoMatConfig(MethodConfig):
     reward_preprocessing: str = "official"
     """How pictures reach the rewards: official (each author's own)."""
     reward_dtype: str = "float32"
-    """Weights of the rewards: float32, float16 or bfloat16. Source: float16 there."""
+    """Weights of the rewards, and of what finds the nouns in a picture: float32, float16 or bfloat16. Source:
+    float16 there, of the captioner."""
     crop: bool = True
     """Rewards see a crop that is size // 224 pixels smaller, at a random place. Source: caption_blip.py."""
     norm_grad: bool = False
@@ -182,13 +183,15 @@ class CoMatConfig(MethodConfig):
             found.update({f"comat.{key}": reason for key in changed})
 
         if not self.concept:
-            mark("without rewards", "crop", "norm_grad", "reward_preprocessing", "reward_dtype")
+            mark("without rewards", "crop", "norm_grad", "reward_preprocessing")
         if not self.concentration:
             mark(
                 "without attribute concentration (token_weight, pixel_weight, attention_steps)",
                 "attention_layers", "parser", "entities", "masker", "detector", "segmenter",
                 "box_threshold", "text_threshold",
             )  # fmt: skip
+        if not self.concept and not self.concentration:
+            mark("without rewards and without attribute concentration", "reward_dtype", "official_range")
         if not self.fidelity_weight:
             mark(
                 "without fidelity loss (fidelity_weight)",

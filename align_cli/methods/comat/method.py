@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,11 +110,13 @@ class CoMat:
         and the LoRA that it starts from.
 
         Raises:
-            UserError: weights of one of these are missing or do not fit; a layer or a picture size that the
-            model does not have.
+            UserError: weights of one of these are missing or do not fit; a layer, a picture size or a number
+            of steps that the model does not have.
         """
         c, model = self.config, self.model
         check_side(model, self.side, "comat.image_size")
+        if c.steps > (most := model.process.num_train_timesteps):
+            raise UserError(f"comat.steps must be at most {most} for {model.model_id}, got {c.steps}")
         for key, reason in c.idle().items():
             warnings.warn(f"{key} has no effect {reason}", stacklevel=2)
         if c.concentration:
@@ -127,7 +129,7 @@ class CoMat:
             )
             self.look_for_nouns(*self._finders())
         if c.fidelity_weight:
-            self.discriminate(self._discriminating_model())
+            self.discriminate(self._discriminating_model(settings))
         if c.from_adapter:
             self._start_from(c.from_adapter)
         if c.concept:
@@ -160,20 +162,26 @@ class CoMat:
         """Find the nouns of prompts, and where they are in pictures, with these."""
         self.reader, self.masker = reader, masker
 
-    def _discriminating_model(self) -> BaseModel:
+    def _discriminating_model(self, settings: TrainSettings) -> BaseModel:
         from align_cli.models.loading import load_model
 
         name, model = self.config.discriminator, self.model
         if not name:
             return model
         dtype = str(model.dtype).removeprefix("torch.")
-        other = load_model(ModelSettings(name=name, dtype=dtype, device=str(model.device)))
+        try:
+            other = load_model(ModelSettings(name=name, dtype=dtype, device=str(model.device)))
+        except UserError as error:
+            raise UserError(f"comat.discriminator: {error}") from error
         if other.family not in self.families or other.latent_channels != model.latent_channels:
             raise UserError(
                 f"comat.discriminator {name}: it must be a UNet for latents of {model.latent_channels} "
                 f"channels (families {', '.join(sorted(self.families))}); it is {other.family} with "
                 f"{other.latent_channels}"
             )
+        if settings.gradient_checkpointing:
+            unet: Any = other.denoiser
+            unet.enable_gradient_checkpointing()
         return other
 
     def discriminate(self, model: BaseModel) -> None:
