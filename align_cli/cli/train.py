@@ -17,7 +17,7 @@ import typer
 from align_cli import config, registry
 from align_cli.cli import options
 from align_cli.cli.text import columns, say_loading
-from align_cli.cli.train_data import check_data, open_data
+from align_cli.cli.train_data import check_data, lacking, open_data
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
 from align_cli.rewards.spec import parse_places, parse_weights
@@ -149,9 +149,14 @@ def train(
     resolved.method_config.check_train(resolved.train)
     check_data(resolved)
     check_guard(resolved)
+    lack = lacking(resolved)
+    if lack and not dry_run:
+        raise UserError(lack)
     if dry_run:
         typer.echo(describe(resolved))
         typer.echo(f"\noutput folder: {folder}")
+        if lack:
+            typer.echo(f"note: {lack}", err=True)
         return
     try:
         with stopped_at_once():

@@ -26,14 +26,20 @@ def check_data(resolved: config.Resolved) -> None:
         )
     if resolved.method_config.pictures and resolved.data.name in registry.CAPTIONS_ONLY:
         raise registry.no_pictures(resolved.data.name, f"{resolved.method} trains on pictures with captions")
-    latents = resolved.data.cache or resolved.data.name in registry.LATENTS
-    if resolved.method_config.latents and not (resolved.method_config.pictures or latents):
-        raise UserError(
-            f"{resolved.method} needs latents that the original model made of the prompts: make them with "
-            f"t2ialign encode --for {resolved.method} --model {resolved.model.name} and give the folder with "
-            "--cache, name the official list with --data latents, or let every step draw them with --set "
-            f"{resolved.method}.real=drawn; --set {resolved.method}.fidelity_weight=0 does without"
-        )
+
+
+def lacking(resolved: config.Resolved) -> str:
+    """What the data lack that the method learns from, and how to get it; "" if nothing."""
+    method, data, chosen = resolved.method, resolved.data, resolved.method_config
+    if not chosen.latents or chosen.pictures or data.cache or data.name in registry.LATENTS:
+        return ""
+    place = "" if data.name == "shapes" else f" --data-path {data.path or 'FILE'}"
+    return (
+        f"{method} needs latents that the original model made of the prompts: make them with t2ialign encode "
+        f"--for {method} --model {resolved.model.name} --data {data.name}{place} and give the folder with "
+        f"--cache, name the official list with --data latents, or let every step draw them with --set "
+        f"{method}.real=drawn; --set {method}.fidelity_weight=0 does without"
+    )
 
 
 def _table(resolved: config.Resolved) -> registry.Table:

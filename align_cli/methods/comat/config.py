@@ -62,15 +62,15 @@ class CoMatConfig(MethodConfig):
     pixel_weight: float = 5e-5
     """Attribute concentration: weight of the pixel loss. Source: --mask_pixel_loss_weight."""
     attention_steps: int = 2
-    """Gradient steps, drawn with replacement, whose attention is looked at. Source: --attrcon_train_steps of
-    both scripts (argument default 5)."""
+    """Gradient steps, drawn with replacement (at most grad_steps), whose attention is looked at. Source:
+    --attrcon_train_steps of both scripts (argument default 5)."""
     attention_layers: tuple[str, ...] = ()
     """Layers whose attention is looked at, place and side of the map: mid_8, up_16, ...; empty for all of the
     middle and the way up. Source: mid_8, up_16, up_32, up_64 of SD1.5, mid_16, up_16, up_32 of SDXL."""
     parser: str = "auto"
     """What finds nouns and their attributes: spacy, spacy:MODEL, shapes (the grammar of the shapes world),
-    plain (word lists); auto takes shapes for embedded models, else spacy where it is installed, else
-    plain."""
+    plain (word lists); auto takes spacy where it is installed, else plain, and for embedded models first
+    shapes."""
     entities: str = "mended"
     """mended: with capital letters, with the noun of "the dog is red", with every relative clause; official:
     as the official code has it."""
