@@ -31,7 +31,8 @@ class Word:
 class Parser(Protocol):
     """name: for messages. parse: the words of a prompt in order; UserError for one that it cannot read."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def parse(self, prompt: str) -> list[Word]: ...
 
@@ -73,11 +74,14 @@ def load_parser(name: str, *, embedded: bool) -> Parser:
 class _ShapesElse:
     """The shapes parser, and for prompts that it cannot read the one that "auto" is for other models."""
 
-    name = "auto"
-
     def __init__(self) -> None:
         self.shapes = load_parser("shapes", embedded=True)
         self.other: Parser | None = None
+
+    @property
+    def name(self) -> str:
+        """What has been at work."""
+        return self.shapes.name if self.other is None else f"{self.shapes.name}, else {self.other.name}"
 
     def parse(self, prompt: str) -> list[Word]:
         try:
