@@ -374,11 +374,11 @@ def test_the_step_depends_on_its_seed_alone(sd15):
 def test_sdxl_trains_with_the_encoded_empty_prompt(tiny_sdxl_folder):
     """Drawing takes zeros there; official training encodes the empty string."""
     model = load(tiny_sdxl_folder)
-    asked = []
+    method, asked = make(model), []  # its discriminator has the empty prompt already
     plain = model.plain_text
     model.plain_text = lambda prompts: asked.append(list(prompts)) or plain(prompts)
-    run(make(model))
-    assert [""] in asked
+    run(method)
+    assert asked == [PROMPTS, [""]] * 2  # the pictures, and those of the original model
 
 
 # ---------------------------------------------------------------- real latents
@@ -391,6 +391,21 @@ def test_stored_latents_reach_the_discriminator(sd15):
     other = Batch(list(PROMPTS), latents=Posterior(field(4, 3, 4, 8, 8) * 3, None, 1.0))
     second = run(method, batch=other)
     assert first["loss"] == second["loss"] and first["discriminator/loss"] != second["discriminator/loss"]
+
+
+def test_real_latents_that_are_drawn_are_those_of_the_original_model(sd15):
+    drawn = []
+    for method in (make(sd15), stir(make(sd15))):
+        noises = iter([field(k, 3, 4, 8, 8) for k in range(6)])
+        drawn.append(method._real(Batch(list(PROMPTS)), lambda left=noises: next(left)))
+    assert torch.equal(*drawn)
+
+
+def test_what_the_discriminator_is_asked_under(sd15):
+    """The sampler's last timestep, which is 1 of 50 steps, and the empty prompt. Spec (e)."""
+    discriminator = make(sd15, steps=50, grad_steps=5).discriminator
+    assert discriminator.timestep == 1
+    assert torch.equal(discriminator.empty.tokens, sd15.encode_text([""]).tokens)
 
 
 def test_without_stored_latents(sd15):
