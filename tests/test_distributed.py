@@ -137,9 +137,11 @@ def test_comat_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15
     for a, b in zip(one, both, strict=True):
         for key in (
             "loss", "loss/token", "loss/pixel", "loss/fidelity", "words/nouns", "reward/tiny-blip",
-            "discriminator/loss", "generator/grad_norm", "discriminator/grad_norm",
+            "discriminator/loss",
         ):  # fmt: skip
             assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] == 1 else 1e-4)
+        for key in ("generator/grad_norm", "discriminator/grad_norm"):  # rounding, through six guided steps
+            assert b[key] == pytest.approx(a[key], rel=1e-4)
     assert one[0]["words/nouns"] == 0.5 and one[0]["loss/token"] > 0.1
     assert one[0]["generator/grad_norm"] > 1e-4 and one[0]["discriminator/grad_norm"] > 1e-4
     assert reports[0]["comat"] == reports[1]["comat"]

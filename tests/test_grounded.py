@@ -151,7 +151,9 @@ def test_the_table_of_a_dataset():
     assert registry.dataset_table("shapes", grounded=True) is registry.GROUNDED
     with pytest.raises(UserError, match=r"no boxes .*--data \(refcoco, shapes\)"):
         registry.dataset_table("coco", grounded=True)
-    with pytest.raises(UserError, match=r"refcoco dataset is for methods that .*\(captions, coco, prom"):
+    with pytest.raises(
+        UserError, match=r"refcoco dataset is for methods that .*\(captions, coco, latents, prom"
+    ):
         registry.dataset_table("refcoco")
     with pytest.raises(UserError, match=r"unknown dataset 'refcocoo'; did you mean 'refcoco'\? \(known: ref"):
         registry.dataset_table("refcocoo", grounded=True)
