@@ -59,8 +59,9 @@ class GivenModel:
         self.calls.append((z.detach(), said.detach()))
         return said
 
-    def decode(self, z: Tensor) -> Tensor:
-        return (torch.tanh(0.1 * (z / SCALING)[:, :3]) * 0.5 + 0.5).clamp(0, 1)
+    def decode(self, z: Tensor, *, clamp: bool = True) -> Tensor:
+        pixels = torch.tanh(0.1 * (z / SCALING)[:, :3]) * 0.5 + 0.5
+        return pixels.clamp(0, 1) if clamp else pixels
 
 
 class GivenReward(ClipReward):
