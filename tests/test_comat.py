@@ -350,6 +350,28 @@ def test_exactly_k_steps_carry_gradient_where_k_does_not_divide(sd15):
         assert len(plan.gradient) == 4 and 0 <= plan.gradient[0] <= 13 and plan.gradient[-1] < 50
 
 
+def test_attention_is_looked_at_in_the_drawn_steps_alone(sd15):
+    method = make(sd15)
+    for attention, count in ((frozenset({3}), 1), (frozenset({1, 3}), 2)):
+        noises = iter([field(k, 3, 4, 8, 8) for k in range(6)])
+        drawn = method.draw(
+            list(PROMPTS), next(noises), lambda left=noises: next(left), Plan((1, 3), attention)
+        )
+        assert len(drawn.kept) == count
+
+
+def test_loras_start_as_the_official_ones(sd15):
+    """Down of standard deviation 1 / rank, up 0; the discriminator's rank is its own. Spec (b)."""
+    method = make(sd15, lora_rank=4, discriminator_rank=8)
+    for lora, rank in ((method.lora, 4), (method.discriminator.lora, 8)):
+        down = [x for key, x in lora.weights.items() if not key.endswith(LORA_B)]
+        assert {len(x) for x in down} == {rank} and lora.factor == 1
+        assert float(torch.cat([x.detach().flatten() for x in down]).std()) == pytest.approx(
+            1 / rank, rel=0.05
+        )
+        assert not any(x.detach().any() for key, x in lora.weights.items() if key.endswith(LORA_B))
+
+
 def test_crops_of_512_pixels(sd15):
     method = make(sd15, image_size=512)
     crops = {method.plan(torch.Generator().manual_seed(k)).crop for k in range(200)}
