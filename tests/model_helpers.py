@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from align_cli.diffusion.rollout import rollout
 from align_cli.models.loading import load_model
@@ -73,3 +74,21 @@ def check_sampling(model, pipe: Any, steps: int, guidance: float, *, ours: dict,
         )
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model.decode(found), pictures, atol=1e-5, rtol=1e-5)
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """The UNet of SDXL by its published config.json, on the meta device."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )

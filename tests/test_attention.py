@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_helpers import PROMPTS, field, load
+from model_helpers import PROMPTS, field, load, sdxl_unet
 
 from align_cli.errors import UserError
 from align_cli.losses import attention_losses, mask_at
 from align_cli.models.attention import AttentionMaps, check_layers, layer_names, watched
+from align_cli.models.parts import outline
 
 
 @pytest.fixture(params=["sd15", "sdxl"])
@@ -97,16 +98,7 @@ def test_an_unknown_layer_is_refused(model):
 
 def test_the_layers_of_the_published_models():
     """Spec (b): SD1.5 and SDXL at 512 px."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        sd15 = UNet2DConditionModel(cross_attention_dim=768)
-        sdxl = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=2048,
-        )
+    sd15, sdxl = outline("sd15", "unet"), sdxl_unet()
     up = [name for name in layer_names(sd15, 64) if not name.startswith("down")]
     assert up == ["mid_8", "up_16", "up_32", "up_64"]
     assert [n for n in layer_names(sdxl, 64) if not n.startswith("down")] == ["mid_16", "up_16", "up_32"]

@@ -8,17 +8,16 @@ import pytest
 import torch
 from cli_helpers import ok, refused
 from comat_files import FILE, official, save_official
-from diffusers import UNet2DConditionModel
 from dpt_files import lora, official_lora
+from model_helpers import sdxl_unet
 from safetensors.torch import save_file
 
 from align_cli import config
 from align_cli.adapters import attach, import_official, load_adapter
 from align_cli.errors import UserError
 from align_cli.exporting.compare import outputs
-from align_cli.methods.comat.discriminator import ATTENTION
 from align_cli.methods.comat.release import official_key, read_release, read_state
-from align_cli.models.lora import LoraTuning, lora_layers
+from align_cli.models.lora import UNET_ATTENTION, LoraTuning, lora_layers
 from align_cli.models.parts import outline
 from align_cli.models.states import attention_lora_key
 
@@ -39,33 +38,15 @@ def assert_refused(message: str, path: Path, model: str) -> None:
     assert not (path.parent / "out").exists()
 
 
-def sdxl_unet() -> UNet2DConditionModel:
-    """The UNet of SDXL by its published config.json, on the meta device."""
-    with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-
-
 def test_the_lora_of_the_published_models_by_its_size():
     """The parameters that were counted in the official code, rank 128."""
     for unet, layers, count in (
         (outline("sd15", "unet"), 128, 25_509_888),
         (sdxl_unet(), 560, 185_794_560),
     ):
-        assert len(lora_layers(unet, ATTENTION)) == layers
+        assert len(lora_layers(unet, UNET_ATTENTION)) == layers
         with torch.device("meta"):
-            tuning = LoraTuning(unet, rank=128, alpha=128, targets=ATTENTION)
+            tuning = LoraTuning(unet, rank=128, alpha=128, targets=UNET_ATTENTION)
         assert sum(p.numel() for p in tuning.parameters()) == count
 
 
@@ -146,7 +127,7 @@ def test_the_official_size(tmp_path, monkeypatch):
     unet = outline("sd15", "unet")
     zeros = {
         key: torch.zeros(shape)
-        for name, layer in lora_layers(unet, ATTENTION).items()
+        for name, layer in lora_layers(unet, UNET_ATTENTION).items()
         for key, shape in (
             (f"unet.unet.{name}.lora.down.weight", (1, layer.weight.shape[1])),
             (f"unet.unet.{name}.lora.up.weight", (layer.weight.shape[0], 1)),

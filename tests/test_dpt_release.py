@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from align_cli import config
 from align_cli.adapters import import_official, load_adapter
 from align_cli.errors import UserError
-from align_cli.methods.dpt.method import ATTENTION, block_channels
+from align_cli.methods.dpt.method import block_channels
 from align_cli.methods.dpt.release import official_key, own_key, read_state
-from align_cli.models.lora import lora_layers
+from align_cli.models.lora import UNET_ATTENTION, lora_layers
 from align_cli.models.parts import outline
 from align_cli.models.states import by_group
 
@@ -43,7 +43,7 @@ def test_the_lora_of_the_published_models_by_its_size():
     """The parameters that were counted in the official code, rank 4; 128 layers; and the feature up1."""
     for name, width, count in (("sd15", 768, 797_184), ("sd21", 1024, 829_952)):
         unet = outline("sd15", "unet") if name == "sd15" else _sd21_unet(width)
-        layers = lora_layers(unet, ATTENTION)
+        layers = lora_layers(unet, UNET_ATTENTION)
         assert len(layers) == 128
         assert sum(4 * sum(layer.weight.shape) for layer in layers.values()) == count
         assert list(block_channels(unet).values()) == [320, 640, *[1280] * 5, 640, 320]

@@ -25,6 +25,9 @@ ATTENTION = (
 """Linear layers of attention in the denoisers of diffusers (of SD3 those of the picture's stream), in CLIP
 and in T5."""
 
+UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""Those of UNets."""
+
 Layer = nn.Linear | nn.Conv2d
 
 
@@ -187,12 +190,19 @@ def most_rank(module: nn.Module, targets: Sequence[str] = ATTENTION) -> int:
     return max((min(layer.weight.flatten(1).shape) for layer in layers), default=0)
 
 
-def check_rank(module: nn.Module, rank: int, targets: Sequence[str], setting: str, where: str) -> None:
-    """UserError, about `setting`, for a rank that no change of these layers (of `where`) can have."""
-    if rank > (most := most_rank(module, targets)):
+def unet_lora(unet: nn.Module, rank: int, *, seed: int, setting: str, model: str) -> LoraTuning:
+    """LoRA on all attention of the UNet of `model`; alpha = rank, A from N(0, 1 / rank^2), as CoMat and DPT.
+
+    Raises:
+        UserError: about `setting`, for a rank that no change of these layers can have.
+    """
+    if rank > (most := most_rank(unet, UNET_ATTENTION)):
         raise UserError(
-            f"{setting} must be at most {most}, the smaller side of the largest layer of {where}, got {rank}"
+            f"{setting} must be at most {most}, the smaller side of the largest layer of the unet of "
+            f"{model}, got {rank}"
         )
+    rng = torch.Generator().manual_seed(seed)
+    return LoraTuning(unet, rank=rank, alpha=rank, targets=UNET_ATTENTION, init="gauss", rng=rng)
 
 
 def _named(module: nn.Module, targets: Callable[[nn.Module], Sequence[str]]) -> dict[str, Layer]:

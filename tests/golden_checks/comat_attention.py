@@ -16,12 +16,11 @@ from align_cli.losses import attention_losses, mask_at
 from align_cli.methods.comat.concentration import Words
 from align_cli.models.attention import AttentionMaps, watched
 from align_cli.models.base import TextCond
-from align_cli.models.lora import LoraTuning
+from align_cli.models.lora import UNET_ATTENTION, LoraTuning
 from align_cli.models.states import LORA_A, LORA_B
 from align_cli.models.unet import unet_predict
 from golden_checks.lines import DERIVED, FORWARD, Kind, Line, compare, same
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ENDS = {".lora_layer.down.weight": LORA_A, ".lora_layer.up.weight": LORA_B}
 
 
@@ -39,7 +38,7 @@ def tuned_unet(case: dict[str, Any], x: dict[str, Tensor]) -> tuple[UNet2DCondit
     unet.load_state_dict({k.removeprefix("unet."): v for k, v in x.items() if k.startswith("unet.")})
     state = {our_name(k.removeprefix("lora.")): v for k, v in x.items() if k.startswith("lora.")}
     rank = len(next(v for k, v in state.items() if k.endswith(LORA_A)))
-    lora = LoraTuning(unet, rank=rank, alpha=rank, targets=ATTENTION)
+    lora = LoraTuning(unet, rank=rank, alpha=rank, targets=UNET_ATTENTION)
     lora.load_state(state)
     return unet, lora
 

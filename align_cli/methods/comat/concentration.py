@@ -32,17 +32,13 @@ class Words:
     def of(cls, entities: list[list[Entity]], device: torch.device) -> Words:
         columns = [sorted({p for entity in found for p in entity.positions}) for found in entities]
         width = max(map(len, columns), default=0)
-        own = [
-            torch.tensor([[p in entity.positions for p in own] for entity in found], dtype=torch.bool)
-            for found, own in zip(entities, columns, strict=True)
-        ]
-        padded = [x.new_zeros(len(x), width) for x in own]
-        for wide, x in zip(padded, own, strict=True):
-            if x.numel():
-                wide[:, : x.shape[1]] = x
         rows = [column + [0] * (width - len(column)) for column in columns]
-        positions = torch.tensor(rows, dtype=torch.int64).view(len(rows), width)
-        return cls(entities, positions.to(device), [x.to(device) for x in padded])
+        positions = torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), width)
+        own = [  # no word is at 0
+            torch.tensor([[p in entity.positions for p in row] for entity in found], dtype=torch.bool)
+            for found, row in zip(entities, rows, strict=True)
+        ]
+        return cls(entities, positions, [x.view(len(x), width).to(device) for x in own])
 
     @property
     def nouns(self) -> list[list[str]]:

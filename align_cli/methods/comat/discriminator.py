@@ -12,10 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from align_cli.models.base import BaseModel, TextCond
-from align_cli.models.lora import LoraTuning
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-"""Layers that get LoRA, of the trained UNet and of the discriminator."""
+from align_cli.models.lora import unet_lora
 
 
 class LatentDiscriminator:
@@ -29,10 +26,8 @@ class LatentDiscriminator:
     def __init__(self, model: BaseModel, *, rank: int, timestep: int, seed: int = 0) -> None:
         """model: whose UNet it is, and whose encoding of the empty prompt. timestep: the sampler's last."""
         self.model, self.timestep = model, timestep
-        rng = torch.Generator().manual_seed(seed + 1)
-        self.lora = LoraTuning(
-            model.denoiser, rank=rank, alpha=rank, targets=ATTENTION, init="gauss", rng=rng
-        )
+        setting = "comat.discriminator_rank"
+        self.lora = unet_lora(model.denoiser, rank, seed=seed + 1, setting=setting, model=model.model_id)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed + 1)
             head = nn.Linear(model.latent_channels, 1)

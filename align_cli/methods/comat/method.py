@@ -36,11 +36,11 @@ from align_cli.losses import with_gradient
 from align_cli.methods.base import Batch, StepContext
 from align_cli.methods.comat.concentration import Words
 from align_cli.methods.comat.config import CoMatConfig
-from align_cli.methods.comat.discriminator import ATTENTION, LatentDiscriminator
+from align_cli.methods.comat.discriminator import LatentDiscriminator
 from align_cli.methods.comat.matching import CROPPED, ConceptMatching, Crop
 from align_cli.models.attention import AttentionMaps, check_layers, watched
 from align_cli.models.base import BaseModel, TextCond
-from align_cli.models.lora import LoraTuning, check_rank
+from align_cli.models.lora import unet_lora
 from align_cli.models.moving import moved_weights
 from align_cli.rewards.base import Reward
 from align_cli.rewards.weighted import WeightedRewards, load_rewards
@@ -82,16 +82,8 @@ class CoMat:
 
     def __init__(self, model: BaseModel, config: CoMatConfig, *, seed: int = 0) -> None:
         self.model, self.config, self.seed = model, config, seed
-        place = f"the unet of {model.model_id}"
-        check_rank(model.denoiser, config.lora_rank, ATTENTION, "comat.lora_rank", place)
-        rng = torch.Generator().manual_seed(seed)
-        self.lora = LoraTuning(
-            model.denoiser,
-            rank=config.lora_rank,
-            alpha=config.lora_rank,
-            targets=ATTENTION,
-            init="gauss",
-            rng=rng,
+        self.lora = unet_lora(
+            model.denoiser, config.lora_rank, seed=seed, setting="comat.lora_rank", model=model.model_id
         )
         self.discriminator: LatentDiscriminator | None = None
         self.reader: EntityReader | None = None
@@ -187,8 +179,6 @@ class CoMat:
     def discriminate(self, model: BaseModel) -> None:
         """Learn to tell latents apart with the UNet of `model`."""
         rank = self.config.discriminator_rank or self.config.lora_rank
-        place = f"the unet of {model.model_id}"
-        check_rank(model.denoiser, rank, ATTENTION, "comat.discriminator_rank", place)
         last = int(self.model.process.timesteps(self.config.steps, "leading")[-1])
         self.discriminator = LatentDiscriminator(model, rank=rank, timestep=last, seed=self.seed)
         if model is not self.model:

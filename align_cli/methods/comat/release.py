@@ -21,10 +21,9 @@ from align_cli import config
 from align_cli.adapters import NOT_RECORDED, OFFICIAL, AdapterInfo, load_pickle, load_safetensors
 from align_cli.errors import UserError
 from align_cli.files import checkpoint_step, released_file
-from align_cli.methods.comat.discriminator import ATTENTION
 from align_cli.methods.comat.method import LORA
 from align_cli.models.loading import model_id
-from align_cli.models.lora import lora_layers
+from align_cli.models.lora import UNET_ATTENTION, lora_layers
 from align_cli.models.parts import family_of, outline
 from align_cli.models.states import LORA_A, LORA_B, attention_lora_key, check_state
 
@@ -166,7 +165,7 @@ def _fit(state: Mapping[str, Tensor], unet: nn.Module, file: Path, model: str) -
         )
     rank = next((len(x) for key, x in state.items() if key.endswith(LORA_A) and x.ndim == 2), 0)
     shapes: dict[str, list[int]] = {}
-    for name, layer in lora_layers(unet, ATTENTION).items():
+    for name, layer in lora_layers(unet, UNET_ATTENTION).items():
         o, i = layer.weight.shape
         shapes |= {name + LORA_A: [rank, i], name + LORA_B: [o, rank]}
     try:

@@ -42,13 +42,11 @@ from align_cli.methods.dpt.discriminator import Discriminator, Grounding
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.dropout import RowDropout
 from align_cli.models.features import alike_at_first, blocks, check_blocks, observe
-from align_cli.models.lora import LoraTuning, check_rank
+from align_cli.models.lora import LoraTuning, unet_lora
 from align_cli.models.roberta import PhraseReader, load_roberta
 from align_cli.models.states import by_group, check_state
 from align_cli.settings import TrainSettings
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-"""Layers of the UNet that get LoRA."""
 TEXTS = ("expression", "caption", "hard", "random")
 PICTURES = ("own", "hard", "random")
 ARCHITECTURE = (
@@ -107,15 +105,8 @@ class DPT:
         self.phrases: PhraseReader | None = None
         self.lora: LoraTuning | None = None
         if config.stage == "tune":
-            place = f"the unet of {model.model_id}"
-            check_rank(model.denoiser, config.lora_rank, ATTENTION, "dpt.lora_rank", place)
-            self.lora = LoraTuning(
-                model.denoiser,
-                rank=config.lora_rank,
-                alpha=config.lora_rank,
-                targets=ATTENTION,
-                init="gauss",
-                rng=torch.Generator().manual_seed(seed),
+            self.lora = unet_lora(
+                model.denoiser, config.lora_rank, seed=seed, setting="dpt.lora_rank", model=model.model_id
             )
         self.passes = self._passes()
 

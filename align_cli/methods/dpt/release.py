@@ -19,9 +19,9 @@ from align_cli.errors import UserError
 from align_cli.files import checkpoint_step, released_file
 from align_cli.methods.dpt.config import DISCRIMINATOR, LORA, DPTConfig, feature_names
 from align_cli.methods.dpt.discriminator import Discriminator
-from align_cli.methods.dpt.method import ATTENTION, block_channels, own_feature
+from align_cli.methods.dpt.method import block_channels, own_feature
 from align_cli.models.loading import model_id
-from align_cli.models.lora import lora_layers
+from align_cli.models.lora import UNET_ATTENTION, lora_layers
 from align_cli.models.parts import family_of, outline
 from align_cli.models.states import LORA_A, LORA_B, attention_lora_key, by_group, check_state
 
@@ -249,7 +249,7 @@ def _check(
     }
     if LORA in groups:
         expected[LORA] = {}
-        for name, layer in lora_layers(unet, ATTENTION).items():
+        for name, layer in lora_layers(unet, UNET_ATTENTION).items():
             o, i = layer.weight.shape
             expected[LORA] |= {name + LORA_A: [c.lora_rank, i], name + LORA_B: [o, c.lora_rank]}
     matched = groups[DISCRIMINATOR]["map_to_clip.2.weight"].shape[0]
