@@ -47,6 +47,7 @@ class AdapterInfo:
 
     model_id, family: the base model that it was trained on. config, origin: the resolved configuration of the
     run and the layer each value came from. shapes: tensor name -> shape. sha256: of the tensor file.
+    seconds: of training, those of the stages that it stands on included; 0 where that is not known.
     """
 
     format_version: int = FORMAT_VERSION
@@ -56,6 +57,7 @@ class AdapterInfo:
     family: str
     step: int = 0
     seed: int = 0
+    seconds: float = 0.0
     source: str = ""
     data_fingerprint: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -85,6 +87,7 @@ def save_adapter(
     *,
     step: int = 0,
     seed: int | None = None,
+    seconds: float = 0.0,
     stage: str = "",
     data_fingerprint: str = "",
     overwrite: bool = True,
@@ -93,7 +96,8 @@ def save_adapter(
 
     Args:
         folder: appears complete or not at all. overwrite: replace what is there.
-        config, origin: `Resolved.to_dict()` and `.origin` of the run. seed: None takes train.seed.
+        config, origin: `Resolved.to_dict()` and `.origin` of the run. seed: None takes train.seed. seconds:
+        see AdapterInfo.
     Raises:
         UserError: the folder exists, or cannot be written.
     """
@@ -106,6 +110,7 @@ def save_adapter(
         family=method.model.family,
         step=step,
         seed=seed,
+        seconds=round(seconds, 2),
         data_fingerprint=data_fingerprint,
         config=dict(config),
         origin=dict(origin),

@@ -63,7 +63,7 @@ def save_png(image: np.ndarray | Tensor, path: Path, metadata: Mapping[str, obje
     Raises:
         UserError: the file cannot be written; nothing half-written is left.
     """
-    _write_png(Image.fromarray(np.ascontiguousarray(to_uint8(image[None])[0])), path, metadata or {})
+    write_png(Image.fromarray(np.ascontiguousarray(to_uint8(image[None])[0])), path, metadata or {})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -97,7 +97,7 @@ def contact_sheet(
     if len(captions) != len(rows) or (notes and [len(n) for n in notes] != [len(r) for r in rows]):
         raise ValueError("captions and notes must match the rows of pictures")
     tiles = [[_fit(to_uint8(image[None])[0]) for image in row] for row in rows]
-    _write_png(_Sheet(tiles, captions, headers, notes, title).draw(), path, metadata or {})
+    write_png(_Sheet(tiles, captions, headers, notes, title).draw(), path, metadata or {})
 
 
 def _fit(image: np.ndarray) -> Image.Image:
@@ -198,8 +198,8 @@ def wrap(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.Image
     return [*lines, line] if line else lines
 
 
-def _write_png(image: Image.Image, path: Path, metadata: Mapping[str, object]) -> None:
-    """Write to a temporary name in the same folder, then rename."""
+def write_png(image: Image.Image, path: Path, metadata: Mapping[str, object]) -> None:
+    """Write to a temporary name in the same folder, then rename. UserError if it cannot be written."""
     info = PngInfo()
     for key, value in metadata.items():
         info.add_text(key, str(value))

@@ -29,6 +29,13 @@ def evaluate(
             "--arm", metavar="NAME=A@0.5+B", help="One more stack of adapters, by a name; repeatable."
         ),
     ] = None,
+    all_methods: Annotated[
+        bool,
+        typer.Option(
+            "--all-methods",
+            help="shapes: all packaged adapters of the embedded models in one table; --model: of one.",
+        ),
+    ] = False,
     vs: Annotated[
         str | None,
         typer.Option("--vs", metavar="NAME", help="What the others are compared with. Default: base."),
@@ -213,6 +220,12 @@ def evaluate(
             self_correct=self_correct, attention=attention, parser=parser,
             as_json=as_json, out=out, resume=resume, overwrite=overwrite,
         )  # fmt: skip
+    if all_methods:
+        from align_cli.cli import eval_all
+
+        eval_probe.refuse_elsewhere(benchmark, data, gallery)
+        eval_all.evaluate(asked)
+        return
     if benchmark == eval_probe.NAME:
         eval_probe.evaluate(asked, data, gallery)
         return

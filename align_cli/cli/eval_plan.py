@@ -112,7 +112,7 @@ def decide(asked: Asked) -> Decided:
     check_scorers(asked)
     chosen = _protocol(asked)
     plan = None if asked.images else _plan(asked, arms, chosen)
-    prompts = _prompts(asked)  # the prompts of the shapes world need torch: after what does not
+    prompts = prompts_of(asked)  # the prompts of the shapes world need torch: after what does not
     per_prompt = asked.per_prompt or _own_per_prompt(prompts)
     about = _identity(asked, prompts, per_prompt, arms, plan)
     folder = asked.out or Path("runs") / default_name(prompts.name, about)
@@ -205,7 +205,8 @@ def _arms(asked: Asked) -> list[Arm]:
     return arming.make_arms(asked.adapters, asked.arms, asked.trained_on, asked.self_correct)
 
 
-def _prompts(asked: Asked) -> PromptSet:
+def prompts_of(asked: Asked) -> PromptSet:
+    """The prompts that are asked for. UserError if there are none such."""
     options = SetOptions(
         prompts=asked.prompts, data_path=asked.data_path, column=asked.column, num=asked.n, seed=asked.seed,
         split=asked.split, kinds=asked.kinds,

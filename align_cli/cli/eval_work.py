@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,13 +26,36 @@ if TYPE_CHECKING:
     from align_cli.rewards.base import Reward
 
 
+Finish = Callable[["Store", "Evaluation", dict[str, Any]], None]
+"""What the main process does with the content of results.json."""
+
+
 def evaluate(asked: Asked, decided: Decided) -> None:
-    """The work, in this process or shared with others."""
+    """Measure, write, print."""
+    from align_cli.training.distributed import leave_group
+
+    def finish(store: Store, job: Evaluation, results: dict[str, Any]) -> None:
+        _note_replaced(store.folder / RESULTS, results)
+        written = [*write_results(store, results), *_geneval_folders(store, job)]
+        if asked.as_json:
+            typer.echo(json.dumps(results, indent=1, allow_nan=False))
+            return
+        from align_cli.evaluation.tables import print_results
+
+        print_results(results)
+        typer.echo("\n".join(written))
+
+    measured(asked, decided, finish)
+    leave_group()
+
+
+def measured(asked: Asked, decided: Decided, finish: Finish) -> dict[str, Any]:
+    """The content of results.json, by the work of this process or shared with others."""
     plan, prompts, arms = decided.plan, decided.prompts, decided.arms
     say_loading(plan.model.name if plan is not None else "the scorers")
     from align_cli.devices import pick_device
     from align_cli.evaluation import engine
-    from align_cli.training.distributed import Ranks, leave_group, on_rank, rank_device
+    from align_cli.training.distributed import Ranks, on_rank, rank_device
     from align_cli.training.signals import Stopped, stopped_at_once
 
     device = rank_device(str(asked.model_flags["device"] or "auto"))
@@ -85,30 +108,23 @@ def evaluate(asked: Asked, decided: Decided) -> None:
                 )
             )
             results = measure(job, store, ranks, model, sample, words)
-            ranks.on_main(lambda: _write(store, job, results, asked.as_json))
+            ranks.on_main(lambda: finish(store, job, results))
     except Stopped as stop:
         if ranks.main:
             typer.echo(f"stopped; what is finished is kept, go on with: {_again(store.folder)}", err=True)
         raise typer.Exit(128 + stop.number) from None
-    leave_group()
+    return results
 
 
-def _write(store: Store, job: Evaluation, results: dict[str, Any], as_json: bool) -> None:
-    """Files, then what is printed."""
+def write_results(store: Store, results: dict[str, Any]) -> list[str]:
+    """The files of the numbers and the report; a line for each."""
     from align_cli.evaluation.outcome import write
     from align_cli.evaluation.report import write_report
-    from align_cli.evaluation.tables import print_results
 
     folder = store.folder
-    _note_replaced(folder / RESULTS, results)
     write(folder, results)
     write_report(results, folder, folder / REPORT)
-    written = [f"numbers: {folder / RESULTS}", f"report: {folder / REPORT}", *_geneval_folders(store, job)]
-    if as_json:
-        typer.echo(json.dumps(results, indent=1, allow_nan=False))
-        return
-    print_results(results)
-    typer.echo("\n".join(written))
+    return [f"numbers: {folder / RESULTS}", f"report: {folder / REPORT}"]
 
 
 def _note_replaced(path: Path, results: dict[str, Any]) -> None:

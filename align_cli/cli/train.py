@@ -379,6 +379,7 @@ def _conclude(
         origin=resolved.origin,
         step=result.kept_step,
         seed=resolved.train.seed,
+        seconds=result.seconds + _seconds_before(resolved),
         stage=stage_of(resolved),
         data_fingerprint=dataset.fingerprint(),
     )
@@ -418,6 +419,17 @@ def _conclude(
         typer.echo(f"picture: {folder / run_folder.PICTURE}")
         typer.echo(f"report: {folder / run_folder.EVALUATION / REPORT}")
     typer.echo(f"numbers: {path}")
+
+
+def _seconds_before(resolved: config.Resolved) -> float:
+    """Training seconds of the adapter that this run began from; 0 if it has gone since."""
+    from align_cli.adapters import read_adapter
+
+    start = str(getattr(resolved.method_config, "from_adapter", ""))
+    try:
+        return read_adapter(start)[1].seconds if start else 0.0
+    except UserError:
+        return 0.0
 
 
 def _evaluate(
