@@ -1,4 +1,4 @@
-"""README's table of all methods and its pictures, made anew: measure every packaged adapter, then write what was found.
+"""README's table of all methods and its pictures, made anew from the packaged adapters.
 
     python benchmarks/all_methods.py [FOLDER]
 
