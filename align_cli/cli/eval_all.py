@@ -27,6 +27,8 @@ BENCHMARK = "shapes"
 TABLE, TEXT, CHART = "table.json", "table.md", "table.png"
 FREE = ("benchmark", "model", "limit", "n", "split", "seed", "as_json", "out", "resume", "overwrite")
 """What may be asked for beside --all-methods; everything else is fixed by the adapters."""
+FLAGS = {"adapters": "adapter", "arms": "arm", "kinds": "kind"}
+"""Fields of `Asked` whose options have other names."""
 
 
 def evaluate(asked: Asked) -> None:
@@ -55,9 +57,10 @@ def _check(asked: Asked) -> None:
     given |= {**given.pop("model_flags"), **given.pop("sample_flags"), "device": None}
     for name, value in given.items():
         if value not in (None, [], False, 0):
+            flag = FLAGS.get(name, name.replace("_", "-"))
             raise UserError(
-                f"--{name.replace('_', '-')} does not go with --all-methods, which compares the packaged "
-                "adapters as they are; measure your own with --adapter or --arm"
+                f"--{flag} does not go with --all-methods, which compares the packaged adapters as they are; "
+                "measure your own with --adapter or --arm"
             )
 
 

@@ -1,0 +1,189 @@
+"""The one table: what is measured, what README shows, and whether the packaged adapters still give it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_helpers import ok, refused
+from PIL import Image
+
+from align_cli.adapters import read_adapter
+from align_cli.evaluation import forest
+from align_cli.evaluation.all_methods import (
+    Comparison,
+    Family,
+    Gain,
+    Row,
+    cells_of,
+    duration,
+    markdown,
+    read,
+    signed,
+    to_text,
+)
+from align_cli.evaluation.forest import save_forest
+from align_cli.evaluation.report_charts import Scale
+from align_cli.evaluation.stats import GAIN, NO_CHANGE
+from align_cli.packaged import packaged
+from align_cli.pictures import GOOD
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import all_methods as script  # noqa: E402
+
+SKILLS = dict.fromkeys(("object", "color", "shape", "count", "relation", "background", "facts", "all"), 0.5)
+
+
+def comparison() -> Comparison:
+    gain = Gain(difference=0.25, low=0.1, high=0.4, n=4, verdict=GAIN)
+    none = Gain(difference=-0.012, low=-0.05, high=0.02, n=4, verdict=NO_CHANGE)
+    row = Row(
+        method="dpt", stage="tune", adapter="tiny-sd15/dpt", sha256="0" * 64,
+        skills=SKILLS | {"all": 0.75}, gain=gain, long_gain=none, trained=1234567, seconds=252.0,
+        overhead=1.25, right="1101",
+    )  # fmt: skip
+    family = Family(
+        model="tiny-sd15", base=SKILLS, right="1001", rows=[row],
+        sample={"sampler": "ddim", "steps": 20, "guidance": 4.0},
+    )  # fmt: skip
+    return Comparison(
+        command=["t2ialign", "eval"],
+        created="",
+        versions={},
+        prompts="the shapes world",
+        num=4,
+        seed=0,
+        families=[family],
+    )
+
+
+def test_words():
+    assert [signed(x) for x in (0.0123, -0.25, 0, 1.5)] == ["+.012", "-.250", ".000", "+1.500"]
+    assert [duration(x) for x in (68.2, 252, 5400)] == ["68 s", "4.2 min", "90.0 min"]
+    base, row = cells_of(comparison(), bold=True)
+    assert base[:3] == ["tiny-sd15", "base", ".500"] and base[-1] == "1"
+    assert row == [
+        "tiny-sd15", "DPT (tune)", *[".500"] * 6, ".750", "**+.250 [+.100, +.400]**", "-.012 [-.050, +.020]",
+        "1,234,567", "4.2 min", "1.25",
+    ]  # fmt: skip
+    assert "**" not in "".join(cells_of(comparison())[1])
+    assert markdown(comparison()).count("\n") == 4
+
+
+def test_it_is_read_as_it_was_written(tmp_path):
+    (tmp_path / "table.json").write_text(to_text(comparison()))
+    assert read(tmp_path / "table.json") == comparison()
+
+
+def test_a_gain_is_drawn_where_it_is(tmp_path):
+    """Green from the low to the high end of its interval, in the first panel; what may be chance is not."""
+    save_forest(comparison(), tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as file:
+        seen = np.asarray(file.convert("RGB"))
+    columns = np.argwhere((seen == GOOD).all(-1))[:, 1]
+    scale = Scale([0.1, 0.4, -0.05, 0.02])
+    ends = [forest.MARGIN + forest.LABEL + forest.PANEL * scale.at(x) / 100 for x in (0.1, 0.4)]
+    assert columns.min() == pytest.approx(ends[0], abs=2) and columns.max() == pytest.approx(ends[1], abs=2)
+
+
+@pytest.fixture(scope="module")
+def stored() -> Comparison:
+    return read(script.STORED)
+
+
+def test_readme_shows_the_stored_table(stored):
+    text = script.README.read_text(encoding="utf-8")
+    assert script.written(text, stored) == text
+    for name in ("all-methods.png", f"all-methods_{stored.families[0].model}.png"):
+        assert (script.STORED.parent / name).is_file()
+
+
+def test_the_table_is_of_the_packaged_adapters(stored):
+    rows = {row.adapter: row for family in stored.families for row in family.rows}
+    assert list(rows) == list(packaged())
+    for name, folder in packaged().items():
+        info = read_adapter(folder)[1]
+        row = rows[name]
+        assert (row.method, row.stage, row.sha256, row.seconds) == (
+            info.method,
+            info.stage,
+            info.sha256,
+            info.seconds,
+        )
+        assert info.model_id == name.partition("/")[0] and info.seconds > 0
+        assert row.trained == sum(int(np.prod(shape)) for shape in info.shapes.values())
+
+
+def test_its_numbers_are_those_of_its_pictures(stored):
+    for family in stored.families:
+        base = np.array(list(family.right), float)
+        assert len(base) == stored.num and base.mean() == pytest.approx(family.base["all"])
+        for row in family.rows:
+            own = np.array(list(row.right), float)
+            assert own.mean() == pytest.approx(row.skills["all"])
+            assert (own - base).mean() == pytest.approx(row.gain.difference, abs=1e-9)
+            assert row.gain.low <= row.gain.difference <= row.gain.high
+
+
+@pytest.mark.slow
+def test_the_packaged_adapters_draw_what_the_table_says(stored, tmp_path):
+    """A batch of pictures, drawn anew on every model. Another kind of machine may round otherwise, and a
+    picture that is nearly right may fall on the other side: two of 64 may differ.
+    """
+    for family in stored.families:
+        size = family.sample["batch_size"]
+        arms = [f"--arm={row.adapter.replace('/', '-')}={packaged()[row.adapter]}" for row in family.rows]
+        out = tmp_path / family.model
+        ok(
+            "eval", "shapes", "--model", family.model, *arms, "--limit", str(size), "--n", str(stored.num),
+            "--seed", str(stored.seed), "--device", "cpu", "--out", out,
+        )  # fmt: skip
+        items = json.loads((out / "results.json").read_text())["items"]
+        expected = {row.adapter.replace("/", "-"): row.right for row in family.rows} | {"base": family.right}
+        for arm, right in expected.items():
+            found = "".join(str(int(item["scores"]["shapes/all"][arm])) for item in items)
+            numbers = [int(item["id"]) for item in items]
+            assert sum(a != right[i] for a, i in zip(found, numbers, strict=True)) <= 2, (arm, found)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    said = ok(
+        "eval", "shapes", "--all-methods", "--model", "tiny-sd15", "--n", "6", "--out", tmp_path / "t"
+    ).output
+    found = read(tmp_path / "t" / "table.json")
+    assert [family.model for family in found.families] == ["tiny-sd15"] and found.num == 6
+    names = [row.adapter for row in found.families[0].rows]
+    assert names == [name for name in packaged() if name.startswith("tiny-sd15/")]
+    assert all(row.overhead > 0.3 for row in found.families[0].rows)
+    assert "SoftREPA" in said and (tmp_path / "t" / "table.png").is_file()
+    assert markdown(found) in (tmp_path / "t" / "table.md").read_text()
+    again = ok(
+        "eval",
+        "shapes",
+        "--all-methods",
+        "--model",
+        "tiny-sd15",
+        "--n",
+        "6",
+        "--out",
+        tmp_path / "t",
+        "--json",
+    )
+    assert json.loads(again.stdout)["families"][0]["rows"][0]["right"] == found.families[0].rows[0].right
+    assert "0 of " in again.stderr
+
+
+def test_what_the_table_fixes_is_refused(tmp_path):
+    out = ("--out", tmp_path / "t")
+    assert "--steps does not go with" in refused("eval", "shapes", "--all-methods", "--steps", "3", *out)
+    assert "--arm does not go with" in refused("eval", "shapes", "--all-methods", "--arm", "a=b", *out)
+    assert "t2ialign eval shapes --all-methods" in refused("eval", "parti", "--all-methods", *out)
+    assert "there are some of tiny-sd15" in refused(
+        "eval", "shapes", "--all-methods", "--model", "sdxl", *out
+    )
+    assert not (tmp_path / "t").exists()
