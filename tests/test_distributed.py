@@ -15,7 +15,8 @@ import torch
 from training_helpers import LinearMap, Points, scripted, settings
 from two_processes import comat, dpt, softrepa, textcraftor
 
-from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
+from align_cli.launched import is_main
+from align_cli.training.distributed import Ranks, leave_group, rank_device
 from align_cli.training.log import read_metrics
 from align_cli.training.loop import train
 

@@ -11,7 +11,8 @@ from torch import nn
 from training_helpers import LinearMap, Points, scripted, settings
 
 from align_cli.errors import UserError
-from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
+from align_cli.launched import is_main
+from align_cli.training.distributed import Ranks, leave_group, rank_device
 from align_cli.training.loop import train
 
 CONFIG = {"method": "linear", "train": {"lr": 0.05}}

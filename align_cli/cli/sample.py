@@ -12,6 +12,7 @@ import typer
 
 from align_cli.cli import options
 from align_cli.cli.drawing import SHEET
+from align_cli.cli.launching import launched_several
 from align_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def sample(
         typer.Option("--out", metavar="FOLDER", help="Folder for the pictures. Default: samples."),
     ] = None,
     overwrite: options.Overwrite = False,
+    num_processes: options.NumProcesses = 1,
 ) -> None:
     """Draw pictures: one PNG each, and a contact sheet of all.
 
@@ -83,6 +85,8 @@ def sample(
     """
     from align_cli.cli.drawing import choose_folder, make_folder, make_plan
 
+    if launched_several(num_processes):
+        return
     texts = _texts(prompt or [], prompts)
     if compare and not adapter:
         raise UserError("--compare draws the base beside the aligned model; name an adapter with --adapter")

@@ -16,10 +16,12 @@ import typer
 
 from align_cli import config, registry
 from align_cli.cli import options
+from align_cli.cli.launching import launched_several
 from align_cli.cli.text import columns, say_loading
 from align_cli.cli.train_data import check_data, lacking, open_data
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
+from align_cli.launched import is_main
 from align_cli.rewards.spec import parse_places, parse_weights
 from align_cli.settings import OWN_SPACING
 from align_cli.training import run_folder
@@ -126,11 +128,14 @@ def train(
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Skip the paired evaluation at the end.")
     ] = False,
+    num_processes: options.NumProcesses = 1,
 ) -> None:
     """Train a method and measure what it changed: base against aligned, same prompts and same noise.
 
     Settings come in layers: class defaults, preset, --config, --set, named flags. Resumed runs keep theirs.
     """
+    if not dry_run and launched_several(num_processes):
+        return
     rewards, places = parse_weights(reward or []), parse_places(weights or [])
     watching = {name: place for name, place in places.items() if name in (guard or [])}
     places = {name: place for name, place in places.items() if name not in watching or name in rewards}
@@ -259,7 +264,8 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
     """Load, train, save, evaluate."""
     say_loading(resolved.model.name)
     dataset = open_data(resolved)
-    run_folder.check(folder, resume=resume, overwrite=overwrite)
+    if is_main():  # the others would meet its traces
+        run_folder.check(folder, resume=resume, overwrite=overwrite)
     method_class = registry.load(registry.METHODS, resolved.method)
 
     from rich.console import Console
@@ -267,7 +273,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
     from align_cli.data.base import Fitted
     from align_cli.models.loading import load_model
     from align_cli.sampling import check_side
-    from align_cli.training.distributed import is_main, leave_group, on_rank
+    from align_cli.training.distributed import leave_group, on_rank
     from align_cli.training.loop import tracker_available
     from align_cli.training.loop import train as train_loop
 
@@ -321,7 +327,7 @@ def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.R
     """
     from align_cli.data.cached import CachedDataset
     from align_cli.models.loading import pick_device
-    from align_cli.training.distributed import is_main, on_rank
+    from align_cli.training.distributed import on_rank
 
     key, said = "model.encoder_device", "the cache"
     if resolved.origin[key] not in ("default", said):
