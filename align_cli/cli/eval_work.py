@@ -32,7 +32,7 @@ def evaluate(asked: Asked, decided: Decided) -> None:
     say_loading(plan.model.name if plan is not None else "the scorers")
     from align_cli.devices import pick_device
     from align_cli.evaluation import engine
-    from align_cli.training.distributed import Ranks, leave_group, on_rank, rank_device
+    from align_cli.training.distributed import Ranks, leave_group, rank_device
     from align_cli.training.signals import Stopped, stopped_at_once
 
     device = rank_device(str(asked.model_flags["device"] or "auto"))
@@ -52,7 +52,7 @@ def evaluate(asked: Asked, decided: Decided) -> None:
     about, looking = decided.identity, None
     if plan is not None:
         stacks = [list(arm.adapters) for arm in arms]
-        model, plan = replace(plan, model=on_rank(plan.model)).load(stacks, quiet=True)
+        model, plan = plan.load(stacks, quiet=True)
         engine.check_size(prompts, model, plan.sample)
         about = identity(
             prompts, decided.per_prompt, arms, asked.seed, plan.model, plan.sample, asked.protocol, model

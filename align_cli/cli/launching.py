@@ -40,6 +40,7 @@ def launched_several(count: int) -> bool:
         UserError: the processes of a launcher are not started once more.
         typer.Exit: with the code of the process that failed first.
     """
+    _note_single()
     if count == 1 or FOLDER in os.environ:
         return False
     if world_size() > 1:
@@ -52,6 +53,17 @@ def launched_several(count: int) -> bool:
     if code:
         raise typer.Exit(code)
     return True
+
+
+def _note_single() -> None:
+    """`accelerate launch` starts one process on CPUs, however many are asked for: told, as it does not."""
+    asked_for_several = "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ
+    if asked_for_several and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        typer.echo(
+            "note: accelerate launch --cpu has started a single process; for several on CPUs give "
+            "--num-processes N to t2ialign, in place of accelerate launch",
+            err=True,
+        )
 
 
 class _Group:
