@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from training_helpers import LinearMap, Points, scripted, settings
-from two_processes import comat, dpt, softrepa, textcraftor
+from two_processes import LONGALIGN, comat, dpt, longalign, softrepa, textcraftor
 
 from align_cli.launched import is_main
 from align_cli.training.distributed import Ranks, leave_group, rank_device
@@ -147,6 +147,22 @@ def test_comat_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15
     assert one[0]["generator/grad_norm"] > 1e-4 and one[0]["discriminator/grad_norm"] > 1e-4
     assert reports[0]["comat"] == reports[1]["comat"]
     for a, b in zip(alone, reports[0]["comat"], strict=True):
+        assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("stage", LONGALIGN)
+def test_longalign_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_folder, stage):
+    """With every dropout; the reward's common direction goes over the captions of both."""
+    out, reports = two
+    alone = longalign(str(tiny_sd15_folder), tmp_path / "one", stage)
+    one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / stage))
+    assert len(one) == 3 and one[0]["grad_norm"] > 1e-4
+    for a, b in zip(one, both, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"step", "seconds"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] == 1 else 1e-4)
+    assert reports[0][stage] == reports[1][stage]
+    for a, b in zip(alone, reports[0][stage], strict=True):
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
 
 

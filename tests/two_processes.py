@@ -165,6 +165,37 @@ def comat(model_folder: str, out: Path) -> list[list[float]]:
     return [value.detach().flatten().tolist() for value in trained]
 
 
+LONGALIGN = ("align", "reward", "lcm")
+
+
+def longalign(model_folder: str, out: Path, stage: str) -> list[list[float]]:
+    """Three steps of a stage, with every dropout; returns the trained tensors."""
+    from align_cli.methods.longalign.config import LongAlignConfig
+    from align_cli.methods.longalign.method import LongAlign
+    from align_cli.models.loading import load_model
+    from align_cli.settings import DataSettings, ModelSettings
+    from align_cli.shapes.dataset import ShapesDataset
+
+    config = LongAlignConfig(
+        stage=stage,
+        t5="embedded:tiny-t5",
+        token_length=64,
+        adapter_width=24,
+        lora_rank=2,
+        rewards={"tiny-denscore": 10.0},
+        reward_preprocessing="official",
+        steps=4,
+        grad_stride=2,
+    )
+    model = load_model(ModelSettings(name=model_folder, device="cpu"))
+    method = LongAlign(model, config, seed=3)
+    run = settings(steps=3, lr=1e-3, adam_eps=1e-3)  # of the smallest gradients even the sign is rounding
+    method.check(run)
+    data = ShapesDataset(DataSettings(num_examples=16, mixture="long"), seed=3)
+    train(method, data, run, out, config={"method": "longalign"})
+    return [value.flatten().tolist() for value in method.state().values()]
+
+
 def main(out: Path, model_folder: str) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(torch.device(rank_device("cpu")))
@@ -202,6 +233,8 @@ def main(out: Path, model_folder: str) -> None:
     found["textcraftor"] = textcraftor(model_folder, out / "textcraftor")
     found["dpt"] = dpt(model_folder, out / "dpt")
     found["comat"] = comat(model_folder, out / "comat")
+    for stage in LONGALIGN:
+        found[stage] = longalign(model_folder, out / stage, stage)
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
     leave_group()
 

@@ -28,6 +28,7 @@ LEAVE_SECONDS, STOP_SECONDS = 3.0, 5.0
 """After the failure of one process: until the others are told to stop, and then until they are killed."""
 POLL = 0.05
 THREADS = "OMP_NUM_THREADS"
+MODULE = ("-m", "align_cli")
 
 
 def launched_several(count: int) -> bool:
@@ -73,6 +74,8 @@ class _Group:
         self.count, self.folder = count, folder
         self.processes: list[subprocess.Popen[bytes]] = []
         self.received = 0
+        self.first = -1
+        """The process that failed first, as far as one can see; -1 while there is none."""
         self.ended_by_us = False
 
     def run(self) -> int:
@@ -83,7 +86,7 @@ class _Group:
         return self._outcome([process.returncode for process in self.processes])
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "align_cli", *sys.argv[1:]]
+        command = [sys.executable, *MODULE, *sys.argv[1:]]
         common = {
             THREADS: str(max(1, _cores() // self.count)),
             **os.environ,
@@ -113,9 +116,10 @@ class _Group:
     def _watch(self) -> None:
         """Wait for all; when one fails the others get time to end by themselves, then are ended."""
         failed = 0.0
-        while any(process.poll() is None for process in self.processes):
-            if not failed and any(process.returncode for process in self.processes):
+        while None in (codes := [process.poll() for process in self.processes]):
+            if not failed and any(codes):
                 failed = time.monotonic()
+                self.first = self._failed(codes)
             waited = time.monotonic() - failed if failed else 0.0
             if waited > LEAVE_SECONDS and not self.ended_by_us:
                 self.ended_by_us = True
@@ -143,26 +147,29 @@ class _Group:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _failed(self, codes: Sequence[int | None]) -> int:
+        """Which one failed first: one that was killed, if any, as the others only miss it."""
+        return min((rank for rank in range(self.count) if codes[rank]), key=lambda rank: codes[rank] or 0)
+
     def _outcome(self, codes: Sequence[int]) -> int:
         """Tell the failure that came first, and give its code."""
         if not any(codes):
             return 0
-        killed = [rank for rank, code in enumerate(codes) if code < 0]
-        if killed and not self.received and not self.ended_by_us:
-            name = signal.Signals(-codes[killed[0]]).name
+        rank = self.first if self.first >= 0 else self._failed(codes)
+        code = codes[rank]
+        if code < 0 and not self.received:
             typer.echo(
-                f"error: process {killed[0]} of {self.count} was ended by {name} (a machine without memory "
-                "left does that)",
+                f"error: process {rank} of {self.count} was ended by {signal.Signals(-code).name} (as a "
+                "machine without memory left does it)",
                 err=True,
             )
-            return 128 - codes[killed[0]]
+            return 128 - code
         notes = [json.loads(path.read_text(encoding="utf-8")) for path in self._notes()]
         if notes:
             first = min(notes, key=lambda note: note["time"])
             typer.echo(first["text"], err=True)
             return int(first["code"])
-        rank, code = next(found for found in enumerate(codes) if found[1])
-        if rank and not self.received:  # the first one has said it by itself
+        if rank and not self.received:  # the first process has said it by itself
             typer.echo(self._said(rank).read_text(encoding="utf-8", errors="replace"), err=True, nl=False)
         return code if code > 0 else 128 - code
 

@@ -1,0 +1,51 @@
+"""The frozen weights of a model spread over the processes of a run: each holds its part, and a block's
+weights are whole only while it works (torch's FSDP2). What is trained is no part of these modules and stays
+whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from align_cli.models.base import BaseModel
+
+
+def shard_frozen(model: BaseModel) -> None:
+    """Spread denoiser and text encoders; every process has to call them equally often from now on.
+
+    The process group is there already. Text encoders that rest on the CPU between calls stay whole.
+    """
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    modules = [model.denoiser, *([] if model.encoder_device != model.device else model.encoders)]
+    for module in modules:
+        for p in module.parameters():
+            p.data = p.data.contiguous()  # FSDP takes no other memory format; models here are channels-last
+        for block in _blocks(module):
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+
+
+def make_whole(model: BaseModel) -> None:
+    """Every process holds all weights again and needs no other: for work that one does alone."""
+    for module in [model.denoiser, *model.encoders]:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_reshard_after_forward(False, recurse=False)
+                part.unshard()
+
+
+def _blocks(module: nn.Module) -> Sequence[nn.Module]:
+    """What repeats: the entries of the module lists that hold weights, outermost first come last."""
+    found = [
+        child
+        for part in module.modules()
+        if isinstance(part, nn.ModuleList)
+        for child in part
+        if any(True for _ in child.parameters())
+    ]
+    return found[::-1]
