@@ -116,10 +116,13 @@ class _Group:
     def _watch(self) -> None:
         """Wait for all; when one fails the others get time to end by themselves, then are ended."""
         failed = 0.0
-        while None in (codes := [process.poll() for process in self.processes]):
-            if not failed and any(codes):
-                failed = time.monotonic()
-                self.first = self._failed(codes)
+        while True:
+            codes = [process.poll() for process in self.processes]
+            if any(codes) and not self.ended_by_us:
+                failed = failed or time.monotonic()
+                self._notice(codes)
+            if None not in codes:
+                return
             waited = time.monotonic() - failed if failed else 0.0
             if waited > LEAVE_SECONDS and not self.ended_by_us:
                 self.ended_by_us = True
@@ -127,6 +130,12 @@ class _Group:
             if waited > LEAVE_SECONDS + STOP_SECONDS:
                 self._send(signal.SIGKILL)
             time.sleep(POLL)
+
+    def _notice(self, codes: Sequence[int | None]) -> None:
+        """Which one failed first: one that was killed, if any, as the others only miss it."""
+        killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+        if killed or self.first < 0:
+            self.first = killed[0] if killed else next(rank for rank, code in enumerate(codes) if code)
 
     def _send(self, number: int) -> None:
         for process in self.processes:
@@ -147,16 +156,11 @@ class _Group:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _failed(self, codes: Sequence[int | None]) -> int:
-        """Which one failed first: one that was killed, if any, as the others only miss it."""
-        return min((rank for rank in range(self.count) if codes[rank]), key=lambda rank: codes[rank] or 0)
-
     def _outcome(self, codes: Sequence[int]) -> int:
         """Tell the failure that came first, and give its code."""
         if not any(codes):
             return 0
-        rank = self.first if self.first >= 0 else self._failed(codes)
-        code = codes[rank]
+        rank, code = self.first, codes[self.first]
         if code < 0 and not self.received:
             typer.echo(
                 f"error: process {rank} of {self.count} was ended by {signal.Signals(-code).name} (as a "
