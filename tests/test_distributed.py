@@ -26,7 +26,11 @@ HERE = Path(__file__).resolve().parent
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, tiny_sd15_folder) -> tuple[Path, list[dict]]:
     """The folder and the reports of both processes of two_processes.py."""
-    out = tmp_path_factory.mktemp("two")
+    return run_two(tmp_path_factory.mktemp("two"), str(tiny_sd15_folder))
+
+
+def run_two(out: Path, *words: str) -> tuple[Path, list[dict]]:
+    """Both processes to their end."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -37,7 +41,7 @@ def two(tmp_path_factory, tiny_sd15_folder) -> tuple[Path, list[dict]]:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
         }  # fmt: skip
-        command = [sys.executable, str(HERE / "two_processes.py"), str(out), str(tiny_sd15_folder)]
+        command = [sys.executable, str(HERE / "two_processes.py"), str(out), *words]
         processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     texts = []
     for process in processes:

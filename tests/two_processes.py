@@ -16,6 +16,17 @@ from align_cli.training.distributed import Ranks, leave_group, rank_device
 from align_cli.training.loop import train
 
 CONFIG = {"method": "linear", "train": {"lr": 0.05}}
+SHARDED = "sharded"
+"""Second word of the command line for runs whose frozen weights are spread over the processes."""
+
+
+def fit(method, data, run, out: Path) -> None:
+    """Train; with frozen weights spread over the processes where the command line says so."""
+    if SHARDED in sys.argv[2:]:
+        from align_cli.models.sharding import shard_frozen
+
+        shard_frozen(method.model)
+    train(method, data, run, out, config={"method": method.name})
 
 
 def gathering(ranks: Ranks) -> dict[str, object]:
@@ -65,7 +76,7 @@ def softrepa(model_folder: str, out: Path) -> list[list[float]]:
     model = load_model(ModelSettings(name=model_folder, device="cpu"))
     method = SoftREPA(model, SoftREPAConfig(temperature=0.3, use_t_table=True, init="bos+noise"), seed=3)
     data = ShapesDataset(DataSettings(num_examples=16), seed=3)
-    train(method, data, settings(steps=3, lr=1e-3), out, config={"method": "softrepa"})
+    fit(method, data, settings(steps=3, lr=1e-3), out)
     return [value.flatten().tolist() for value in method.state().values()]
 
 
@@ -92,7 +103,7 @@ def textcraftor(model_folder: str, out: Path) -> list[list[float]]:
     model = load_model(ModelSettings(name=model_folder, device="cpu"))
     method = TextCraftor(model, config, seed=3)
     data = ShapesDataset(DataSettings(num_examples=16), seed=3)
-    train(method, data, settings(steps=3, lr=1e-3), out, config={"method": "textcraftor"})
+    fit(method, data, settings(steps=3, lr=1e-3), out)
     return [value.flatten().tolist() for value in method.state().values()]
 
 
@@ -119,7 +130,7 @@ def dpt(model_folder: str, out: Path) -> list[list[float]]:
     run = settings(steps=3, lr=1e-3, adam_eps=1e-3)  # of the smallest gradients even the sign is rounding
     method.check(run)
     data = GroundedShapes(DataSettings(num_examples=16), seed=3)
-    train(method, data, run, out, config={"method": "dpt"})
+    fit(method, data, run, out)
     return [value.flatten().tolist() for value in method.state().values()]
 
 
@@ -160,7 +171,7 @@ def comat(model_folder: str, out: Path) -> list[list[float]]:
     method.look_for_nouns(method.reader, Halves())  # the oracle finds nothing in what this model draws
     # with this seed the second of two processes meets no noun in the first step
     data = ShapesDataset(DataSettings(num_examples=16, mixture="pairs"), seed=27)
-    train(method, data, run, out, config={"method": "comat"})
+    fit(method, data, run, out)
     trained = [*method.state().values(), *method.discriminator.parameters()]
     return [value.detach().flatten().tolist() for value in trained]
 
@@ -192,8 +203,35 @@ def longalign(model_folder: str, out: Path, stage: str) -> list[list[float]]:
     run = settings(steps=3, lr=1e-3, adam_eps=1e-3)  # of the smallest gradients even the sign is rounding
     method.check(run)
     data = ShapesDataset(DataSettings(num_examples=16, mixture="long"), seed=3)
-    train(method, data, run, out, config={"method": "longalign"})
+    fit(method, data, run, out)
     return [value.flatten().tolist() for value in method.state().values()]
+
+
+def sharded(out: Path, model_folder: str) -> None:
+    """The methods whose frozen weights may be spread; how many numbers of the UNet this process holds."""
+    from align_cli.models.loading import load_model
+    from align_cli.models.sharding import make_whole, shard_frozen
+    from align_cli.settings import ModelSettings
+
+    torch.set_num_threads(1)
+    ranks = Ranks(torch.device(rank_device("cpu")))
+    found: dict[str, object] = {}
+    for name, run in {"softrepa": softrepa, "textcraftor": textcraftor, "dpt": dpt}.items():
+        found[name] = run(model_folder, out / name)
+    for stage in LONGALIGN:
+        found[stage] = longalign(model_folder, out / stage, stage)
+    model = load_model(ModelSettings(name=model_folder, device="cpu"))
+    before = {key: x.clone() for key, x in model.denoiser.state_dict().items()}
+    shard_frozen(model)
+    found["held"] = sum(p.to_local().numel() for p in model.denoiser.parameters())
+    found["all"] = sum(x.numel() for x in before.values())
+    make_whole(model)
+    leave_group()
+    z, cond = torch.ones(1, 4, 8, 8), model.encode_text(["a red circle"])  # each on its own from here on
+    for _ in range(1 + ranks.rank):
+        model.predict(z, torch.tensor(5), cond)
+    found["whole"] = all(torch.equal(x, before[key]) for key, x in model.denoiser.state_dict().items())
+    (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
 
 
 def main(out: Path, model_folder: str) -> None:
@@ -240,4 +278,4 @@ def main(out: Path, model_folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    (sharded if SHARDED in sys.argv[2:] else main)(Path(sys.argv[1]), sys.argv[2])

@@ -17,11 +17,12 @@ import typer
 from align_cli import config, registry
 from align_cli.cli import options
 from align_cli.cli.launching import launched_several
+from align_cli.cli.sharding import with_sharding
 from align_cli.cli.text import columns, say_loading
 from align_cli.cli.train_data import check_data, lacking, open_data
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
-from align_cli.launched import is_main
+from align_cli.launched import is_main, world_size
 from align_cli.rewards.spec import parse_places, parse_weights
 from align_cli.settings import OWN_SPACING
 from align_cli.training import run_folder
@@ -154,6 +155,7 @@ def train(
     resolved.method_config.check_train(resolved.train)
     check_data(resolved)
     check_guard(resolved)
+    resolved = with_sharding(resolved)
     lack = lacking(resolved)
     if lack and not dry_run:
         raise UserError(lack)
@@ -272,8 +274,9 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
 
     from align_cli.data.base import Fitted
     from align_cli.models.loading import load_model
+    from align_cli.models.sharding import make_whole, shard_frozen
     from align_cli.sampling import check_side
-    from align_cli.training.distributed import leave_group, on_rank
+    from align_cli.training.distributed import Ranks, leave_group, on_rank
     from align_cli.training.loop import tracker_available
     from align_cli.training.loop import train as train_loop
 
@@ -295,6 +298,10 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         dataset.check_model(model)
     method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
     method.check(resolved.train)
+    sharded = resolved.train.shard != "none" and world_size() > 1
+    if sharded:
+        Ranks(model.device)  # the group
+        shard_frozen(model)
     result = train_loop(
         method,
         dataset,
@@ -310,6 +317,8 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         guard=make_guard(model, method, dataset, resolved) if resolved.guard.every else None,
         console=Console(stderr=True),
     )
+    if sharded:  # one process evaluates
+        make_whole(model)
     leave_group()
     if not is_main():
         return

@@ -18,10 +18,12 @@ from align_cli.models.base import BaseModel
 def shard_frozen(model: BaseModel) -> None:
     """Spread denoiser and text encoders; every process has to call them equally often from now on.
 
-    The process group is there already. Text encoders that rest on the CPU between calls stay whole.
+    The process group is there already. Text encoders on another device than the denoiser stay whole, as do
+    those that rest on the CPU between calls.
     """
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    modules = [model.denoiser, *([] if model.encoder_device != model.device else model.encoders)]
+    apart = model.offloaded or model.encoder_device != model.device
+    modules = [model.denoiser, *([] if apart else model.encoders)]
     for module in modules:
         for p in module.parameters():
             p.data = p.data.contiguous()  # FSDP takes no other memory format; models here are channels-last

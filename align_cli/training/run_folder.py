@@ -44,6 +44,7 @@ FREE = frozenset(
         "train.grid_every",
         "train.tracker",
         "train.num_threads",
+        "train.shard",
         "guard.keep",
     }
 )
