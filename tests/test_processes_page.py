@@ -16,8 +16,6 @@ from torch.distributed.run import get_args_parser
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "processes.md").read_text()
 LINES = [line.strip() for line in PAGE.splitlines() if line.startswith("    ")]
 COMMANDS = [line for line in LINES if line.split()[0] in ("t2ialign", "torchrun", "accelerate")]
-    line.strip() for line in PAGE.splitlines() if re.match(r" {4}(t2ialign|torchrun|accelerate) ", line)
-]
 FILES = dict(re.findall(r"`(\w+\.yaml)`[^\n]*\n\n```yaml\n(.*?)```", PAGE, re.DOTALL))
 
 
