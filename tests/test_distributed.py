@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_helpers import refused
 from training_helpers import LinearMap, Points, scripted, settings
 from two_processes import LONGALIGN, comat, dpt, longalign, softrepa, textcraftor
 
+from align_cli.errors import UserError
 from align_cli.launched import is_main
 from align_cli.training.distributed import Ranks, leave_group, rank_device
 from align_cli.training.log import read_metrics
@@ -188,3 +190,24 @@ def test_one_process_needs_no_group(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert rank_device("cuda") == rank_device("auto") == "cuda:2"
     assert rank_device("cuda:1") == "cuda:1" and rank_device("cpu") == "cpu"
+
+
+def test_processes_and_gpus_have_to_fit(monkeypatch):
+    for key, value in {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda", "auto"):
+        with pytest.raises(UserError, match="3 processes need 3 GPUs, one each, and this machine has 2;"):
+            rank_device(name)
+    assert rank_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert rank_device("cuda") == "cuda:0"
+    with pytest.raises(UserError, match="--device cuda:1 is one GPU, 6 processes need one each"):
+        Ranks(torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("words", [["edit", "--src-prompt", "a"], ["eval", "dpt-probe", "--adapter", "a"]])
+def test_what_runs_in_one_process_says_so(monkeypatch, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process; start it without" in refused(*words)
