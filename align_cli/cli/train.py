@@ -274,7 +274,7 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
 
     from align_cli.data.base import Fitted
     from align_cli.models.loading import load_model
-    from align_cli.models.sharding import make_whole, shard_frozen
+    from align_cli.models.sharding import shard_frozen
     from align_cli.sampling import check_side
     from align_cli.training.distributed import Ranks, leave_group, on_rank
     from align_cli.training.loop import tracker_available
@@ -317,8 +317,6 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         guard=make_guard(model, method, dataset, resolved) if resolved.guard.every else None,
         console=Console(stderr=True),
     )
-    if sharded:  # one process evaluates
-        make_whole(model)
     leave_group()
     if not is_main():
         return
@@ -326,6 +324,8 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         typer.echo(f"stopped after step {result.step} of {resolved.train.steps}; saved: {result.checkpoint}")
         typer.echo(f"go on with: {run_folder.resume_command(resolved.method, folder)}")
         raise typer.Exit(128 + result.signal)
+    if sharded:  # this process holds a part of it, and evaluates alone
+        model = load_model(on_rank(resolved.model))
     _conclude(resolved, folder, model, method, dataset, result)
 
 

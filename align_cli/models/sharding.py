@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from align_cli.models.base import BaseModel
 
@@ -30,15 +30,6 @@ def shard_frozen(model: BaseModel) -> None:
         for block in _blocks(module):
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
-
-
-def make_whole(model: BaseModel) -> None:
-    """Every process holds all weights again and needs no other: for work that one does alone."""
-    for module in [model.denoiser, *model.encoders]:
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.set_reshard_after_forward(False, recurse=False)
-                part.unshard()
 
 
 def _blocks(module: nn.Module) -> Sequence[nn.Module]:
