@@ -47,7 +47,7 @@ def run_two(out: Path, *words: str) -> tuple[Path, list[dict]]:
         processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     texts = []
     for process in processes:
-        text, _ = process.communicate(timeout=300)
+        text, _ = process.communicate(timeout=900)
         texts.append(text.decode())
     assert [p.returncode for p in processes] == [0, 0], "\n".join(texts)
     return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]

@@ -34,7 +34,9 @@ def test_training_gives_the_numbers_of_one_whole_process(two, tmp_path, tiny_sd1
     one, both = (read_metrics(p / "metrics.jsonl")[0] for p in (place, out / name))
     assert one.keys() == both.keys()
     for key in one.keys() - {"step", "seconds"}:
-        assert both[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7 if key == "grad_norm" else 0)
+        # other kernels (no channels-last): seen in differences of rewards and in gradients through many steps
+        small = key == "grad_norm" or key.startswith("relevant/")
+        assert both[key] == pytest.approx(one[key], rel=1e-4 if small else 1e-5)
     assert reports[0][name] == reports[1][name]
     for a, b in zip(alone, reports[0][name], strict=True):
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
