@@ -225,8 +225,13 @@ class TrainSettings:
     """none, tensorboard, wandb or trackio (through accelerate); metrics.jsonl is always written."""
     num_threads: int = 0
     """CPU threads per process; 0 leaves torch's choice."""
+    shard: str = "none"
+    """none: every process holds the whole model. frozen: the frozen weights of denoiser and text encoders are
+    spread over the processes (FSDP2), a block's are whole only while it works; what is trained stays whole.
+    """
 
     def __post_init__(self) -> None:
+        one_of("train.shard", self.shard, ("none", "frozen"))
         one_of("train.lr_schedule", self.lr_schedule, ("constant", "cosine", "cosine-restarts"))
         one_of("train.precision", self.precision, ("fp32", "fp16", "bf16"))
         one_of("train.tracker", self.tracker, ("none", "tensorboard", "wandb", "trackio"))
@@ -516,6 +521,11 @@ class MethodConfig:
     def cached_text(self) -> bool:
         """Whether encodings of text that were computed beforehand stand in for the text encoders."""
         return self.pictures
+
+    @property
+    def whole(self) -> str:
+        """Why every process needs the whole frozen weights with these settings; "" if it does not."""
+        return ""
 
     def check_train(self, train: TrainSettings) -> None:
         """UserError for settings of the training loop that the method cannot work with."""

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_helpers import refused
 from training_helpers import LinearMap, Points, scripted, settings
-from two_processes import comat, dpt, softrepa, textcraftor
+from two_processes import LONGALIGN, comat, dpt, longalign, softrepa, textcraftor
 
-from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
+from align_cli.errors import UserError
+from align_cli.launched import is_main
+from align_cli.training.distributed import Ranks, leave_group, rank_device
 from align_cli.training.log import read_metrics
 from align_cli.training.loop import train
 
@@ -25,7 +28,11 @@ HERE = Path(__file__).resolve().parent
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, tiny_sd15_folder) -> tuple[Path, list[dict]]:
     """The folder and the reports of both processes of two_processes.py."""
-    out = tmp_path_factory.mktemp("two")
+    return run_two(tmp_path_factory.mktemp("two"), str(tiny_sd15_folder))
+
+
+def run_two(out: Path, *words: str) -> tuple[Path, list[dict]]:
+    """Both processes to their end."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -36,11 +43,11 @@ def two(tmp_path_factory, tiny_sd15_folder) -> tuple[Path, list[dict]]:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
         }  # fmt: skip
-        command = [sys.executable, str(HERE / "two_processes.py"), str(out), str(tiny_sd15_folder)]
+        command = [sys.executable, str(HERE / "two_processes.py"), str(out), *words]
         processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     texts = []
     for process in processes:
-        text, _ = process.communicate(timeout=300)
+        text, _ = process.communicate(timeout=900)
         texts.append(text.decode())
     assert [p.returncode for p in processes] == [0, 0], "\n".join(texts)
     return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -149,6 +156,22 @@ def test_comat_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
 
 
+@pytest.mark.parametrize("stage", LONGALIGN)
+def test_longalign_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_folder, stage):
+    """With every dropout; the reward's common direction goes over the captions of both."""
+    out, reports = two
+    alone = longalign(str(tiny_sd15_folder), tmp_path / "one", stage)
+    one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / stage))
+    assert len(one) == 3 and one[0]["grad_norm"] > 1e-4
+    for a, b in zip(one, both, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"step", "seconds"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] == 1 else 1e-4)
+    assert reports[0][stage] == reports[1][stage]
+    for a, b in zip(alone, reports[0][stage], strict=True):
+        assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
+
+
 def test_a_bad_loss_on_one_process_stops_all(two):
     for report in two[1]:
         assert "the loss is not finite at step 2" in report["bad"]
@@ -167,3 +190,24 @@ def test_one_process_needs_no_group(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert rank_device("cuda") == rank_device("auto") == "cuda:2"
     assert rank_device("cuda:1") == "cuda:1" and rank_device("cpu") == "cpu"
+
+
+def test_processes_and_gpus_have_to_fit(monkeypatch):
+    for key, value in {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda", "auto"):
+        with pytest.raises(UserError, match="3 processes need 3 GPUs, one each, and this machine has 2;"):
+            rank_device(name)
+    assert rank_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert rank_device("cuda") == "cuda:0"
+    with pytest.raises(UserError, match="--device cuda:1 is one GPU, 6 processes need one each"):
+        Ranks(torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("words", [["edit", "--src-prompt", "a"], ["eval", "dpt-probe", "--adapter", "a"]])
+def test_what_runs_in_one_process_says_so(monkeypatch, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process; start it without" in refused(*words)

@@ -11,10 +11,22 @@ from torch import nn
 from training_helpers import LinearMap, Points, scripted, settings
 
 from align_cli.errors import UserError
-from align_cli.training.distributed import Ranks, is_main, leave_group, rank_device
+from align_cli.launched import is_main
+from align_cli.training.distributed import Ranks, leave_group, rank_device
 from align_cli.training.loop import train
 
 CONFIG = {"method": "linear", "train": {"lr": 0.05}}
+SHARDED = "sharded"
+"""Second word of the command line for runs whose frozen weights are spread over the processes."""
+
+
+def fit(method, data, run, out: Path) -> None:
+    """Train; with frozen weights spread over the processes where the command line says so."""
+    if SHARDED in sys.argv[2:]:
+        from align_cli.models.sharding import shard_frozen
+
+        shard_frozen(method.model)
+    train(method, data, run, out, config={"method": method.name})
 
 
 def gathering(ranks: Ranks) -> dict[str, object]:
@@ -64,7 +76,7 @@ def softrepa(model_folder: str, out: Path) -> list[list[float]]:
     model = load_model(ModelSettings(name=model_folder, device="cpu"))
     method = SoftREPA(model, SoftREPAConfig(temperature=0.3, use_t_table=True, init="bos+noise"), seed=3)
     data = ShapesDataset(DataSettings(num_examples=16), seed=3)
-    train(method, data, settings(steps=3, lr=1e-3), out, config={"method": "softrepa"})
+    fit(method, data, settings(steps=3, lr=1e-3), out)
     return [value.flatten().tolist() for value in method.state().values()]
 
 
@@ -91,7 +103,7 @@ def textcraftor(model_folder: str, out: Path) -> list[list[float]]:
     model = load_model(ModelSettings(name=model_folder, device="cpu"))
     method = TextCraftor(model, config, seed=3)
     data = ShapesDataset(DataSettings(num_examples=16), seed=3)
-    train(method, data, settings(steps=3, lr=1e-3), out, config={"method": "textcraftor"})
+    fit(method, data, settings(steps=3, lr=1e-3), out)
     return [value.flatten().tolist() for value in method.state().values()]
 
 
@@ -118,7 +130,7 @@ def dpt(model_folder: str, out: Path) -> list[list[float]]:
     run = settings(steps=3, lr=1e-3, adam_eps=1e-3)  # of the smallest gradients even the sign is rounding
     method.check(run)
     data = GroundedShapes(DataSettings(num_examples=16), seed=3)
-    train(method, data, run, out, config={"method": "dpt"})
+    fit(method, data, run, out)
     return [value.flatten().tolist() for value in method.state().values()]
 
 
@@ -159,9 +171,61 @@ def comat(model_folder: str, out: Path) -> list[list[float]]:
     method.look_for_nouns(method.reader, Halves())  # the oracle finds nothing in what this model draws
     # with this seed the second of two processes meets no noun in the first step
     data = ShapesDataset(DataSettings(num_examples=16, mixture="pairs"), seed=27)
-    train(method, data, run, out, config={"method": "comat"})
+    fit(method, data, run, out)
     trained = [*method.state().values(), *method.discriminator.parameters()]
     return [value.detach().flatten().tolist() for value in trained]
+
+
+LONGALIGN = ("align", "reward", "lcm")
+
+
+def longalign(model_folder: str, out: Path, stage: str) -> list[list[float]]:
+    """Three steps of a stage, with every dropout; returns the trained tensors."""
+    from align_cli.methods.longalign.config import LongAlignConfig
+    from align_cli.methods.longalign.method import LongAlign
+    from align_cli.models.loading import load_model
+    from align_cli.settings import DataSettings, ModelSettings
+    from align_cli.shapes.dataset import ShapesDataset
+
+    config = LongAlignConfig(
+        stage=stage,
+        t5="embedded:tiny-t5",
+        token_length=64,
+        adapter_width=24,
+        lora_rank=2,
+        rewards={"tiny-denscore": 10.0},
+        reward_preprocessing="official",
+        steps=4,
+        grad_stride=2,
+    )
+    model = load_model(ModelSettings(name=model_folder, device="cpu"))
+    method = LongAlign(model, config, seed=3)
+    run = settings(steps=3, lr=1e-3, adam_eps=1e-3)  # of the smallest gradients even the sign is rounding
+    method.check(run)
+    data = ShapesDataset(DataSettings(num_examples=16, mixture="long"), seed=3)
+    fit(method, data, run, out)
+    return [value.flatten().tolist() for value in method.state().values()]
+
+
+def sharded(out: Path, model_folder: str) -> None:
+    """The methods whose frozen weights may be spread; how many numbers of the UNet this process holds."""
+    from align_cli.models.loading import load_model
+    from align_cli.models.sharding import shard_frozen
+    from align_cli.settings import ModelSettings
+
+    torch.set_num_threads(1)
+    ranks = Ranks(torch.device(rank_device("cpu")))
+    found: dict[str, object] = {}
+    for name, run in {"softrepa": softrepa, "textcraftor": textcraftor, "dpt": dpt}.items():
+        found[name] = run(model_folder, out / name)
+    for stage in LONGALIGN:
+        found[stage] = longalign(model_folder, out / stage, stage)
+    model = load_model(ModelSettings(name=model_folder, device="cpu"))
+    found["all"] = sum(p.numel() for p in model.denoiser.parameters())
+    shard_frozen(model)
+    found["held"] = sum(p.to_local().numel() for p in model.denoiser.parameters())
+    (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
+    leave_group()
 
 
 def main(out: Path, model_folder: str) -> None:
@@ -201,9 +265,11 @@ def main(out: Path, model_folder: str) -> None:
     found["textcraftor"] = textcraftor(model_folder, out / "textcraftor")
     found["dpt"] = dpt(model_folder, out / "dpt")
     found["comat"] = comat(model_folder, out / "comat")
+    for stage in LONGALIGN:
+        found[stage] = longalign(model_folder, out / stage, stage)
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
     leave_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    (sharded if SHARDED in sys.argv[2:] else main)(Path(sys.argv[1]), sys.argv[2])

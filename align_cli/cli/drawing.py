@@ -47,7 +47,8 @@ class Plan:
     def load(
         self, stacks: Sequence[Sequence[str]] | None = None, *, quiet: bool = False
     ) -> tuple[BaseModel, Plan]:
-        """The model, with a look whether every adapter fits it, and the plan with nothing left open.
+        """The model on the device of this process, with a look whether every adapter fits it, and the plan
+        with nothing left open.
 
         stacks: of adapters that are drawn with; None for all of them in one. quiet: the user knows already.
         """
@@ -56,8 +57,9 @@ class Plan:
         from align_cli.adapters import attach
         from align_cli.models.loading import load_model, pick_device
         from align_cli.sampling import check_settings, own_settings
+        from align_cli.training.distributed import on_rank
 
-        settings = self.model
+        settings = on_rank(self.model)
         if self.own_dtype and pick_device(settings.device).type == "cpu":
             settings = replace(settings, dtype="float32")  # half precision on a CPU is slower, not faster
         model = load_model(settings)

@@ -14,6 +14,7 @@ from align_cli import config
 from align_cli.cli import options
 from align_cli.cli.drawing import SHEET
 from align_cli.errors import UserError
+from align_cli.launched import world_size
 from align_cli.settings import EditSettings
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ def edit(
     from align_cli.cli.drawing import choose_folder, make_folder, make_plan, note_long_prompts
     from align_cli.cli.edit_work import Job, Work, describe
 
+    if world_size() > 1:
+        raise UserError("edit runs in one process; start it without torchrun and accelerate")
     requests = _requests(image, src_prompt, tgt_prompt, edits)
     if compare and not adapter:
         raise UserError("--compare edits with the base model beside the aligned; name one with --adapter")

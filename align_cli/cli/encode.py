@@ -4,7 +4,6 @@ latents. No torch at import.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +13,9 @@ import typer
 
 from align_cli import config
 from align_cli.cli import options
+from align_cli.cli.launching import launched_several
 from align_cli.errors import UserError
+from align_cli.launched import world_size
 from align_cli.settings import one_of
 
 if TYPE_CHECKING:
@@ -124,12 +125,13 @@ def encode(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print how many bytes it would be; write nothing.")
     ] = False,
+    num_processes: options.NumProcesses = 1,
 ) -> None:
     """Encode a dataset once: latents and text, in files that 't2ialign train --cache FOLDER' reads.
 
     Settings come from the preset of the model, as in training. Says first how many bytes it will write.
     With --for comat the model draws every caption, with CoMat's official settings unless flags say otherwise.
-    Several of these commands, or torchrun, may fill one folder together. --resume and --verify take the
+    --num-processes, or several of these commands, fill one folder together. --resume and --verify take the
     folder's own settings; together they also find and repair shards whose content has changed.
     """
     from align_cli.cli import encode_work
@@ -137,6 +139,10 @@ def encode(
 
     if overwrite and (resume or verify):
         raise UserError("--resume and --verify need the encodings that --overwrite removes; give one of them")
+    if verify and not resume and num_processes > 1:
+        raise UserError("--verify alone writes nothing and is for one process; leave --num-processes away")
+    if not dry_run and launched_several(num_processes):
+        return
     again = resume or verify
     wanted = purpose or (_saved_purpose(out) if again and out is not None else PICTURES)
     drawn = {"sample.steps": steps, "sample.guidance": guidance, "sample.sampler": sampler}
@@ -158,7 +164,7 @@ def encode(
     if verify and not resume:
         encode_work.verify(folder, request, samples)
         return
-    if overwrite and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if overwrite and world_size() > 1:
         raise UserError(
             f"--overwrite is for one process: remove {folder} first, then start several without it"
         )

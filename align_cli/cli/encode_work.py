@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 from align_cli.errors import UserError
+from align_cli.launched import is_main
 
 if TYPE_CHECKING:
     from align_cli.data.cache import Cache, Index, Shapes
@@ -100,7 +100,7 @@ def fill(request: Request, folder: Path, *, resume: bool, overwrite: bool, conte
     from align_cli.cli.progress import CountingProgress
     from align_cli.data.filling import Filling, free_bytes, resume_command, size_text
 
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = is_main()
     work = work_of(request)
     encoder, about = work.prepare()
     if main:

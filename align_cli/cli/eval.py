@@ -9,6 +9,7 @@ import typer
 
 from align_cli import registry
 from align_cli.cli import options
+from align_cli.cli.launching import launched_several
 from align_cli.settings import check_kinds, one_of
 
 
@@ -185,16 +186,19 @@ def evaluate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start afresh; files of other names are left alone.")
     ] = False,
+    num_processes: options.NumProcesses = 1,
 ) -> None:
     """Measure alignment: same prompts and noise for every model, mean differences with 95 % intervals.
 
     Without --adapter and --arm the model is measured alone. Sampling settings come from the first adapter,
-    else from the preset of the model; flags go above them. Several processes: torchrun -m align_cli eval ...
+    else from the preset of the model; flags go above them.
     dpt-probe draws nothing: it asks the discriminators of DPT, one --adapter each, which text fits a picture
     and where a thing is, and compares them.
     """
     from align_cli.cli import eval_plan, eval_probe, eval_work
 
+    if launched_several(num_processes):
+        return
     if split is not None:
         one_of("--split", split, ("test", "val", "train"))
     if kind:

@@ -41,7 +41,8 @@ def evaluate(asked: Asked) -> None:
     models = _models(asked)
     folder = asked.out or Path("runs") / "eval-all-methods"
     families = [_measure(asked, model, adapters, folder) for model, adapters in models.items()]
-    from align_cli.training.distributed import is_main, leave_group
+    from align_cli.launched import is_main
+    from align_cli.training.distributed import leave_group
 
     leave_group()
     if is_main():

@@ -5,7 +5,6 @@ import.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
@@ -26,6 +25,7 @@ from align_cli.cli.text import say_loading
 from align_cli.errors import UserError
 from align_cli.evaluation.arms import check_name
 from align_cli.evaluation.store import ABOUT, REPORT, RESULTS, Store, check_folder
+from align_cli.launched import world_size
 from align_cli.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -155,8 +155,10 @@ def decide(asked: Asked, data: str | None, gallery: int | None) -> Decided:
 
 def _check_options(asked: Asked) -> None:
     """UserError for what was given and means nothing here."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"eval {NAME} runs in one process; start it without torchrun")
+    if world_size() > 1:
+        raise UserError(
+            f"eval {NAME} runs in one process; start it without --num-processes, torchrun and accelerate"
+        )
     given = {key: value for key, value in vars(asked).items() if key not in TAKEN}
     given |= {key: value for key, value in asked.model_flags.items() if key not in MODEL_FLAGS}
     given |= {key: value for key, value in asked.sample_flags.items() if key not in SAMPLE_FLAGS}

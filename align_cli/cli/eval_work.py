@@ -55,7 +55,7 @@ def measured(asked: Asked, decided: Decided, finish: Finish) -> dict[str, Any]:
     say_loading(plan.model.name if plan is not None else "the scorers")
     from align_cli.devices import pick_device
     from align_cli.evaluation import engine
-    from align_cli.training.distributed import Ranks, on_rank, rank_device
+    from align_cli.training.distributed import Ranks, rank_device
     from align_cli.training.signals import Stopped, stopped_at_once
 
     device = rank_device(str(asked.model_flags["device"] or "auto"))
@@ -75,7 +75,7 @@ def measured(asked: Asked, decided: Decided, finish: Finish) -> dict[str, Any]:
     about, looking = decided.identity, None
     if plan is not None:
         stacks = [list(arm.adapters) for arm in arms]
-        model, plan = replace(plan, model=on_rank(plan.model)).load(stacks, quiet=True)
+        model, plan = plan.load(stacks, quiet=True)
         engine.check_size(prompts, model, plan.sample)
         about = identity(
             prompts, decided.per_prompt, arms, asked.seed, plan.model, plan.sample, asked.protocol, model

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import align_cli
+from align_cli import launched
 from align_cli.cli import doctor, edit, encode, eval, manage, sample, train
 from align_cli.errors import UserError
 
@@ -81,13 +82,18 @@ app.command("doctor")(doctor.doctor)
 
 def main() -> None:
     """Entry point of `t2ialign` and of `python -m align_cli`."""
+    launched.join()
     warnings.showwarning = _show_warning
     app(prog_name="t2ialign")
 
 
 def _fail(message: str, code: int = 2) -> int:
-    """Print the one line of an error; returns the exit code."""
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    """Print the one line of an error, or leave that to the command that started this process; returns the
+    exit code.
+    """
+    line = f"error: {' '.join(message.split())}"
+    if not launched.note_failure(line, code):
+        typer.echo(line, err=True)
     return code
 
 

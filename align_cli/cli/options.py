@@ -119,4 +119,13 @@ Overwrite = Annotated[
         "--overwrite", help="Write into any folder, and replace the files there that have the same names."
     ),
 ]
+NumProcesses = Annotated[
+    int,
+    typer.Option(
+        "--num-processes",
+        metavar="N",
+        min=1,
+        help="Share the work among N processes of this machine; on GPUs one each. Default: 1.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")]

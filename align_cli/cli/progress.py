@@ -26,8 +26,8 @@ PLAIN_SECONDS = 20.0
 class DrawingProgress:
     """Context manager; call it as (what, done, total). One bar or one series of lines per `what`."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True, quiet=quiet)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

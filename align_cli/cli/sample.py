@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,15 +14,19 @@ import typer
 
 from align_cli.cli import options
 from align_cli.cli.drawing import SHEET
+from align_cli.cli.launching import launched_several
 from align_cli.errors import UserError
+from align_cli.launched import is_main
 
 if TYPE_CHECKING:
     import numpy as np
 
     from align_cli.cli.drawing import Plan
+    from align_cli.cli.progress import DrawingProgress
     from align_cli.evaluation.attention import Attention
     from align_cli.grounding.entities import Entity
     from align_cli.models.base import BaseModel
+    from align_cli.training.distributed import Ranks
 
 
 def sample(
@@ -75,6 +81,7 @@ def sample(
         typer.Option("--out", metavar="FOLDER", help="Folder for the pictures. Default: samples."),
     ] = None,
     overwrite: options.Overwrite = False,
+    num_processes: options.NumProcesses = 1,
 ) -> None:
     """Draw pictures: one PNG each, and a contact sheet of all.
 
@@ -83,6 +90,8 @@ def sample(
     """
     from align_cli.cli.drawing import choose_folder, make_folder, make_plan
 
+    if launched_several(num_processes):
+        return
     texts = _texts(prompt or [], prompts)
     if compare and not adapter:
         raise UserError("--compare draws the base beside the aligned model; name an adapter with --adapter")
@@ -100,18 +109,36 @@ def sample(
     variants = ["base", "aligned"] if compare else [""]
     jobs = [Job(k, text, seed + i, v) for k, text in enumerate(texts) for i in range(n) for v in variants]
     maps = [attention_file(k, text) for k, text in enumerate(texts)] if attention else []
-    folder = choose_folder(out, "samples", [SHEET, *(job.file for job in jobs), *maps], overwrite)
-    loaded, plan = plan.load()
+    files = [SHEET, *(job.file for job in jobs), *maps]
+    # one decides, before torch is imported; the others would meet its folder
+    folder = choose_folder(out, "samples", files, overwrite) if is_main() else Path()
+    loaded, plan = plan.load(quiet=not is_main())
+    from align_cli.training.distributed import Ranks, leave_group
+
     words = _words(loaded, plan, texts, parser or "auto") if attention else None
-    make_folder(folder)
-    typer.echo(plan.describe(), err=True)
-    pictures, seen = _draw(loaded, plan, jobs, words)
-    _write(loaded, plan, jobs, pictures, folder)
-    _write_attention(loaded, plan, jobs, pictures, seen, folder)
+    ranks = Ranks(loaded.device)
+    folder = ranks.objects(folder)[0]
+    ranks.on_main(lambda: make_folder(folder))
+    if ranks.main:
+        typer.echo(plan.describe(), err=True)
+    seen: dict[Job, Attention] = {}
+    ranks.on_all(lambda: seen.update(_draw(loaded, plan, jobs, words, folder, ranks)))
+    seen = {job: one for part in ranks.objects(seen) for job, one in part.items()}
+    ranks.on_main(lambda: _finish(loaded, plan, jobs, seen, folder))
+    leave_group()
+
+
+def _finish(model: BaseModel, plan: Plan, jobs: list[Job], seen: dict[Job, Attention], folder: Path) -> None:
+    """The sheets of all pictures, and what is printed."""
+    from align_cli.evaluation.store import read_picture
+
+    pictures = [read_picture(folder / job.file) for job in jobs]
+    _write_sheet(model, plan, jobs, pictures, folder)
+    _write_attention(model, plan, jobs, pictures, [seen[job] for job in jobs if job in seen], folder)
     typer.echo(f"{len(jobs)} picture{'s' * (len(jobs) > 1)} in {folder}")
     typer.echo(f"contact sheet: {folder / SHEET}")
-    for name in maps:
-        typer.echo(f"attention: {folder / name}")
+    for number, text in sorted({(job.number, job.prompt) for job in seen}):
+        typer.echo(f"attention: {folder / attention_file(number, text)}")
 
 
 @dataclass(frozen=True)
@@ -162,7 +189,7 @@ def _words(model: BaseModel, plan: Plan, texts: list[str], parser: str) -> list[
         check(model)
     reader = reader_of(model, parser, world=registry.is_embedded(plan.model.name))
     found = [reader.shown(text) for text in texts]
-    for text, entities in zip(texts, found, strict=True):
+    for text, entities in zip(texts, found, strict=True) if is_main() else ():
         said = f"note: {text!r} has no noun with attributes that is read"
         if not entities:
             typer.echo(f"{said}, and no other word to show the attention of", err=True)
@@ -172,57 +199,81 @@ def _words(model: BaseModel, plan: Plan, texts: list[str], parser: str) -> list[
 
 
 def _draw(
-    model: BaseModel, plan: Plan, jobs: list[Job], words: list[list[Entity]] | None
-) -> tuple[list[np.ndarray], list[Attention]]:
-    """(H, W, 3) uint8 per job, in the order of jobs, and what is seen of `words` there, if they are given."""
+    model: BaseModel,
+    plan: Plan,
+    jobs: list[Job],
+    words: list[list[Entity]] | None,
+    folder: Path,
+    ranks: Ranks,
+) -> dict[Job, Attention]:
+    """Draw and write this process's share: of the batches that one process would draw, every one has its
+    turn, so that the bits are those of one process. Returns what is seen of `words`, if they are given.
+    """
     from align_cli import sampling
     from align_cli.adapters import attach
     from align_cli.cli.drawing import note_long_prompts
     from align_cli.cli.progress import DrawingProgress
     from align_cli.evaluation import attention
-    from align_cli.pictures import to_uint8
+    from align_cli.evaluation.drawing import my_share
+    from align_cli.pictures import save_png, to_uint8
 
-    pictures: dict[Job, np.ndarray] = {}
+    facts = _facts(plan)
     seen: dict[Job, Attention] = {}
-    with DrawingProgress() as progress:
+    size = plan.sample.batch_size
+    with DrawingProgress(quiet=not ranks.main) as progress:
         for variant in dict.fromkeys(job.variant for job in jobs):
             part = [job for job in jobs if job.variant == variant]
-            name = variant or "pictures"
-
-            def report(done: int, total: int, name: str = name) -> None:
-                progress(name, done, total)
-
+            mine = my_share(range(len(part)), size, ranks)
+            total = sum(len(part[b * size : (b + 1) * size]) for b in mine) * plan.sample.steps
+            done = 0
             with nullcontext() if variant == "base" else attach(model, plan.adapters):
-                if variant != "base":  # an adapter may read more of a prompt than the model does
+                if variant != "base" and ranks.main:  # an adapter may read more of a prompt than the model
                     note_long_prompts(model, [job.prompt for job in part])
-                texts, seeds = [job.prompt for job in part], [job.seed for job in part]
-                if words is None:
-                    drawn = sampling.sample(model, texts, plan.sample, seeds, report)
-                else:
-                    own = [words[job.number] for job in part]
-                    drawn, maps = attention.sample(model, texts, own, plan.sample, seeds, report)
-                    seen.update(zip(part, maps, strict=True))
-            pictures.update(zip(part, to_uint8(drawn), strict=True))
-    return [pictures[job] for job in jobs], [seen[job] for job in jobs if job in seen]
+                for b in mine:
+                    batch = part[b * size : (b + 1) * size]
+                    report = partial(_show, progress, variant or "pictures", total, done)
+                    texts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
+                    if words is None:
+                        drawn = sampling.sample(model, texts, plan.sample, seeds, report)
+                    else:
+                        own = [words[job.number] for job in batch]
+                        drawn, maps = attention.sample(model, texts, own, plan.sample, seeds, report)
+                        seen.update(zip(batch, maps, strict=True))
+                    for job, picture in zip(batch, to_uint8(drawn), strict=True):
+                        save_png(picture, folder / job.file, facts(job))
+                    done += len(batch) * plan.sample.steps
+    return seen
 
 
-def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndarray], folder: Path) -> None:
-    """One PNG per job and the contact sheet: a row per prompt, seeds (and base, aligned) side by side."""
-    from align_cli.evaluation.benchmarks import check_pictures
-    from align_cli.pictures import contact_sheet, save_png
+def _show(progress: DrawingProgress, what: str, total: int, before: int, done: int, _all: int) -> None:
+    """Progress of one batch as that of the whole share; before: what the batches before it were."""
+    progress(what, before + done, total)
 
+
+def _facts(plan: Plan) -> Callable[[Job | None], dict[str, object]]:
+    """What the metadata of a picture say, or, for None, what is common to all."""
     used = ", ".join(
         f"{spec} sha256:{info.sha256}" for spec, info in zip(plan.adapters, plan.infos, strict=True)
     )
     held = {"model": plan.model.name, **plan.model.others(), **plan.model.reading_in_use()}
-    common = {**held, "sampling": plan.sample.words(), "software": "t2ialign"}
-    for job, picture in zip(jobs, pictures, strict=True):
-        facts = {"prompt": job.prompt, "seed": job.seed, **common}
-        save_png(
-            picture,
-            folder / job.file,
-            facts if job.variant == "base" else {**facts, "adapter": used or "none"},
-        )
+    common: dict[str, object] = {**held, "sampling": plan.sample.words(), "software": "t2ialign"}
+
+    def facts(job: Job | None) -> dict[str, object]:
+        if job is None:
+            return common
+        own = {"prompt": job.prompt, "seed": job.seed, **common}
+        return own if job.variant == "base" else {**own, "adapter": used or "none"}
+
+    return facts
+
+
+def _write_sheet(
+    model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndarray], folder: Path
+) -> None:
+    """The contact sheet: a row per prompt, seeds (and base, aligned) side by side."""
+    from align_cli.evaluation.benchmarks import check_pictures
+    from align_cli.pictures import contact_sheet
+
     numbers = sorted({job.number for job in jobs})
     rows = {k: [i for i, job in enumerate(jobs) if job.number == k] for k in numbers}
     notes = check_pictures(model, pictures, [job.prompt for job in jobs])
@@ -233,7 +284,7 @@ def _write(model: BaseModel, plan: Plan, jobs: list[Job], pictures: list[np.ndar
         headers=[f"{job.variant or 'seed'} {job.seed}" for job in jobs if job.number == 0],
         notes=[[notes[i] for i in row] for row in rows.values()] if notes else (),
         title=plan.title(),
-        metadata=common,
+        metadata=_facts(plan)(None),
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import typer
+
+from align_cli.launched import is_main
 
 LARGE_FILE = 100_000_000
 """Bytes above which reading a file takes seconds."""
@@ -29,7 +30,7 @@ def columns(rows: Iterable[Sequence[str]], gap: int = 2) -> str:
 
 def say_loading(model: str) -> None:
     """Tell on stderr what takes the first seconds: to be called before torch is imported."""
-    if _first():
+    if is_main():
         typer.echo(f"loading {model} ...", err=True)
 
 
@@ -39,10 +40,5 @@ def say_reading(path: str) -> None:
 
     file = Path(path).expanduser()
     size = file.stat().st_size if file.is_file() else 0
-    if size >= LARGE_FILE and _first():
+    if size >= LARGE_FILE and is_main():
         typer.echo(f"reading {path} ({size_text(size)}) ...", err=True)
-
-
-def _first() -> bool:
-    """Whether this is the first of several processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"

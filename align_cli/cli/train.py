@@ -16,10 +16,13 @@ import typer
 
 from align_cli import config, registry
 from align_cli.cli import options
+from align_cli.cli.launching import launched_several
+from align_cli.cli.sharding import with_sharding
 from align_cli.cli.text import columns, say_loading
 from align_cli.cli.train_data import check_data, lacking, open_data
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
+from align_cli.launched import is_main, world_size
 from align_cli.rewards.spec import parse_places, parse_weights
 from align_cli.settings import OWN_SPACING
 from align_cli.training import run_folder
@@ -126,11 +129,14 @@ def train(
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Skip the paired evaluation at the end.")
     ] = False,
+    num_processes: options.NumProcesses = 1,
 ) -> None:
     """Train a method and measure what it changed: base against aligned, same prompts and same noise.
 
     Settings come in layers: class defaults, preset, --config, --set, named flags. Resumed runs keep theirs.
     """
+    if not dry_run and launched_several(num_processes):
+        return
     rewards, places = parse_weights(reward or []), parse_places(weights or [])
     watching = {name: place for name, place in places.items() if name in (guard or [])}
     places = {name: place for name, place in places.items() if name not in watching or name in rewards}
@@ -149,6 +155,7 @@ def train(
     resolved.method_config.check_train(resolved.train)
     check_data(resolved)
     check_guard(resolved)
+    resolved = with_sharding(resolved)
     lack = lacking(resolved)
     if lack and not dry_run:
         raise UserError(lack)
@@ -259,15 +266,17 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
     """Load, train, save, evaluate."""
     say_loading(resolved.model.name)
     dataset = open_data(resolved)
-    run_folder.check(folder, resume=resume, overwrite=overwrite)
+    if is_main():  # the others would meet its traces
+        run_folder.check(folder, resume=resume, overwrite=overwrite)
     method_class = registry.load(registry.METHODS, resolved.method)
 
     from rich.console import Console
 
     from align_cli.data.base import Fitted
     from align_cli.models.loading import load_model
+    from align_cli.models.sharding import shard_frozen
     from align_cli.sampling import check_side
-    from align_cli.training.distributed import is_main, leave_group, on_rank
+    from align_cli.training.distributed import Ranks, leave_group, on_rank
     from align_cli.training.loop import tracker_available
     from align_cli.training.loop import train as train_loop
 
@@ -289,6 +298,10 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         dataset.check_model(model)
     method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
     method.check(resolved.train)
+    sharded = resolved.train.shard != "none" and world_size() > 1
+    if sharded:
+        Ranks(model.device)  # the group
+        shard_frozen(model)
     result = train_loop(
         method,
         dataset,
@@ -311,6 +324,8 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         typer.echo(f"stopped after step {result.step} of {resolved.train.steps}; saved: {result.checkpoint}")
         typer.echo(f"go on with: {run_folder.resume_command(resolved.method, folder)}")
         raise typer.Exit(128 + result.signal)
+    if sharded:  # this process holds a part of it, and evaluates alone
+        model = load_model(on_rank(resolved.model))
     _conclude(resolved, folder, model, method, dataset, result)
 
 
@@ -321,7 +336,7 @@ def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.R
     """
     from align_cli.data.cached import CachedDataset
     from align_cli.models.loading import pick_device
-    from align_cli.training.distributed import is_main, on_rank
+    from align_cli.training.distributed import on_rank
 
     key, said = "model.encoder_device", "the cache"
     if resolved.origin[key] not in ("default", said):

@@ -9,6 +9,7 @@ import typer
 from align_cli import config, registry
 from align_cli.cli.text import say_reading
 from align_cli.errors import UserError
+from align_cli.launched import is_main
 
 if TYPE_CHECKING:
     from align_cli.data.base import Dataset
@@ -53,7 +54,6 @@ def open_data(resolved: config.Resolved) -> Dataset:
     UserError for data that cannot be read, and for drawn latents where the method does not learn from such.
     """
     from align_cli.data.cached import CachedDataset
-    from align_cli.training.distributed import is_main
 
     named = registry.load(_table(resolved), resolved.data.name)
     say_reading(resolved.data.path)
@@ -76,7 +76,6 @@ def open_data(resolved: config.Resolved) -> Dataset:
 def _check_drawn(resolved: config.Resolved, drawn: bool) -> None:
     """Whether what a cache holds, latents that a model drew or encodings of pictures, is for the method."""
     from align_cli.data.drawn import PURPOSES
-    from align_cli.training.distributed import is_main
 
     cache, chosen = resolved.data.cache, resolved.method_config
     if drawn and not chosen.latents:

@@ -13,6 +13,7 @@ import typer
 
 from align_cli import config, registry
 from align_cli.errors import UserError
+from align_cli.launched import is_main
 from align_cli.training import run_folder
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ def val_prompts(
 
     what: "sample grids show", for that note, which ends in the advice.
     """
-    from align_cli.training.distributed import is_main
     from align_cli.training.order import item_rng
 
     few = replace(resolved.data, num_examples=num)
@@ -127,7 +127,6 @@ def make_guard(model: BaseModel, method: Method, dataset: Dataset, resolved: con
     """The guard of [guard], with nothing loaded yet."""
     from align_cli.evaluation.stats import MIN_CLUSTERS
     from align_cli.evaluation.watch import Watch
-    from align_cli.training.distributed import is_main
     from align_cli.training.guard import Guard
 
     chosen, apart = resolved.guard, _held_out(resolved, trained_on(resolved))

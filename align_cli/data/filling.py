@@ -27,6 +27,7 @@ from align_cli.data.encoding import Report, Rows
 from align_cli.data.shards import READ_ERRORS, ShardReader, file_sha256, write_shard
 from align_cli.errors import UserError
 from align_cli.files import blocking, file_errors, part_path, write_text
+from align_cli.launched import again
 
 POLL = 1.0
 """Seconds between looks at what other processes have finished."""
@@ -96,7 +97,7 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
 
 def resume_command(folder: Path) -> str:
     """What to type to go on."""
-    return f"t2ialign encode --resume --out {shlex.quote(str(folder))}"
+    return f"t2ialign encode --resume --out {shlex.quote(str(folder))}{again()}"
 
 
 class Filling:

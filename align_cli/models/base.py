@@ -146,6 +146,8 @@ class BaseModel(Protocol):
     encoder_device: torch.device
     """Where the text encoders and the autoencoder work."""
     dtype: torch.dtype
+    offloaded: bool
+    """Whether text encoders and autoencoder are on `device` only while they work."""
 
     def using(
         self, *, denoiser: nn.Module | None = None, encoders: Mapping[int, nn.Module] | None = None

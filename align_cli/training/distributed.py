@@ -1,6 +1,6 @@
 """The processes of a run: who am I, averages over all, and things that one process does for all.
 
-Processes are started by `accelerate launch` or torchrun; accelerate sets up the group.
+Processes are started by `--num-processes`, torchrun or `accelerate launch`; accelerate sets up the group.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from align_cli.errors import UserError
+from align_cli.launched import world_size
 from align_cli.settings import ModelSettings
 
 BUCKET = 1 << 24
@@ -23,16 +24,22 @@ BUCKET = 1 << 24
 
 
 def rank_device(device: str) -> str:
-    """`device` for this process: one GPU each where several processes are launched, else as it is."""
+    """`device` for this process: one GPU each where several processes are launched, else as it is.
+
+    Raises:
+        UserError: more processes on this machine than GPUs.
+    """
     local = os.environ.get("LOCAL_RANK")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if (
-        several
-        and local is not None
-        and (device == "cuda" or (device == "auto" and torch.cuda.is_available()))
-    ):
-        return f"cuda:{int(local) % max(1, torch.cuda.device_count())}"
-    return device
+    several = world_size() > 1 and local is not None
+    if not several or not (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
+        return device
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > gpus:
+        raise UserError(
+            f"{here} processes need {here} GPUs, one each, and this machine has {gpus}; start at most {gpus} "
+            "processes on it, or give --device cpu"
+        )
+    return f"cuda:{local}"
 
 
 def on_rank(model: ModelSettings) -> ModelSettings:
@@ -40,17 +47,15 @@ def on_rank(model: ModelSettings) -> ModelSettings:
     return replace(model, device=rank_device(model.device), encoder_device=rank_device(model.encoder_device))
 
 
-def is_main() -> bool:
-    """Whether this is the process that prints and writes (before the group is set up, too)."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 class Ranks:
     """This process among all processes of the run."""
 
     def __init__(self, device: torch.device) -> None:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if several and device.type == "cpu":
+        if world_size() > 1 and device.type == "cuda" and str(device) != rank_device("cuda"):
+            raise UserError(
+                f"--device {device} is one GPU, {world_size()} processes need one each; give --device cuda"
+            )
+        if world_size() > 1 and device.type == "cpu":
             PartialState(cpu=True)  # gloo, on a machine with GPUs too
         state = PartialState()
         self.device = device

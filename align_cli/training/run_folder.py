@@ -22,6 +22,7 @@ from typing import Any
 from align_cli.config import class_default
 from align_cli.errors import UserError
 from align_cli.files import blocking
+from align_cli.launched import again
 
 FORMAT = 1
 CONFIG, RUN, METRICS, CHECKPOINTS = "config.toml", "run.json", "metrics.jsonl", "checkpoints"
@@ -43,6 +44,7 @@ FREE = frozenset(
         "train.grid_every",
         "train.tracker",
         "train.num_threads",
+        "train.shard",
         "guard.keep",
     }
 )
@@ -186,4 +188,4 @@ def check_same(
 
 def resume_command(method: str, out: Path) -> str:
     """What to type to go on."""
-    return f"t2ialign train {method} --resume --out {shlex.quote(str(out))}"
+    return f"t2ialign train {method} --resume --out {shlex.quote(str(out))}{again()}"

@@ -170,6 +170,11 @@ class CoMatConfig(MethodConfig):
         return False
 
     @property
+    def whole(self) -> str:
+        """Why every process needs the whole UNet."""
+        return "LoRA is merged into the UNet to draw, and captions decide how often a process calls it"
+
+    @property
     def latents(self) -> bool:
         """Whether it wants stored latents of the original model."""
         return bool(self.fidelity_weight) and self.real == "stored"

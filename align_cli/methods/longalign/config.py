@@ -87,6 +87,11 @@ class LongAlignConfig(MethodConfig):
     """Pictures decoded and scored at a time; 0 takes all. Changes memory and time, not the gradient."""
 
     @property
+    def whole(self) -> str:
+        """Why every process needs the whole UNet, if it does."""
+        return "the LoRA of --from is merged into the UNet" if self.from_adapter else ""
+
+    @property
     def pictures(self) -> bool:
         """Whether the stage trains on pictures with captions."""
         return self.stage in WITH_PICTURES
