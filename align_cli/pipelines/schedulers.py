@@ -51,6 +51,7 @@ def scheduler_for(process: Process, config: Mapping[str, Any], settings: SampleS
         "steps_offset": process.steps_offset,
         "timestep_spacing": spacing if spacing in SPACINGS else "leading",
         "clip_sample": False,
+        "timestep_scaling": 1e5,  # of LCM: the noisy latent has no share, as in `lcm_step`
     }
     if (spacing in SPACINGS and settings.sampler != "lcm") or spacing == settings.sampler:
         own = cls
@@ -74,3 +75,7 @@ class _OwnPath:
         self.timesteps = self.path(num_inference_steps).to(device or torch.device("cpu"))
         self.custom_timesteps = False
         self._step_index = self._begin_index = None
+
+    def get_scalings_for_boundary_condition_discrete(self, timestep: int) -> tuple[float, float]:
+        """Of LCM: shares of the noisy latent and of the prediction, at t = 0, too."""
+        return 0.0, 1.0
