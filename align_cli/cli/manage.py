@@ -14,6 +14,10 @@ from align_cli.cli.text import columns
 presets_app = typer.Typer(help="Look at the packaged presets.")
 adapters_app = typer.Typer(help="Look at trained adapters, import released ones, export to other tools.")
 
+AdapterFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Adapter folder, or a name of 'adapters list'.")
+]
+
 
 @presets_app.command("list")
 def presets_list() -> None:
@@ -35,9 +39,25 @@ def preset_title(text: str) -> str:
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
+@adapters_app.command("list")
+def adapters_list() -> None:
+    """Officially published adapters that every --adapter takes by name, and which of them are cached."""
+    from align_cli import index
+
+    rows = [("name", "base model", "size", "here", "licence", "published on")]
+    for entry in index.read_index().values():
+        here = "cached" if entry.cached else "no"
+        size = f"{entry.size / 1e6:.1f} MB" if entry.size >= 1e6 else f"{entry.size / 1e3:.0f} kB"
+        rows.append((entry.name, entry.model, size, here, entry.licence, entry.source))
+    typer.echo(columns(rows))
+    typer.echo(f"cache: {index.cache_folder()}")
+
+
 @adapters_app.command("info")
 def adapters_info(
-    path: Annotated[Path, typer.Argument(metavar="FOLDER", help="Adapter folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Adapter folder, or a name of 'adapters list'.")
+    ],
 ) -> None:
     """What an adapter folder holds: method, base model, tensors, and the configuration of its training."""
     from align_cli.adapters import load_adapter
@@ -88,7 +108,9 @@ def adapters_import(
 
 @adapters_app.command("export")
 def adapters_export(
-    adapter: Annotated[Path, typer.Argument(metavar="FOLDER", help="Adapter folder.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Adapter folder, or a name of 'adapters list'.")
+    ],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="diffusers, peft, kohya or official.")],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; must not exist.")],
     rank: Annotated[
