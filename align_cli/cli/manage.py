@@ -55,9 +55,7 @@ def adapters_list() -> None:
 
 @adapters_app.command("info")
 def adapters_info(
-    path: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Adapter folder, or a name of 'adapters list'.")
-    ],
+    path: AdapterFolder,
 ) -> None:
     """What an adapter folder holds: method, base model, tensors, and the configuration of its training."""
     from align_cli.adapters import load_adapter
@@ -108,10 +106,10 @@ def adapters_import(
 
 @adapters_app.command("export")
 def adapters_export(
-    adapter: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Adapter folder, or a name of 'adapters list'.")
+    adapter: AdapterFolder,
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="diffusers, peft, kohya, comfyui or official.")
     ],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="diffusers, peft, kohya or official.")],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; must not exist.")],
     rank: Annotated[
         int | None,
@@ -132,6 +130,7 @@ def adapters_export(
         typer.echo(f"wrote {out / name}: {words}")
     if report.left_out:
         typer.echo(columns(("left out", layer, f"{share:.2%}") for layer, share in report.left_out.items()))
+    typer.echo(columns(report.table()))
     for text in report.notes:
         typer.echo(f"note: {text}")
     for text in report.check:
