@@ -421,7 +421,7 @@ def test_refusals(tiny_models, make_tiny_sd15, tmp_path):
     assert_refused("are float32; leave --dtype out", tmp_path / "full", "official", out, dtype="float16")
     assert_refused("is for sdxl and holds a text_encoder_2", tmp_path / "xl", "official", out)
     assert_refused("a kohya file holds LoRA: name a rank", tmp_path / "full", "kohya", out)
-    assert_refused("unknown export format", tmp_path / "full", "comfyui", out)
+    assert_refused("unknown export format", tmp_path / "full", "webui", out)
     assert_refused("--dtype must be one of", tmp_path / "full", "diffusers", out, dtype="int8")
     assert_refused("unknown model 'sd51'", tmp_path / "full", "diffusers", out, model="sd51")
     assert_refused("does not exist", tmp_path / "none", "diffusers", out)

@@ -137,6 +137,39 @@ def adapters_export(
         typer.echo(f"check: {text}")
 
 
+Licence = Annotated[
+    str, typer.Option("--licence", metavar="ID", help="Licence for the card, as the hub calls it: mit, ...")
+]
+Public = Annotated[
+    bool, typer.Option("--public", help="Make a new repository public. Default: private, as only you see it.")
+]
+
+
+@adapters_app.command("card")
+def adapters_card(path: AdapterFolder, licence: Licence = "") -> None:
+    """The model card that 'adapters push' uploads: README.md with what the adapter's folder says."""
+    from align_cli.publishing import card
+
+    typer.echo(card(path, licence=licence), nl=False)
+
+
+@adapters_app.command("push")
+def adapters_push(
+    path: AdapterFolder,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the model hub.")],
+    public: Public = False,
+    licence: Licence = "",
+) -> None:
+    """Upload an adapter with its model card to the model hub; the folder stays as it is."""
+    from align_cli.adapters import read_adapter
+    from align_cli.publishing import check, push
+
+    read_adapter(path)  # before anything is asked of the hub
+    target = check(repo)
+    address = push(path, target, public=public, licence=licence)
+    typer.echo(f"pushed {path} to {target.name}: {address}")
+
+
 def _fact(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_fact(item)}" for key, item in value.items())

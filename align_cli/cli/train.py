@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_cli import config, registry
+from align_cli import config, publishing, registry
 from align_cli.cli import options
 from align_cli.cli.text import columns, say_loading
 from align_cli.cli.train_data import check_data, lacking, open_data
@@ -126,6 +126,14 @@ def train(
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Skip the paired evaluation at the end.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            metavar="REPO",
+            help="After the run, upload the adapter to OWNER/NAME on the model hub (private if it is new).",
+        ),
+    ] = None,
 ) -> None:
     """Train a method and measure what it changed: base against aligned, same prompts and same noise.
 
@@ -158,9 +166,12 @@ def train(
         if lack:
             typer.echo(f"note: {lack}", err=True)
         return
+    target = publishing.check(push_to_hub) if push_to_hub and publishing.is_pusher() else None
     try:
         with stopped_at_once():
             _run(resolved, folder, resume=resume, overwrite=overwrite)
+            if target is not None:
+                _push(folder, target)
     except (KeyboardInterrupt, Stopped) as stop:
         known = (folder / run_folder.RUN).exists()
         hint = f"; go on with: {run_folder.resume_command(method, folder)}" if known else ""
@@ -312,6 +323,19 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         typer.echo(f"go on with: {run_folder.resume_command(resolved.method, folder)}")
         raise typer.Exit(128 + result.signal)
     _conclude(resolved, folder, model, method, dataset, result)
+
+
+def _push(folder: Path, target: publishing.Target) -> None:
+    """Upload the adapter of a run that is done; it stays where it is."""
+    adapter = folder / run_folder.ADAPTER
+    try:
+        address = publishing.push(adapter, target)
+    except UserError as error:
+        raise UserError(
+            f"{error}; the run is done and {adapter} is saved: push it with 't2ialign adapters push "
+            f"{adapter} {target.name}'"
+        ) from error
+    typer.echo(f"pushed to {target.name}: {address}")
 
 
 def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.Resolved:
