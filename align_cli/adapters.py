@@ -1,4 +1,5 @@
-"""The trained artefact: a folder with `adapter.safetensors` (only what was trained) and `adapter.json`.
+"""The trained artefact: a folder with `adapter.safetensors` (only what was trained) and `adapter.json`; see
+docs/adapter-format.md.
 
     save_adapter -> folder -> load_adapter -> attach(model, ["folder", "other@0.7"])
 

@@ -169,8 +169,8 @@ def _evaluation(result: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
     ]
     return (
         f"## Evaluation\n\n{benchmark['source']}: base and aligned model drew the same "
-        f"{benchmark['prompts']} prompts from the same noise (seed {found['seed']}). The intervals are of the "
-        "paired difference, 95 %.\n\n"
+        f"{benchmark['prompts']} prompts from the same noise (seed {found['seed']}). The intervals are of "
+        "the paired difference, 95 %.\n\n"
         "| metric | base | aligned | difference | interval | verdict | scorer |\n"
         "|---|---|---|---|---|---|---|\n" + "\n".join(lines)
     )

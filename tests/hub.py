@@ -132,8 +132,8 @@ class Inbox(BaseHTTPRequestHandler):
             own = up.files.setdefault(repo, {})
             own |= {line["value"]["path"]: base64.b64decode(line["value"]["content"])
                     for line in lines if line["key"] == "file"}  # fmt: skip
-            self.say(200, {"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}", "commitOid": COMMIT,
-                           "success": True})  # fmt: skip
+            address = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
+            self.say(200, {"commitUrl": address, "commitOid": COMMIT, "success": True})
         elif call == "whoami-v2":
             self.say(200, {"name": "someone", "type": "user", "auth": {"accessToken": {"role": "write"}}})
         elif call == "validate-yaml":
