@@ -1,4 +1,4 @@
-"""One file from an address: resumed where it was cut, checked, complete or not there. No torch."""
+"""One file from an address: resumed where it was cut, checked, complete or not there. No torch, and no hub library at import."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import urllib.error
 import urllib.request
 from hashlib import sha256
 from pathlib import Path
-
-from huggingface_hub.utils import tqdm
 
 import align_cli
 from align_cli.errors import UserError
@@ -74,6 +72,8 @@ def _held(part: Path) -> int:
 
 def _transfer(url: str, part: Path, size: int) -> str:
     """Append what is missing; "" if all is there, else what cut it."""
+    from huggingface_hub.utils import tqdm
+
     have = _held(part)
     agent = {"User-Agent": f"t2ialign/{align_cli.__version__}"}
     ask = urllib.request.Request(url, headers=agent | ({"Range": f"bytes={have}-"} if have else {}))
