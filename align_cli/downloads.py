@@ -1,4 +1,4 @@
-"""One file from an address: resumed where it was cut, checked, complete or not there. No torch, and no hub library at import."""
+"""One file from an address: resumed where it was cut, checked, complete or not there. No torch at import."""
 
 from __future__ import annotations
 
