@@ -1,4 +1,5 @@
-"""The trained artefact: a folder with `adapter.safetensors` (only what was trained) and `adapter.json`.
+"""The trained artefact: a folder with `adapter.safetensors` (only what was trained) and `adapter.json`; see
+docs/adapter-format.md.
 
     save_adapter -> folder -> load_adapter -> attach(model, ["folder", "other@0.7"])
 
@@ -15,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 
 import align_cli
 from align_cli import config as configs
-from align_cli import registry
+from align_cli import index, registry
 from align_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -212,13 +213,16 @@ def load_adapter_of(path: str, method: str, family: str, where: str) -> Adapter:
 def read_adapter(path: Path | str) -> tuple[Path, AdapterInfo, bytes]:
     """Folder, facts and tensor file of an adapter, without torch.
 
+    path: the folder; or, where there is none of that name, the name of a published adapter (`index.locate`).
     Raises:
         UserError: no such folder; no adapter; a newer format; a truncated or altered tensor file.
     """
     folder = Path(path).expanduser()
+    if not folder.exists():
+        folder = index.locate(str(path)) or folder
     if not folder.is_dir():
         what = "is a file; an adapter is a folder" if folder.exists() else "does not exist"
-        raise UserError(f"adapter {path} {what} ({INFO} and {TENSORS})")
+        raise UserError(f"adapter {path} {what} ({INFO} and {TENSORS}){index.names_near(str(path))}")
     if not (folder / INFO).exists() and (folder / "adapter" / INFO).exists():
         folder = folder / "adapter"  # the folder of a training run
     info = _read_info(folder)
@@ -367,13 +371,13 @@ def attach(model: BaseModel, specs: Sequence[str]) -> Iterator[None]:
 # ---------------------------------------------------------------- import
 
 
-def import_official(method: str, path: Path | str, model: str, out: Path) -> AdapterInfo:
+def import_official(method: str, path: Path | str, model: str, out: Path, *, source: str = "") -> AdapterInfo:
     """Turn officially released files into an adapter folder.
 
     Args:
         path: the released file, or the folder that holds it. model: alias of the base model that it was made
         for.
-        out: adapter folder to write; must not exist.
+        out: adapter folder to write; must not exist. source: where the files are from; "" for their names.
     Raises:
         UserError: a method without importer; no such file; a file of another kind or for another model.
     """
@@ -384,11 +388,11 @@ def import_official(method: str, path: Path | str, model: str, out: Path) -> Ada
         )
     registry.model_source(model)
     refuse_existing(out)
-    source = Path(path).expanduser()
-    if not source.exists():
+    place = Path(path).expanduser()
+    if not place.exists():
         raise UserError(f"{path} does not exist; give the released file or the folder that holds it")
-    info, state = registry.load(IMPORTERS, method)(source, model)
-    return write_adapter(out, info, state)
+    info, state = registry.load(IMPORTERS, method)(place, model)
+    return write_adapter(out, replace(info, source=source or info.source), state)
 
 
 IMPORTERS = registry.Table(

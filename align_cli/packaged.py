@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from align_cli import config
-from align_cli.adapters import INFO
 
 ORDER = ("softrepa", "longalign", "textcraftor", "dpt", "comat")
 """In which the methods are listed; one that is not here comes last."""
@@ -16,16 +15,10 @@ ORDER = ("softrepa", "longalign", "textcraftor", "dpt", "comat")
 
 def packaged() -> dict[str, Path]:
     """Name -> folder of every packaged adapter: models in the order of their names, methods in ORDER."""
-    root = config.data_dir("tokens")
-    found = [path.parent for path in root.glob(f"*/*/{INFO}")]
 
     def place(folder: Path) -> tuple[str, int, str]:
-        method = folder.name.partition("-")[0]
-        return folder.parent.name, ORDER.index(method) if method in ORDER else len(ORDER), folder.name
+        method = folder.name
+        return folder.parent.name, ORDER.index(method) if method in ORDER else len(ORDER), method
 
-    return {f"{folder.parent.name}/{folder.name}": folder for folder in sorted(found, key=place)}
-
-
-def find_packaged(name: str) -> Path | None:
-    """The folder of a packaged adapter, None if there is none of that name."""
-    return packaged().get(name)
+    folders = [path for path in config.data_dir("tokens").glob("*/*") if path.is_dir()]
+    return {f"{folder.parent.name}/{folder.name}": folder for folder in sorted(folders, key=place)}

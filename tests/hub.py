@@ -1,9 +1,12 @@
-"""A model hub on this machine, for tests of loading."""
+"""A model hub on this machine, for tests of loading and of uploading."""
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -72,5 +75,92 @@ def serve(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     yield log
+    server.shutdown()
+    server.server_close()
+
+
+@dataclass
+class Uploads:
+    """What was uploaded. refuse: call (whoami-v2, create, preupload, commit) -> status, or 0 to cut the
+    connection. made: repository -> its visibility, as it was asked for. files: repository -> path -> content.
+    """
+
+    refuse: dict[str, int] = field(default_factory=dict)
+    made: dict[str, object] = field(default_factory=dict)
+    files: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
+
+
+class Inbox(BaseHTTPRequestHandler):
+    """Just enough of a model hub to upload a folder of small files."""
+
+    def __init__(self, uploads: Uploads, *args: object) -> None:
+        self.uploads = uploads
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        self.take(b"")
+
+    def do_POST(self) -> None:
+        self.take(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def take(self, body: bytes) -> None:
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        call = parts[-1] if parts[-1] in ("whoami-v2", "create", "validate-yaml") else parts[-2]
+        up = self.uploads
+        up.calls.append(call)
+        up.tokens.add(self.headers.get("Authorization", ""))
+        if call in up.refuse:
+            if status := up.refuse[call]:
+                self.say(status, {"error": "no"})
+            else:
+                self.close_connection = True
+            return
+        repo = "/".join(parts[2:4])
+        if call == "create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            up.made[name] = asked.get("visibility", asked.get("private"))
+            self.say(200, {"url": f"http://{self.headers['Host']}/{name}", "name": name, "id": "1"})
+        elif call == "preupload":
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                     for f in json.loads(body)["files"]]  # fmt: skip
+            self.say(200, {"files": files})
+        elif call == "commit":
+            lines = [json.loads(line) for line in body.splitlines() if line]
+            own = up.files.setdefault(repo, {})
+            own |= {line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                    for line in lines if line["key"] == "file"}  # fmt: skip
+            address = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
+            self.say(200, {"commitUrl": address, "commitOid": COMMIT, "success": True})
+        elif call == "whoami-v2":
+            self.say(200, {"name": "someone", "type": "user", "auth": {"accessToken": {"role": "write"}}})
+        elif call == "validate-yaml":
+            self.say(200, {"errors": [], "warnings": []})
+        else:  # is the repository there?
+            self.say(200 if repo in up.files else 404, {})
+
+    def say(self, status: int, content: object) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def take_uploads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Uploads]:
+    """Inside, the hub takes uploads and keeps them."""
+    uploads = Uploads()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Inbox, uploads))
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield uploads
     server.shutdown()
     server.server_close()

@@ -105,7 +105,7 @@ def test_refusals(tiny_models, tmp_path):
     write_adapter(tmp_path / "sd21", type(info)(**broken), state)
     for name, form, message, options in (
         ("a", "peft", "is LoRA of rank 2 already; leave --rank out", {"rank": 2}),
-        ("a", "comfyui", "unknown export format of comat 'comfyui'", {}),
+        ("a", "webui", "unknown export format of comat 'webui'", {}),
         ("a", "peft", "does not fit", {"model": tiny_models["sdxl"].model_id}),
         ("empty", "peft", r"is damaged: it holds no LoRA \(unet", {}),
         ("sd21", "official", "knows Stable Diffusion 1.5 and XL; this adapter is for sd21: export it", {}),

@@ -112,7 +112,7 @@ def test_refusals(model, tiny_models, tmp_path):
     write_adapter(tmp_path / "empty", adapter.info, unet)
     for name, form, message, options in (
         ("a", "peft", "is LoRA of rank 2 already; leave --rank out", {"rank": 2}),
-        ("a", "comfyui", "unknown export format of dpt 'comfyui'", {}),
+        ("a", "webui", "unknown export format of dpt 'webui'", {}),
         ("a", "peft", "the unet of the adapter does not fit", {"model": tiny_models["sdxl"].model_id}),
         ("empty", "peft", r"is damaged: it holds no discriminator \(discriminator", {}),
         ("xl", "official", "knows Stable Diffusion 1.x and 2.x; this adapter is for sdxl", {}),

@@ -396,7 +396,7 @@ def test_the_command(tiny_models, tmp_path):
     result = call(tmp_path / "a", "--to", "peft", "--rank", 2, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     kinds = [line.split()[0] for line in result.stdout.splitlines()]
-    assert kinds == ["wrote"] + ["left"] * 12 + ["note:"] * 3 + ["check:"] * 2
+    assert kinds == ["wrote"] + ["left"] * 12 + ["used", "unused"] + ["note:"] * 3 + ["check:"] * 2
     assert f"wrote {tmp_path / 'out' / 'text_encoder'}: LoRA of rank 2 on 12 layers" in result.stdout
     for args, message in (
         (("--to", "peft", "--rank", 2, "--out", tmp_path / "out"), "out exists already"),
@@ -421,7 +421,7 @@ def test_refusals(tiny_models, make_tiny_sd15, tmp_path):
     assert_refused("are float32; leave --dtype out", tmp_path / "full", "official", out, dtype="float16")
     assert_refused("is for sdxl and holds a text_encoder_2", tmp_path / "xl", "official", out)
     assert_refused("a kohya file holds LoRA: name a rank", tmp_path / "full", "kohya", out)
-    assert_refused("unknown export format", tmp_path / "full", "comfyui", out)
+    assert_refused("unknown export format", tmp_path / "full", "webui", out)
     assert_refused("--dtype must be one of", tmp_path / "full", "diffusers", out, dtype="int8")
     assert_refused("unknown model 'sd51'", tmp_path / "full", "diffusers", out, model="sd51")
     assert_refused("does not exist", tmp_path / "none", "diffusers", out)
@@ -451,7 +451,7 @@ def test_t5_has_no_lora_in_diffusers(tiny_models, tmp_path):
 def test_an_export_that_holds_something_else_is_not_kept(tiny_models, tmp_path, monkeypatch):
     save_tuned(tmp_path / "a", tiny_models["sd15"])
     save_tuned(tmp_path / "lora", tiny_models["sd15"], **LORA)
-    real = pipelines._filled
+    real = pipelines.filled
 
     def spoilt(job, part):
         module = real(job, part)
@@ -459,7 +459,7 @@ def test_an_export_that_holds_something_else_is_not_kept(tiny_models, tmp_path, 
         weight.data = weight.data + 1e-3
         return module
 
-    monkeypatch.setattr(pipelines, "_filled", spoilt)
+    monkeypatch.setattr(pipelines, "filled", spoilt)
     assert_refused("does not hold what was trained, so nothing", tmp_path / "a", "diffusers", tmp_path / "x")
     monkeypatch.setattr(lora, "cast", lambda state, _: {key: 2 * x for key, x in state.items()})
     assert_refused("does not hold what was trained, so nothing", tmp_path / "lora", "peft", tmp_path / "x")

@@ -147,7 +147,7 @@ def test_refusals(model, tiny_models, tmp_path):
     save_longalign(tmp_path / "xl", tiny_models["sdxl"], adapter=False)
     for name, form, message, options in (
         ("a", "peft", "is LoRA of rank 3 already; leave --rank out", {"rank": 2}),
-        ("a", "comfyui", "unknown export format of longalign 'comfyui'", {}),
+        ("a", "webui", "unknown export format of longalign 'webui'", {}),
         ("a", "peft", "the unet of the adapter does not fit", {"model": tiny_models["sdxl"].model_id}),
         ("clip", "official", "reads T5 through a text adapter, and this adapter was trained without", {}),
         ("chain", "official", "has stage lcm on align, here it is on align and reward: export it with", {}),

@@ -14,6 +14,10 @@ from align_cli.cli.text import columns
 presets_app = typer.Typer(help="Look at the packaged presets.")
 adapters_app = typer.Typer(help="Look at trained adapters, import released ones, export to other tools.")
 
+AdapterFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Adapter folder, or a name of 'adapters list'.")
+]
+
 
 @presets_app.command("list")
 def presets_list() -> None:
@@ -35,9 +39,32 @@ def preset_title(text: str) -> str:
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
+@adapters_app.command("list")
+def adapters_list() -> None:
+    """The adapters that every --adapter takes by name: packaged ones, and officially published ones with
+    which of them are cached.
+    """
+    from align_cli import index
+    from align_cli.packaged import packaged
+
+    rows = [("name", "base model", "size", "here", "licence", "published on")]
+    for name, folder in packaged().items():
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        rows.append((name, folder.parent.name, _size(size), "packaged", "", ""))
+    for entry in index.read_index().values():
+        here = "cached" if entry.cached else "no"
+        rows.append((entry.name, entry.model, _size(entry.size), here, entry.licence, entry.source))
+    typer.echo(columns(rows))
+    typer.echo(f"cache: {index.cache_folder()}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
 @adapters_app.command("info")
 def adapters_info(
-    path: Annotated[Path, typer.Argument(metavar="FOLDER", help="Adapter folder.")],
+    path: AdapterFolder,
 ) -> None:
     """What an adapter folder holds: method, base model, tensors, and the configuration of its training."""
     from align_cli.adapters import load_adapter
@@ -88,8 +115,10 @@ def adapters_import(
 
 @adapters_app.command("export")
 def adapters_export(
-    adapter: Annotated[Path, typer.Argument(metavar="FOLDER", help="Adapter folder.")],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="diffusers, peft, kohya or official.")],
+    adapter: AdapterFolder,
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="diffusers, peft, kohya, comfyui or official.")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; must not exist.")],
     rank: Annotated[
         int | None,
@@ -110,10 +139,44 @@ def adapters_export(
         typer.echo(f"wrote {out / name}: {words}")
     if report.left_out:
         typer.echo(columns(("left out", layer, f"{share:.2%}") for layer, share in report.left_out.items()))
+    typer.echo(columns(report.table()))
     for text in report.notes:
         typer.echo(f"note: {text}")
     for text in report.check:
         typer.echo(f"check: {text}")
+
+
+Licence = Annotated[
+    str, typer.Option("--licence", metavar="ID", help="Licence for the card, as the hub calls it: mit, ...")
+]
+Public = Annotated[
+    bool, typer.Option("--public", help="Make a new repository public. Default: private, as only you see it.")
+]
+
+
+@adapters_app.command("card")
+def adapters_card(path: AdapterFolder, licence: Licence = "") -> None:
+    """The model card that 'adapters push' uploads: README.md with what the adapter's folder says."""
+    from align_cli.publishing import card
+
+    typer.echo(card(path, licence=licence), nl=False)
+
+
+@adapters_app.command("push")
+def adapters_push(
+    path: AdapterFolder,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the model hub.")],
+    public: Public = False,
+    licence: Licence = "",
+) -> None:
+    """Upload an adapter with its model card to the model hub; the folder stays as it is."""
+    from align_cli.adapters import read_adapter
+    from align_cli.publishing import check, push
+
+    read_adapter(path)  # before anything is asked of the hub
+    target = check(repo)
+    address = push(path, target, public=public, licence=licence)
+    typer.echo(f"pushed {path} to {target.name}: {address}")
 
 
 def _fact(value: object) -> str:

@@ -25,7 +25,11 @@ Unet = Annotated[
 ]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("--adapter", metavar="FOLDER", help="Adapter folder, or FOLDER@SCALE; repeatable, stacks."),
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="Adapter folder, or a name of 'adapters list'; with @SCALE behind it; repeatable, stacks.",
+    ),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")]
 Guidance = Annotated[

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_cli import config, registry
+from align_cli import config, publishing, registry
 from align_cli.cli import options
 from align_cli.cli.launching import launched_several
 from align_cli.cli.sharding import with_sharding
@@ -130,6 +130,14 @@ def train(
         bool, typer.Option("--no-eval", help="Skip the paired evaluation at the end.")
     ] = False,
     num_processes: options.NumProcesses = 1,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            metavar="REPO",
+            help="After the run, upload the adapter to OWNER/NAME on the model hub (private if it is new).",
+        ),
+    ] = None,
 ) -> None:
     """Train a method and measure what it changed: base against aligned, same prompts and same noise.
 
@@ -165,9 +173,12 @@ def train(
         if lack:
             typer.echo(f"note: {lack}", err=True)
         return
+    target = publishing.check(push_to_hub) if push_to_hub and publishing.is_pusher() else None
     try:
         with stopped_at_once():
             _run(resolved, folder, resume=resume, overwrite=overwrite)
+            if target is not None:
+                _push(folder, target)
     except (KeyboardInterrupt, Stopped) as stop:
         known = (folder / run_folder.RUN).exists()
         hint = f"; go on with: {run_folder.resume_command(method, folder)}" if known else ""
@@ -327,6 +338,19 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
     if sharded:  # this process holds a part of it, and evaluates alone
         model = load_model(on_rank(resolved.model))
     _conclude(resolved, folder, model, method, dataset, result)
+
+
+def _push(folder: Path, target: publishing.Target) -> None:
+    """Upload the adapter of a run that is done; it stays where it is."""
+    adapter = folder / run_folder.ADAPTER
+    try:
+        address = publishing.push(adapter, target)
+    except UserError as error:
+        raise UserError(
+            f"{error}; the run is done and {adapter} is saved: push it with 't2ialign adapters push "
+            f"{adapter} {target.name}'"
+        ) from error
+    typer.echo(f"pushed to {target.name}: {address}")
 
 
 def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.Resolved:

@@ -6,6 +6,7 @@ wrote with the library that it is for, and compares. EXPORTERS tells which metho
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,13 +65,16 @@ class Part:
 class Trained:
     """What an adapter holds, for other tools. parts: of the pipeline. notes: what no other tool's file can
     hold. whole: whether the parts at work are all that the adapter does. beside: writes what else of it has
-    a form of its own, into the folder of the export; official files hold that themselves.
+    a form of its own, into the folder of the export; official files hold that themselves. groups: first word
+    of the adapter's keys -> part that they are in, or file that `beside` writes; of those that are not named
+    as the part itself.
     """
 
     parts: list[Part]
     notes: list[str]
     whole: bool = True
     beside: Callable[[Path], Report] | None = None
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,17 @@ class Job:
 class Report:
     """What an exporter did. written: file or folder -> what it is and what opens it. left_out: layer -> share
     of its change that the rank leaves out. notes: what is lost or different. check: the comparison of what
-    was opened again.
+    was opened again. layers: part -> layers that were written as LoRA. used: key of the adapter -> module or
+    file that it was written to; unused: key of the adapter -> reason; together they are all of its keys.
     """
 
     written: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     check: list[str] = field(default_factory=list)
+    layers: dict[str, list[str]] = field(default_factory=dict)
+    used: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: Report) -> None:
         """Append another report."""
@@ -111,6 +119,15 @@ class Report:
         self.left_out |= other.left_out
         self.notes += other.notes
         self.check += other.check
+        self.layers |= other.layers
+        self.used |= other.used
+        self.unused |= other.unused
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows of keys, used and unused, counted by where they went or why they did not."""
+        used, unused = (Counter(of.values()) for of in (self.used, self.unused))
+        rows: list[tuple[str, ...]] = [("used", _keys(n), f"-> {where}") for where, n in used.items()]
+        return rows + [("unused", _keys(n), why) for why, n in unused.items()]
 
 
 PARTS = registry.Table(
@@ -128,6 +145,7 @@ LIBRARIES = {
     "diffusers": "align_cli.exporting.pipelines:write_diffusers",
     "peft": "align_cli.exporting.lora:write_peft",
     "kohya": "align_cli.exporting.kohya:write_kohya",
+    "comfyui": "align_cli.exporting.comfyui:write_comfyui",
 }
 """Formats for every method with parts."""
 OFFICIAL = "official"
@@ -182,7 +200,29 @@ def export(
         if trained.beside is not None and form != OFFICIAL:
             report.add(trained.beside(folder))
     report.notes += trained.notes
+    _account(report, adapter, trained, official=form == OFFICIAL)
     return report
+
+
+def _account(report: Report, adapter: Adapter, trained: Trained, *, official: bool) -> None:
+    """Where every key of the adapter went."""
+    parts = {part.name: part for part in trained.parts}
+    for key in adapter.state:
+        group, _, name = key.partition(".")
+        where = trained.groups.get(group, group)
+        part = parts.get(where)
+        if official:
+            report.used[key] = "official files"
+        elif part is None or part.lora or where not in report.layers:
+            report.used[key] = where
+        elif name.removesuffix(".weight") in report.layers[where]:
+            report.used[key] = f"{where}, as LoRA"
+        else:
+            report.unused[key] = f"of the {where}: LoRA holds changed weights of linear layers alone"
+
+
+def _keys(count: int) -> str:
+    return f"{count} key{'s' * (count > 1)}"
 
 
 def _base(adapter: Adapter, parts: list[Part], model: str | None) -> ModelSettings:

@@ -17,6 +17,7 @@ from align_cli.errors import UserError
 from align_cli.exporting import Job, Part, Report
 from align_cli.exporting.lora import Modules, cast, opening, tried
 from align_cli.models.parts import LEVEL, is_flat
+from align_cli.models.sources import TEXT_ENCODERS
 
 FILE = "lora.safetensors"
 RESNETS = {
@@ -52,6 +53,12 @@ def write_kohya(job: Job) -> Report:
 
 
 def _save(job: Job, parts: Sequence[Part], modules: Modules) -> dict[str, str]:
+    said = save_kohya(job, parts, modules)
+    return {FILE: f"{said} in kohya's layout; AUTOMATIC1111, Forge, ComfyUI and diffusers open it"}
+
+
+def save_kohya(job: Job, parts: Sequence[Part], modules: Modules) -> str:
+    """Write the file; returns what it holds, in words."""
     tensors: dict[str, Tensor] = {}
     for part in parts:
         factors = {layer: part.factors(layer) for layer in part.layers}
@@ -67,7 +74,7 @@ def _save(job: Job, parts: Sequence[Part], modules: Modules) -> dict[str, str]:
     }
     save_file(tensors, job.folder / FILE, metadata=facts)
     names = " and ".join(f"{part.name} (rank {part.rank}, {len(part.layers)} layers)" for part in parts)
-    return {FILE: f"LoRA of {names} in kohya's layout; AUTOMATIC1111, Forge, ComfyUI and diffusers open it"}
+    return f"LoRA of {names}"
 
 
 def kohya_name(family: str, part: str, layer: str, module: nn.Module) -> str:
@@ -76,7 +83,9 @@ def kohya_name(family: str, part: str, layer: str, module: nn.Module) -> str:
         config: Any = module.config
         path = sgm_path(layer, config.layers_per_block) if family == "sdxl" else layer
         return "lora_unet_" + path.replace(".", "_")
-    number = {"text_encoder": "1", "text_encoder_2": "2"}[part] if family == "sdxl" else ""
+    if part == "transformer":  # of SD3 kohya has other layers; this is OneTrainer's name
+        return "lora_transformer_" + layer.replace(".", "_")
+    number = str(TEXT_ENCODERS.index(part) + 1) if family in ("sdxl", "sd3") else ""
     level = LEVEL if is_flat(module) else ""
     return f"lora_te{number}_" + f"{level}{layer}".replace(".", "_")
 

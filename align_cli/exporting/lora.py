@@ -69,10 +69,13 @@ def tried(
     parts: Sequence[Part],
     save: Callable[[Job, Sequence[Part], Modules], dict[str, str]],
     open_again: Callable[[Job, Sequence[Part], Modules], None],
+    *,
+    how: str = "opened by the library",
 ) -> Report:
     """Write `parts` as LoRA, open them on the base model, and compare with the adapter at work there.
 
-    save: writes into job.folder and says what. open_again: puts what was written to work on the modules.
+    save: writes into job.folder and says what. open_again: puts what was written to work on the modules, as
+    layers of peft. how: it does so, in words.
     """
     with quiet():
         model = load_model(job.settings)
@@ -91,6 +94,7 @@ def tried(
             report.left_out |= shares
             report.notes += lines
         written.append(part)
+        report.layers[part.name] = part.layers
     with writing(job.folder), silent():
         report.written |= save(job, written, modules)
     with silent(), quiet():
@@ -101,7 +105,7 @@ def tried(
             a, b = part.factors(layer)
             opened: Any = modules[part.name].get_submodule(layer)
             largest.tensor(opened.get_delta_weight(NAME), change(a, b) * (part.factor or 1.0))
-    report.check.append(largest.line("opened by the library, changes of weights", job.dtype, slack=16))
+    report.check.append(largest.line(f"{how}, changes of weights", job.dtype, slack=16))
     _put_whole([part for part in job.parts if part not in parts], modules)
     exact = all(part.lora for part in parts)
     again = outputs(model, denoiser=denoiser)
@@ -186,7 +190,10 @@ def _save_pipeline(job: Job, parts: Sequence[Part], modules: Modules) -> dict[st
         level = LEVEL if is_flat(modules[part.name]) else ""
         scaled = {k: x * (part.factor or 1.0) if k.endswith(LORA_B) else x for k, x in part.state.items()}
         state = {f"{level}{key}": x for key, x in cast(scaled, job.dtype).items()}
-        layers[f"{part.name}_lora_layers"] = convert_state_dict_to_diffusers(state)
+        converted = convert_state_dict_to_diffusers(state)
+        # it renames the layers of attention alone, and of a file with both spellings diffusers opens one kind
+        mixed = any(key in state for key in converted)
+        layers[f"{part.name}_lora_layers"] = state if mixed else converted
     cls.save_lora_weights(job.folder, weight_name=FILE, **layers)
     names = " and ".join(f"{part.name} (rank {part.rank}, {len(part.layers)} layers)" for part in parts)
     return {FILE: f"LoRA of {names}; {cls.__name__}.load_lora_weights(FOLDER)"}

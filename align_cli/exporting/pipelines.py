@@ -34,7 +34,7 @@ def _write_whole(job: Job, part: Part) -> Report:
     positions). A text encoder is written with the level `text_model.`, which every version of transformers
     reads; from 5.6 on the class itself has none, and 4 would silently open random weights without it.
     """
-    module = _filled(job, part)
+    module = filled(job, part)
     cls: Any = type(module)
     folder = job.folder / part.name
     state = module.state_dict()
@@ -64,7 +64,7 @@ def _write_whole(job: Job, part: Part) -> Report:
     return Report(written={part.name: said}, check=[line])
 
 
-def _filled(job: Job, part: Part) -> nn.Module:
+def filled(job: Job, part: Part) -> nn.Module:
     """The module with the trained weights, in the dtype of the export."""
     module = outline(job.model, part.name)
     try:

@@ -80,6 +80,10 @@ class TextChange(Protocol):
     scale: float
     """Share of the changed embedding: 0 is the model's own, 1 the changed one."""
 
+    def at_work(self) -> AbstractContextManager[None]:
+        """Inside, the model reads prompts as the adapter has it, whatever the scale."""
+        ...
+
     def first_step(self, steps: int) -> int:
         """Index of the first of `steps` sampling steps that it is for; 0 is the noisiest."""
         ...

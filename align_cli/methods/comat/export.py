@@ -34,7 +34,7 @@ def write_official(job: Job) -> Report:
     if job.adapter.info.family not in FAMILIES:
         raise UserError(
             f"the official code of CoMat knows Stable Diffusion 1.5 and XL; this adapter is for "
-            f"{job.adapter.info.family}: export it with --to diffusers, peft or kohya"
+            f"{job.adapter.info.family}: export it with --to diffusers, peft, kohya or comfyui"
         )
     (part,) = job.parts
     file, report, largest = job.folder / FILE, Report(), Largest()

@@ -58,7 +58,7 @@ def trained(adapter: Adapter) -> Trained:
         )
 
     parts = [Part(LORA, groups[LORA], 1.0)] if LORA in groups else []
-    return Trained(parts, [], whole=False, beside=beside)
+    return Trained(parts, [], whole=False, beside=beside, groups={DISCRIMINATOR: BESIDE})
 
 
 def write_official(job: Job) -> Report:
@@ -71,7 +71,7 @@ def write_official(job: Job) -> Report:
     if info.family not in FAMILIES:
         raise UserError(
             f"the official code of DPT knows Stable Diffusion 1.x and 2.x; this adapter is for {info.family}"
-            ": export it with --to diffusers, peft or kohya"
+            ": export it with --to diffusers, peft, kohya or comfyui"
         )
     if job.rank:
         raise UserError("the LoRA of an official file has the rank that was trained; leave --rank out")

@@ -46,7 +46,9 @@ def trained(adapter: Adapter) -> Trained:
             report.notes.append(f"the LoRAs of all stages are one here, whose rank is their sum: {ranks}")
         return report
 
-    return Trained([Part(OWN, stacked(list(loras.values())), 1.0)], [], whole=False, beside=beside)
+    groups = dict.fromkeys(loras, OWN) | {ADAPTER: f"{ADAPTER}/"}
+    part = Part(OWN, stacked(list(loras.values())), 1.0)
+    return Trained([part], [], whole=False, beside=beside, groups=groups)
 
 
 def stacked(loras: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -89,18 +91,19 @@ def write_official(job: Job) -> Report:
     if info.family not in FAMILIES:
         raise UserError(
             f"the official code of LongAlign knows Stable Diffusion 1.x and 2.x; this adapter is for "
-            f"{info.family}: export it with --to diffusers, peft or kohya"
+            f"{info.family}: export it with --to diffusers, peft, kohya or comfyui"
         )
     if ADAPTER not in states:
         raise UserError(
             "the official code of LongAlign reads T5 through a text adapter, and this adapter was trained "
-            "without: export it with --to diffusers, peft or kohya"
+            "without: export it with --to diffusers, peft, kohya or comfyui"
         )
     below = tuple(name for name in EARLIER if name in states)
     if below != BELOW[info.stage]:
         raise UserError(
             f"the official code has stage {info.stage} on {' and '.join(BELOW[info.stage]) or 'nothing'}, "
-            f"here it is on {' and '.join(below) or 'nothing'}: export it with --to diffusers, peft or kohya"
+            f"here it is on {' and '.join(below) or 'nothing'}: export it with --to diffusers, peft, kohya "
+            "or comfyui"
         )
     report = _write_adapter(states[ADAPTER], job.folder)
     unet = outline(job.model, OWN)

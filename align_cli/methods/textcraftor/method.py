@@ -345,15 +345,16 @@ class _TunedText:
         return c.first_tuned(steps, c.test_grad_steps)
 
     def encode(self, prompts: list[str]) -> TextCond:
-        with self._at_work():
+        with self.at_work():
             return self.model.encode_text(prompts)
 
     def uncond(self, batch: int) -> TextCond:
-        with self._at_work():
+        with self.at_work():
             return self.model.uncond(batch)
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def at_work(self) -> Iterator[None]:
+        """See `align_cli.models.base.TextChange`."""
         with ExitStack() as stack:
             for name, tuning in self.tunings.items():
                 stack.enter_context(self.method.standing_in(name, tuning))
