@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from align_cli.errors import UserError, first_line
-from align_cli.models.architectures import ARCHITECTURES
+from align_cli.models.architectures import ARCHITECTURES, ROBERTA_BASE, T5_LARGE
 from align_cli.models.base import BaseModel
+from align_cli.models.encoders import EncoderKind
 from align_cli.models.loading import (
     FAMILIES,
     LOAD_ERRORS,
+    WITHOUT_WEIGHTS,
     Parts,
     finished,
     load_tokenizer,
@@ -166,10 +168,33 @@ def _config(source: Source, part: str, known: dict[str, Any] | None, other: str)
     return read_json(source.folder / part / "config.json", source.label)
 
 
+def empty_encoder(kind: EncoderKind, name: str, dtype: torch.dtype) -> tuple[Any, nn.Module]:
+    """Tokenizer and encoder of `encoders.load_encoder`, from a configuration that is there or packaged; a
+    tokenizer that is not there says as many tokens as it may. UserError if neither is.
+    """
+    packaged = ENCODERS.get(name)
+    try:
+        source, prefix = find_module(name, kind.part, half=True, advice=kind.how)
+        config = read_json(source.folder / prefix / "config.json", source.label)
+        words = kind.words if prefix else ""
+        tokenizer = load_tokenizer(
+            kind.tokenizer, with_tokenizer(source, f"{words}/" if words else ""), words
+        )
+    except UserError:
+        if packaged is None:
+            raise
+        config, tokenizer = packaged, NoTokenizer(512)
+    return tokenizer, empty_module(kind.encoder, config, dtype, f"{kind.title} {name}")
+
+
+ENCODERS = {"google-t5/t5-large": T5_LARGE, "FacebookAI/roberta-base": ROBERTA_BASE}
+"""Hub id -> packaged configuration."""
+
+
 @contextmanager
-def converting() -> Iterator[None]:
-    """Inside, modules with fake tensors can change dtype: torch's own way swaps what a parameter object holds,
-    which fake tensors do not allow.
+def without_weights() -> Iterator[None]:
+    """Inside, everything that is loaded is without weights, and modules with fake tensors can change dtype:
+    torch's own way swaps what a parameter object holds, which fake tensors do not allow.
     """
 
     def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -183,9 +208,10 @@ def converting() -> Iterator[None]:
                 self._buffers[name] = None if x is None else fn(x)
         return self
 
-    before = nn.Module._apply
+    before, flag = nn.Module._apply, WITHOUT_WEIGHTS.set(True)
     nn.Module._apply = apply  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         nn.Module._apply = before  # type: ignore[method-assign]
+        WITHOUT_WEIGHTS.reset(flag)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -55,6 +56,9 @@ from align_cli.settings import ModelSettings
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 """What the libraries raise for damaged, absent or misfitting files."""
 
+WITHOUT_WEIGHTS: ContextVar[bool] = ContextVar("WITHOUT_WEIGHTS", default=False)
+"""Whether models and encoders get fake weights, to count with, in place of theirs; see `empty`."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -97,7 +101,7 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False, empty: b
         UserError: unknown name; no network and not cached; no diffusers folder; a pipeline of another family;
         missing, damaged or misfitting weights; a device that is not there.
     """
-    if empty:
+    if empty or WITHOUT_WEIGHTS.get():
         from align_cli.models.empty import empty_model
 
         return empty_model(settings)

@@ -107,7 +107,9 @@ class Counting(TorchDispatchMode):
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             backward = torch._C._current_autograd_node() is not None
-            self.count.flops[BACKWARD if backward else self.parts[-1]] += int(formula(*args, **kwargs, out_val=out))
+            self.count.flops[BACKWARD if backward else self.parts[-1]] += int(
+                formula(*args, **kwargs, out_val=out)
+            )
         for leaf in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(leaf, Tensor):
                 self.know(leaf)

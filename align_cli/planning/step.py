@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -16,11 +15,11 @@ from align_cli import config, registry
 from align_cli.errors import UserError
 from align_cli.methods.base import Batch, Method
 from align_cli.models.base import BaseModel
-from align_cli.models.empty import MODE, converting
+from align_cli.models.empty import MODE, without_weights
 from align_cli.planning.batch import planned_batch
 from align_cli.planning.counting import Counting, WithoutNumbers
 from align_cli.planning.model import planned_model
-from align_cli.planning.stand_ins import give_stand_ins
+from align_cli.planning.stand_ins import give_stand_ins, hold_more
 from align_cli.training.loop import Run
 from align_cli.training.signals import StopSignals
 
@@ -55,7 +54,7 @@ def plan_step(resolved: config.Resolved, *, as_gpu: bool) -> StepPlan:
     method_class = registry.load(registry.METHODS, resolved.method)
     settings = replace(resolved.train, num_threads=0, tracker="none")
     counting, uncounted = Counting(), list[str]()
-    with WithoutNumbers(as_gpu=as_gpu), converting():
+    with WithoutNumbers(as_gpu=as_gpu), without_weights():
         with MODE, counting:
             model = planned_model(resolved.model, counting, as_gpu=as_gpu)
             if model.family not in method_class.families:
@@ -68,6 +67,7 @@ def plan_step(resolved: config.Resolved, *, as_gpu: bool) -> StepPlan:
             method: Method = method_class(model, resolved.method_config, seed=settings.seed)
             uncounted += give_stand_ins(method, counting)
             method.check(settings)
+            hold_more(method, counting)
             batch, notes = planned_batch(resolved, model)
             uncounted += notes
         with counting:

@@ -238,9 +238,7 @@ class Run:
                 return done
         return max(start, s.steps)
 
-    def step(
-        self, step: int, stream: Iterator[Batch], signals: StopSignals
-    ) -> tuple[dict[str, float], bool]:
+    def step(self, step: int, stream: Iterator[Batch], signals: StopSignals) -> tuple[dict[str, float], bool]:
         """One optimiser step. Returns what the method reports, and whether any rank was asked to stop."""
         s = self.settings
         rate = lr_at(s, step)
