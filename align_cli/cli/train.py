@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_cli import config, registry
-from align_cli.cli import options
+from align_cli.cli import options, planned
 from align_cli.cli.text import columns, say_loading
 from align_cli.cli.train_data import check_data, lacking, open_data
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
@@ -105,8 +105,12 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every setting with its origin; touch nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print every setting with its origin, and the costs; touch nothing."),
     ] = False,
+    gpu: planned.GpuName = None,
+    mfu: planned.Mfu = None,
+    as_json: Annotated[bool, typer.Option("--json", help="--dry-run: print one JSON object.")] = False,
     guard: Annotated[
         list[str] | None,
         typer.Option(
@@ -131,6 +135,7 @@ def train(
 
     Settings come in layers: class defaults, preset, --config, --set, named flags. Resumed runs keep theirs.
     """
+    planned.check_options(dry_run, gpu, mfu, as_json)
     rewards, places = parse_weights(reward or []), parse_places(weights or [])
     watching = {name: place for name, place in places.items() if name in (guard or [])}
     places = {name: place for name, place in places.items() if name not in watching or name in rewards}
@@ -153,10 +158,12 @@ def train(
     if lack and not dry_run:
         raise UserError(lack)
     if dry_run:
-        typer.echo(describe(resolved))
-        typer.echo(f"\noutput folder: {folder}")
+        if not as_json:
+            typer.echo(describe(resolved))
+            typer.echo(f"\noutput folder: {folder}")
         if lack:
             typer.echo(f"note: {lack}", err=True)
+        planned.say_train(resolved, folder, gpu, mfu, as_json=as_json)
         return
     try:
         with stopped_at_once():

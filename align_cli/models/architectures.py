@@ -1,6 +1,6 @@
-"""The published architectures of the models that have an alias, as facts: what their config.json files say, as
-far as it differs from the defaults of diffusers and transformers. So shapes, sizes and costs of these models
-need no file. No torch.
+"""The published architectures of the models that have an alias, as facts: what their config.json files say,
+as far as it differs from the defaults of diffusers and transformers. So shapes, sizes and costs of these
+models need no file. No torch.
 
 Source: the models' repositories (`registry.MODELS`); tests hold their numbers of parameters.
 """

@@ -110,7 +110,7 @@ def faked(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def empty_module(cls: Any, config: dict[str, Any], dtype: torch.dtype, what: str) -> nn.Module:
-    """A module of that configuration with fake weights. UserError about `what` for a damaged configuration."""
+    """A module of that configuration with fake weights. UserError about `what` if it is damaged."""
     try:
         return faked(outline_of(cls, config), dtype)
     except LOAD_ERRORS as error:

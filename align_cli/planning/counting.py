@@ -1,15 +1,15 @@
-"""What a piece of work would cost, found by running it without numbers: bytes held at its fullest, and FLOPs.
+"""What work would cost, found by running it without numbers: bytes held at its fullest, and FLOPs.
 
-Weights and activations are fake tensors of torch: shapes, dtypes and lifetimes are real, values and memory are
-not. So the code that is counted is the code that runs. Small tensors that are made of random numbers or lists
-stay real, which keeps timesteps and counts what they are.
+Weights and activations are fake tensors of torch: shapes, dtypes and lifetimes are real, values and memory
+are not. So the code that is counted is the code that runs. Small tensors that are made of random numbers or
+lists stay real, which keeps timesteps and counts what they are.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +27,7 @@ aten = torch.ops.aten
 EMPTY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty)
 """What they give is waste where nothing is computed that fills it."""
 BACKWARD, OTHER = "backward", "other"
-"""Parts of the work: what the backward pass computes (with all that it computes again), and what no module does.
-"""
+"""Parts of the work: what the backward pass computes (also again), and what no module does."""
 
 
 @dataclass
@@ -101,6 +100,10 @@ class Counting(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _number(args[0].dtype)
+        if func is aten.nonzero.default:
+            return _certain(args[0]).nonzero()
+        if func is aten.index.Tensor:
+            args = (args[0], _numbered(args[1]))
         out = func(*args, **kwargs)
         if func._overloadpacket in EMPTY and not isinstance(out, FakeTensor):
             out.zero_()
@@ -118,6 +121,22 @@ class Counting(TorchDispatchMode):
                     if isinstance(inner, Tensor):
                         self.know(inner)
         return out
+
+
+def _certain(mask: Tensor) -> Tensor:
+    """A real mask: of a fake one, True everywhere."""
+    return torch.ones(mask.shape, dtype=torch.bool) if isinstance(mask, FakeTensor) else mask
+
+
+def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Masks among the indices as numbers, which fake tensors can be indexed with."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            found += _certain(index).nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found
 
 
 def _number(dtype: torch.dtype) -> bool | int | float:
@@ -139,7 +158,7 @@ FORMULAS: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""Operator -> FLOPs: torch's own table (two for a multiplication with its addition), and attention on a CPU."""
+"""Operator -> FLOPs: torch's own table (a multiply-add is two), and attention on a CPU."""
 
 
 class WithoutNumbers(TorchFunctionMode):

@@ -1,5 +1,5 @@
-"""A model without weights at work: its parts count apart, and repeated calls without gradient are counted once
-and added up.
+"""A model without weights at work: its parts count apart, and of calls without gradient that are alike only
+the first is run.
 """
 
 from __future__ import annotations

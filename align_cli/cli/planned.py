@@ -1,0 +1,192 @@
+"""What `--dry-run` says of costs: parameters, FLOPs, memory, hours, disk. No torch at import."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from align_cli import config
+from align_cli.cli.text import columns
+from align_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from align_cli.planning.gpus import Gpu
+    from align_cli.planning.step import StepPlan
+
+MFU = 0.35
+"""Share of a GPU's peak that a run is assumed to reach. Kernels of this project reach .2 to .5."""
+LEFT_OUT = (
+    "memory is what the allocator is asked for: not in it are the CUDA context (about 0.5 GB), workspaces of "
+    "cuDNN and cuBLAS, fragmentation, the drawing of grids and of the evaluation"
+)
+
+GpuName = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="NAME", help="--dry-run: plan for this GPU: A100-80GB, H100-SXM, T4, ..."),
+]
+Mfu = Annotated[
+    float | None,
+    typer.Option(
+        "--mfu", metavar="X", min=0.01, max=1, help=f"--dry-run: assumed share of its peak. Default: {MFU}."
+    ),
+]
+
+
+def check_options(dry_run: bool, gpu: str | None, mfu: float | None, as_json: bool = False) -> None:
+    """UserError for options that only say something about a plan."""
+    for flag, given in (("--gpu", gpu is not None), ("--mfu", mfu is not None), ("--json", as_json)):
+        if given and not dry_run:
+            raise UserError(f"{flag} is for --dry-run alone; give both, or leave it away")
+    if gpu is not None:
+        from align_cli.planning.gpus import gpu_named
+
+        gpu_named(gpu)
+
+
+def train_plan(
+    resolved: config.Resolved, folder: Path, gpu_name: str | None, mfu: float | None
+) -> dict[str, Any]:
+    """What a run would cost, as plain JSON."""
+    from align_cli.planning.disk import run_bytes
+    from align_cli.planning.gpus import gpu_named
+    from align_cli.planning.step import plan_step
+
+    gpu = None if gpu_name is None else gpu_named(gpu_name)
+    as_gpu = gpu is not None or not _on_cpu(resolved.model.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run says them
+        plan = plan_step(resolved, as_gpu=as_gpu)
+    side = resolved.sample.image_size or resolved.data.image_size
+    found: dict[str, Any] = {
+        "parameters": {"trained": plan.trained, "frozen": plan.frozen},
+        "step": {
+            "batch": resolved.train.batch_size * resolved.train.accumulation,
+            "flops": sum(plan.flops.values()),
+            "flops_by_part": plan.flops,
+        },
+        "memory": _memory(plan, as_gpu),
+        "disk": run_bytes(resolved, plan, side),
+        "output_folder": str(folder),
+        "not_counted": [*plan.uncounted, LEFT_OUT],
+    }
+    if gpu is not None:
+        kind = precision_of(resolved.train.precision, resolved.model.dtype)
+        flops = sum(plan.flops.values()) * resolved.train.steps
+        found["gpu"] = on_gpu(gpu, flops, kind, mfu or MFU, plan.peak)
+    return found
+
+
+def precision_of(precision: str, dtype: str) -> str:
+    """fp32, fp16 or bf16: that of most products, by autocast and the dtype of the weights."""
+    return precision if precision != "fp32" else {"float16": "fp16", "bfloat16": "bf16"}.get(dtype, "fp32")
+
+
+def on_gpu(gpu: Gpu, flops: float, precision: str, mfu: float, peak: int) -> dict[str, Any]:
+    """Hours and whether it fits."""
+    tflops = gpu.tflops(precision)
+    return {
+        "name": gpu.name,
+        "peak_tflops": tflops,
+        "precision": precision,
+        "assumed_mfu": mfu,
+        "hours": flops / (tflops * 1e12 * mfu) / 3600,
+        "memory": gpu.memory,
+        "fits": peak < gpu.memory,
+    }
+
+
+def _on_cpu(device: str) -> bool:
+    from align_cli.devices import pick_device
+
+    return device == "cpu" or (device == "auto" and pick_device(device).type == "cpu")
+
+
+def _memory(plan: StepPlan, as_gpu: bool) -> dict[str, Any]:
+    return {
+        "counted_as": "on a GPU" if as_gpu else "on a CPU",
+        "weights": plan.weights,
+        "gradients": plan.gradients,
+        "optimizer": plan.optimizer,
+        "activations_at_peak": plan.activations,
+        "peak": plan.peak,
+    }
+
+
+def train_text(found: Mapping[str, Any]) -> str:
+    """The same for people."""
+    parameters, step, memory = found["parameters"], found["step"], found["memory"]
+    rows = [("plan of one process with the whole batch", "")]
+    rows += [(f"  trained, group {name}", f"{n:,} parameters") for name, n in parameters["trained"].items()]
+    rows += [(f"  frozen, {name}", f"{n:,} parameters") for name, n in parameters["frozen"].items()]
+    rows += flops_rows(f"FLOPs per step of {step['batch']}", step["flops"], step["flops_by_part"])
+    rows += memory_rows(memory)
+    rows += gpu_rows(found.get("gpu"))
+    rows += disk_rows(found["disk"])
+    lines = [columns(rows), *(f"not counted: {text}" for text in found["not_counted"])]
+    return "\n".join(lines)
+
+
+def flops_rows(title: str, total: float, parts: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Total and parts."""
+    shares = ", ".join(f"{name} {flops_text(n)}" for name, n in parts.items() if n > total / 1000)
+    return [(f"  {title}", f"{flops_text(total)} ({shares})")]
+
+
+def memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Peak, then what it is made of."""
+    names = {
+        "weights": "weights, trained and frozen",
+        "gradients": "gradients",
+        "optimizer": "optimiser state",
+        "activations_at_peak": "activations and the rest at the peak",
+    }
+    parts = [(f"    {text}", size(memory[key])) for key, text in names.items() if key in memory]
+    return [(f"  memory at the peak, {memory['counted_as']}", size(memory["peak"])), *parts]
+
+
+def gpu_rows(gpu: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Hours, and whether it fits."""
+    if gpu is None:
+        return [("  hours", "name a GPU with --gpu")]
+    said = (
+        f"{gpu['hours']:.3g} (assumes {gpu['assumed_mfu']:.0%} of {gpu['peak_tflops']:g} TFLOPs in "
+        f"{gpu['precision']})"
+    )
+    fits = "fits" if gpu["fits"] else "WARNING: does not fit"
+    return [(f"  hours on one {gpu['name']}", said), ("  its memory", f"{size(gpu['memory'])}: {fits}")]
+
+
+def disk_rows(disk: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Total, then what it is made of."""
+    rows = [("  on disk", size(sum(disk.values())))]
+    return rows + [(f"    {name}", size(count)) for name, count in disk.items()]
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**28 else f"{count / 2**20:,.2f} MiB"
+
+
+def flops_text(count: float) -> str:
+    """1.2e12 -> "1.2 TFLOP"."""
+    for unit, one in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= one:
+            return f"{count / one:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"
+
+
+def say_train(
+    resolved: config.Resolved, folder: Path, gpu: str | None, mfu: float | None, *, as_json: bool
+) -> None:
+    """Print the plan of a run; with as_json one object with the settings and their origins in it."""
+    found = train_plan(resolved, folder, gpu, mfu)
+    if not as_json:
+        typer.echo("\n" + train_text(found))
+        return
+    settings = {key: {"value": value, "origin": origin} for key, value, origin in resolved.values()}
+    typer.echo(json.dumps({"method": resolved.method, "settings": settings, "plan": found}, indent=2))
