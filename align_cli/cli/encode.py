@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_cli import config
-from align_cli.cli import options
+from align_cli.cli import options, planned
 from align_cli.errors import UserError
 from align_cli.settings import one_of
 
@@ -122,8 +122,11 @@ def encode(
         typer.Option("--samples", metavar="N", min=0, help="--verify: items to encode again; 0: hash only."),
     ] = 8,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print how many bytes it would be; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print how many bytes it would be, and the costs; write nothing."),
     ] = False,
+    gpu: planned.GpuName = None,
+    mfu: planned.Mfu = None,
 ) -> None:
     """Encode a dataset once: latents and text, in files that 't2ialign train --cache FOLDER' reads.
 
@@ -135,6 +138,7 @@ def encode(
     from align_cli.cli import encode_work
     from align_cli.data.filling import check_folder
 
+    planned.check_options(dry_run, gpu, mfu)
     if overwrite and (resume or verify):
         raise UserError("--resume and --verify need the encodings that --overwrite removes; give one of them")
     again = resume or verify
@@ -164,7 +168,7 @@ def encode(
         )
     check_folder(folder, resume=resume, overwrite=overwrite)
     if dry_run:
-        encode_work.dry_run(request, folder)
+        encode_work.dry_run(request, folder, gpu, mfu)
         return
     encode_work.fill(request, folder, resume=resume, overwrite=overwrite, content=verify)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +14,19 @@ import typer
 from align_cli import config
 from align_cli.cli.text import columns
 from align_cli.errors import UserError
+from align_cli.rewards.spec import NO_GRADIENT
 
 if TYPE_CHECKING:
+    from align_cli.cli.drawing import Plan
+    from align_cli.cli.eval_plan import Asked, Decided
+    from align_cli.data.cache import Shapes
+    from align_cli.data.encoding import Request
+    from align_cli.planning.drawing import WorkPlan
     from align_cli.planning.gpus import Gpu
     from align_cli.planning.step import StepPlan
 
+PNG, RESULT_BYTES = 1.6, 1500
+"""Bytes per pixel of a PNG, and of a picture in results and report; about."""
 MFU = 0.35
 """Share of a GPU's peak that a run is assumed to reach. Kernels of this project reach .2 to .5."""
 LEFT_OUT = (
@@ -57,7 +66,7 @@ def train_plan(
     from align_cli.planning.step import plan_step
 
     gpu = None if gpu_name is None else gpu_named(gpu_name)
-    as_gpu = gpu is not None or not _on_cpu(resolved.model.device)
+    as_gpu = _as_gpu(resolved.model.device, gpu_name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run says them
         plan = plan_step(resolved, as_gpu=as_gpu)
@@ -190,3 +199,95 @@ def say_train(
         return
     settings = {key: {"value": value, "origin": origin} for key, value, origin in resolved.values()}
     typer.echo(json.dumps({"method": resolved.method, "settings": settings, "plan": found}, indent=2))
+
+
+def say_eval(asked: Asked, decided: Decided, gpu: str | None, mfu: float | None) -> None:
+    """Print what an evaluation would cost; nothing is loaded or written."""
+    plan = decided.plan
+    if plan is None:
+        raise UserError("--dry-run plans drawing, and --images gives pictures that are drawn already")
+    from align_cli.planning.drawing import plan_drawing
+
+    pictures = len(decided.prompts) * decided.per_prompt * len(decided.arms)
+    side = plan.sample.image_size
+    drawing = replace(plan.sample, batch_size=min(plan.sample.batch_size, pictures))
+    names = [choice.name for choice in decided.scorers if choice.name not in NO_GRADIENT]
+    work = plan_drawing(plan.model, drawing, names, plan.open_keys, as_gpu=_as_gpu(plan.model.device, gpu))
+    typer.echo(columns([("setting", "value", "origin"), *_sampling_rows(asked, plan)]))
+    rows = [("", ""), ("plan of one process", f"{pictures:,} pictures: {len(decided.prompts):,} prompts")]
+    rows[-1] = (rows[-1][0], f"{rows[-1][1]} x {decided.per_prompt} x {len(decided.arms)} arms")
+    disk = {
+        "pictures (about)": int(pictures * (side or work.side) ** 2 * PNG),
+        "results and report (about)": pictures * RESULT_BYTES,
+    }
+    _say_work(work, pictures, plan.model.dtype, disk, gpu, mfu, rows)
+    if plan.adapters:
+        typer.echo("not counted: what adapters add to a call")
+    typer.echo(f"output folder: {decided.folder}")
+
+
+def _sampling_rows(asked: Asked, plan: Plan) -> list[tuple[str, str, str]]:
+    rows = []
+    for field in fields(plan.sample):
+        origin = plan.origin or "default"
+        if asked.sample_flags.get(field.name) is not None:
+            origin = config.flag_name(f"sample.{field.name}") or f"--{field.name.replace('_', '-')}"
+        elif field.name in plan.open_keys:
+            origin = "the model"
+        rows.append((f"sample.{field.name}", json.dumps(getattr(plan.sample, field.name)), origin))
+    return rows
+
+
+def say_encode(
+    request: Request, shapes: Shapes, items: int, captions: int, gpu: str | None, mfu: float | None
+) -> None:
+    """Print what encoding, or drawing for a method, would cost beside its bytes."""
+    from align_cli.data.drawn import DrawRequest
+    from align_cli.planning.drawing import plan_drawing, plan_encoding
+
+    as_gpu = _as_gpu(request.model.device, gpu)
+    if isinstance(request, DrawRequest):
+        drawing = replace(request.sample, batch_size=request.batch_size, image_size=8 * shapes.latent[1])
+        open_keys = frozenset({"spacing"} if request.own_spacing else ())
+        work = plan_drawing(request.model, drawing, [], open_keys, as_gpu=as_gpu)
+    else:
+        text = request.layout != "captions"
+        work = plan_encoding(request.model, request.batch_size, shapes.latent, text=text, as_gpu=as_gpu)
+    rows = [("", ""), ("plan of one process", f"{items:,} pictures, {captions:,} captions")]
+    _say_work(work, items, request.model.dtype, {}, gpu, mfu, rows)
+
+
+def _as_gpu(device: str, gpu: str | None) -> bool:
+    return gpu is not None or not _on_cpu(device)
+
+
+def _say_work(
+    work: WorkPlan,
+    count: int,
+    dtype: str,
+    disk: Mapping[str, int],
+    gpu_name: str | None,
+    mfu: float | None,
+    rows: list[tuple[str, str]],
+) -> None:
+    from align_cli.planning.gpus import gpu_named
+
+    rows += [(f"  frozen, {name}", f"{n:,} parameters") for name, n in work.frozen.items()]
+    rows += flops_rows(f"FLOPs per batch of {work.batch}", sum(work.flops.values()), work.flops)
+    memory = {
+        "counted_as": "on a GPU" if work.as_gpu else "on a CPU",
+        "peak": work.peak,
+        "weights": work.weights,
+        "activations_at_peak": work.peak - work.weights,
+    }
+    rows += memory_rows(memory)
+    if gpu_name is not None:
+        total = sum(work.flops.values()) * -(-count // work.batch)
+        kind = precision_of("fp32", dtype)
+        rows += gpu_rows(on_gpu(gpu_named(gpu_name), total, kind, mfu or MFU, work.peak))
+    else:
+        rows += gpu_rows(None)
+    rows += disk_rows(disk) if disk else []
+    typer.echo(columns(rows))
+    for text in (*work.uncounted, LEFT_OUT):
+        typer.echo(f"not counted: {text}")

@@ -20,14 +20,18 @@ from align_cli.settings import ModelSettings
 DENOISER, TEXT, VAE, REWARD = "denoiser", "text encoders", "autoencoder", "rewards"
 
 
-def planned_model(settings: ModelSettings, counting: Counting, *, as_gpu: bool) -> BaseModel:
+def planned_model(
+    settings: ModelSettings, counting: Counting, *, as_gpu: bool, denoiser: bool = True
+) -> BaseModel:
     """The model with fake weights, those that are on the device held by `counting`.
 
     as_gpu: encoders that rest on the CPU do not count but while they work, those that work there not at all.
+    denoiser: whether it is there.
     """
     model = load_model(settings, empty=True)
     away = settings.encoder_device if as_gpu and settings.encoder_device in ("offload", "cpu") else ""
-    counting.hold(model.denoiser)
+    if denoiser:
+        counting.hold(model.denoiser)
     named(counting, DENOISER, model.denoiser)
     vae: Any = model.vae
     named(counting, VAE, vae.encoder, vae.decoder)
