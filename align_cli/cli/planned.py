@@ -63,9 +63,13 @@ def train_plan(
     """What a run would cost, as plain JSON."""
     from align_cli.planning.disk import run_bytes
     from align_cli.planning.gpus import gpu_named
-    from align_cli.planning.step import plan_step
 
     gpu = None if gpu_name is None else gpu_named(gpu_name)
+    kind = precision_of(resolved.train.precision, resolved.model.dtype)
+    if gpu is not None:
+        gpu.tflops(kind)
+    from align_cli.planning.step import plan_step
+
     as_gpu = _as_gpu(resolved.model.device, gpu_name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run says them
@@ -84,7 +88,6 @@ def train_plan(
         "not_counted": [*plan.uncounted, LEFT_OUT],
     }
     if gpu is not None:
-        kind = precision_of(resolved.train.precision, resolved.model.dtype)
         flops = sum(plan.flops.values()) * resolved.train.steps
         found["gpu"] = on_gpu(gpu, flops, kind, mfu or MFU, plan.peak)
     return found

@@ -33,7 +33,7 @@ from align_cli.models.sources import (
     TOKENIZERS,
     Source,
     find,
-    find_module,
+    find_config,
     read_json,
     with_config,
     with_tokenizer,
@@ -80,7 +80,7 @@ class NoTokenizer:
     ) -> Encoding:
         length = min(max_length or self.model_max_length, self.model_max_length)
         if isinstance(texts, str):
-            return Encoding(input_ids=[0] * length)  # type: ignore[arg-type]
+            return Encoding(input_ids=torch.zeros(length, dtype=torch.int64))
         ids = torch.zeros(len(texts), length, dtype=torch.int64)
         return Encoding(input_ids=ids, attention_mask=torch.ones_like(ids))
 
@@ -135,14 +135,15 @@ def empty_model(settings: ModelSettings) -> BaseModel:
     family = FAMILIES[kind]
     other = {family.denoiser: settings.unet, "vae": settings.vae}
     dtype = getattr(torch, settings.dtype)
+    told = {} if known is None else known.parts
     modules: dict[str, Any] = {}
     for part, cls in family.parts.items():
         if not wanted_part(part, source, settings):
             continue
         if part in TOKENIZERS:
-            modules[part] = _tokenizer(cls, source, part, known and known.parts[part])
+            modules[part] = _tokenizer(cls, source, part, told.get(part))
             continue
-        config = _config(source, part, known and known.parts[part], other.get(part, ""))
+        config = _config(source, part, told.get(part), other.get(part, ""))
         held = dtype if other.get(part) else part_dtype(kind, part, config, dtype)
         modules[part] = empty_module(cls, config, held, f"{part} of {source.label}")
     try:
@@ -159,9 +160,16 @@ def _tokenizer(cls: Any, source: Source, part: str, known: dict[str, Any] | None
 
 
 def _config(source: Source, part: str, known: dict[str, Any] | None, other: str) -> dict[str, Any]:
+    """Of a part from elsewhere (`other`) that is not on this machine: that of the pipeline's own, which it has
+    to be like anyhow.
+    """
     if other:
-        found, prefix = find_module(other, part, half=True, advice="name a local folder")
-        return read_json(found.folder / prefix / "config.json", found.label)
+        try:
+            found, prefix = find_config(other, part, advice="name a local folder")
+            return read_json(found.folder / prefix / "config.json", found.label)
+        except UserError:
+            if known is None or Path(other).is_absolute():
+                raise
     if known is not None:
         return known
     source = with_config(source, part)
@@ -174,7 +182,7 @@ def empty_encoder(kind: EncoderKind, name: str, dtype: torch.dtype) -> tuple[Any
     """
     packaged = ENCODERS.get(name)
     try:
-        source, prefix = find_module(name, kind.part, half=True, advice=kind.how)
+        source, prefix = find_config(name, kind.part, advice=kind.how)
         config = read_json(source.folder / prefix / "config.json", source.label)
         words = kind.words if prefix else ""
         tokenizer = load_tokenizer(
@@ -209,7 +217,7 @@ def without_weights() -> Iterator[None]:
         return self
 
     before, flag = nn.Module._apply, WITHOUT_WEIGHTS.set(True)
-    nn.Module._apply = apply  # type: ignore[assignment, method-assign]
+    nn.Module._apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:

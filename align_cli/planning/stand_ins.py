@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from align_cli.rewards.places import Place, place
 from align_cli.rewards.towers import LAYOUTS, clip_config, read_config
 from align_cli.rewards.weights import read_json
 
-FACTS = {"version": "", "source": "", "scale": "", "device": HOST}
+FACTS: dict[str, Any] = {"version": "", "source": "", "scale": "", "device": HOST}
 
 
 def stand_in_rewards(
@@ -95,7 +95,7 @@ def _aesthetic(request: Request) -> Reward:
         )
     return Aesthetic(
         tower=faked(tower, request.dtype),
-        head=faked(head, torch.float32),
+        head=cast("AestheticHead", faked(head, torch.float32)),
         way=WAYS.get(request.preprocessing, WAYS["official"]),
         name=request.name,
         dtype=request.dtype,
@@ -110,7 +110,8 @@ def _blip(request: Request) -> Reward:
         config = read_json(file, request.name)
     model: Any = empty_module(_Blip, config, request.dtype, request.name)
     tokens = int(model.config.text_config.max_position_embeddings)
-    return BlipCaption(model, NoTokenizer(min(tokens, CAPTION)), request)  # type: ignore[arg-type]
+    words: Any = NoTokenizer(min(tokens, CAPTION))
+    return BlipCaption(model, words, request)
 
 
 class _Blip(BlipForConditionalGeneration):
