@@ -43,12 +43,15 @@ def empty(*shape: int, grad: bool = False) -> torch.Tensor:
 def test_flops_and_bytes_of_a_linear_layer_by_hand():
     x, w = empty(8, 16, grad=True), empty(32, 16, grad=True)
     with Counting() as counting:
+        for tensor in (x, w):
+            counting.know(tensor)
+        weights = 4 * (8 * 16 + 32 * 16)
         y = F.linear(x, w)
-        assert counting.count.held == 4 * 8 * 32
+        assert counting.count.held == weights + 4 * 8 * 32
         y.sum().backward()
     assert counting.count.flops == {OTHER: 2 * 8 * 16 * 32, BACKWARD: 2 * 2 * 8 * 16 * 32}
-    assert counting.count.held == 4 * (8 * 32 + 8 * 16 + 32 * 16)  # y, and both gradients
-    del y, x, w
+    assert counting.count.held == weights + 4 * 8 * 32 + weights  # y, and both gradients
+    del tensor, y, x, w
     assert counting.count.held == 0
 
 

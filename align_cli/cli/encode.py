@@ -127,6 +127,7 @@ def encode(
     ] = False,
     gpu: planned.GpuName = None,
     mfu: planned.Mfu = None,
+    no_costs: planned.NoCosts = False,
 ) -> None:
     """Encode a dataset once: latents and text, in files that 't2ialign train --cache FOLDER' reads.
 
@@ -138,7 +139,7 @@ def encode(
     from align_cli.cli import encode_work
     from align_cli.data.filling import check_folder
 
-    planned.check_options(dry_run, gpu, mfu)
+    planned.check_options(dry_run, gpu, mfu, no_costs=no_costs)
     if overwrite and (resume or verify):
         raise UserError("--resume and --verify need the encodings that --overwrite removes; give one of them")
     again = resume or verify
@@ -168,7 +169,7 @@ def encode(
         )
     check_folder(folder, resume=resume, overwrite=overwrite)
     if dry_run:
-        encode_work.dry_run(request, folder, gpu, mfu)
+        encode_work.dry_run(request, folder, gpu, mfu, costs=not no_costs)
         return
     encode_work.fill(request, folder, resume=resume, overwrite=overwrite, content=verify)
 

@@ -84,7 +84,9 @@ def plan_text(work: Work, shapes: Shapes, index: Index, items: int) -> str:
     )
 
 
-def dry_run(request: Request, folder: Path, gpu: str | None, mfu: float | None) -> None:
+def dry_run(
+    request: Request, folder: Path, gpu: str | None, mfu: float | None, *, costs: bool = True
+) -> None:
     """Print it, and what the work costs; write nothing."""
     from align_cli.cli.planned import say_encode
     from align_cli.data.filling import free_bytes, size_text
@@ -93,7 +95,8 @@ def dry_run(request: Request, folder: Path, gpu: str | None, mfu: float | None) 
     shapes, index, items = work.outline()
     typer.echo(plan_text(work, shapes, index, items))
     typer.echo(f"output folder: {folder}, {size_text(free_bytes(folder))} free")
-    say_encode(request, shapes, items, len(index.captions), gpu, mfu)
+    if costs:
+        say_encode(request, shapes, items, len(index.captions), gpu, mfu)
 
 
 # ---------------------------------------------------------------- the work

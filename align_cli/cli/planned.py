@@ -45,12 +45,26 @@ Mfu = Annotated[
     ),
 ]
 
+NoCosts = Annotated[
+    bool,
+    typer.Option(
+        "--no-costs", help="--dry-run: leave out parameters, FLOPs, memory and hours, which take time."
+    ),
+]
 
-def check_options(dry_run: bool, gpu: str | None, mfu: float | None, as_json: bool = False) -> None:
+
+def check_options(
+    dry_run: bool, gpu: str | None, mfu: float | None, *, as_json: bool = False, no_costs: bool = False
+) -> None:
     """UserError for options that only say something about a plan."""
-    for flag, given in (("--gpu", gpu is not None), ("--mfu", mfu is not None), ("--json", as_json)):
+    costs = {"--gpu": gpu is not None, "--mfu": mfu is not None, "--json": as_json}
+    for flag, given in (costs | {"--no-costs": no_costs}).items():
         if given and not dry_run:
             raise UserError(f"{flag} is for --dry-run alone; give both, or leave it away")
+        if given and no_costs and flag in costs:
+            raise UserError(
+                f"{flag} says something of costs, and --no-costs leaves them out; give one of them"
+            )
     if gpu is not None:
         from align_cli.planning.gpus import gpu_named
 

@@ -110,6 +110,7 @@ def train(
     ] = False,
     gpu: planned.GpuName = None,
     mfu: planned.Mfu = None,
+    no_costs: planned.NoCosts = False,
     as_json: Annotated[bool, typer.Option("--json", help="--dry-run: print one JSON object.")] = False,
     guard: Annotated[
         list[str] | None,
@@ -135,7 +136,7 @@ def train(
 
     Settings come in layers: class defaults, preset, --config, --set, named flags. Resumed runs keep theirs.
     """
-    planned.check_options(dry_run, gpu, mfu, as_json)
+    planned.check_options(dry_run, gpu, mfu, as_json=as_json, no_costs=no_costs)
     rewards, places = parse_weights(reward or []), parse_places(weights or [])
     watching = {name: place for name, place in places.items() if name in (guard or [])}
     places = {name: place for name, place in places.items() if name not in watching or name in rewards}
@@ -163,7 +164,8 @@ def train(
             typer.echo(f"\noutput folder: {folder}")
         if lack:
             typer.echo(f"note: {lack}", err=True)
-        planned.say_train(resolved, folder, gpu, mfu, as_json=as_json)
+        if not no_costs:
+            planned.say_train(resolved, folder, gpu, mfu, as_json=as_json)
         return
     try:
         with stopped_at_once():

@@ -160,8 +160,8 @@ def _tokenizer(cls: Any, source: Source, part: str, known: dict[str, Any] | None
 
 
 def _config(source: Source, part: str, known: dict[str, Any] | None, other: str) -> dict[str, Any]:
-    """Of a part from elsewhere (`other`) that is not on this machine: that of the pipeline's own, which it has
-    to be like anyhow.
+    """Of a part from elsewhere (`other`) that is not on this machine: that of the pipeline's own, which it
+    has to be like anyhow.
     """
     if other:
         try:

@@ -61,6 +61,7 @@ class Counting(TorchDispatchMode):
         self.parts = [OTHER]
         self.away = False
         self._known: dict[int, weakref.ref[Any]] = {}
+        self._ignored: set[int] = set()
 
     def know(self, tensor: Tensor) -> None:
         """Count the storage of this tensor, if it does not count yet."""
@@ -68,7 +69,7 @@ class Counting(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or not size:
+        if key in self._known or key in self._ignored or not size:
             return
         count, known = self.count, self._known
 
@@ -84,6 +85,12 @@ class Counting(TorchDispatchMode):
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
                 self.know(tensor)
+
+    def ignore(self, *modules: nn.Module) -> None:
+        """Never count parameters and buffers of these modules, which live as long as the count."""
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._ignored.add(tensor.untyped_storage()._cdata)
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:

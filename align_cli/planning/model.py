@@ -39,6 +39,7 @@ def planned_model(
     if not away:
         counting.hold(model.vae, *model.encoders)
     else:
+        counting.ignore(model.vae, *model.encoders)
         changed: Any = model
         changed.at_work = _working(counting, away)
     _once(model, counting)
@@ -70,16 +71,15 @@ def _working(counting: Counting, away: str) -> Callable[..., Any]:
                 yield
             return
         coming = [module for module in modules if module not in here]
-        trained = [m for m in coming if any(p.requires_grad for p in m.parameters())]
-        size = sum(x.nbytes for m in coming if m not in trained for x in (*m.parameters(), *m.buffers()))
-        here.update(coming)
-        counting.hold(*trained)
+        frozen = [m for m in coming if not any(p.requires_grad for p in m.parameters())]
+        size = sum(x.nbytes for m in frozen for x in (*m.parameters(), *m.buffers()))
+        here.update(frozen)
         counting.count.change(size)
         try:
             yield
         finally:
             counting.count.change(-size)
-            here.difference_update(m for m in coming if m not in trained)
+            here.difference_update(frozen)
 
     return at_work
 
