@@ -210,7 +210,13 @@ def say_train(
     resolved: config.Resolved, folder: Path, gpu: str | None, mfu: float | None, *, as_json: bool
 ) -> None:
     """Print the plan of a run; with as_json one object with the settings and their origins in it."""
-    found = train_plan(resolved, folder, gpu, mfu)
+    try:
+        found = train_plan(resolved, folder, gpu, mfu)
+    except UserError as error:
+        if as_json or gpu is not None:  # asked for by name
+            raise
+        typer.echo(f"note: the costs cannot be counted: {error}", err=True)
+        return
     if not as_json:
         typer.echo("\n" + train_text(found))
         return

@@ -10,9 +10,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
 
 from align_cli import config, registry
-from align_cli.errors import UserError
+from align_cli.errors import UserError, first_line
 from align_cli.methods.base import Batch, Method
 from align_cli.models.base import BaseModel
 from align_cli.models.empty import MODE, without_weights
@@ -23,13 +28,15 @@ from align_cli.planning.stand_ins import give_stand_ins, hold_more
 from align_cli.training.loop import Run
 from align_cli.training.signals import StopSignals
 
+UNCOUNTABLE = (UnsupportedFakeTensorException, DynamicOutputShapeException, DataDependentOutputException)
+
 
 @dataclass(frozen=True)
 class StepPlan:
     """Of one process with the whole global batch. Bytes and FLOPs of one optimiser step.
 
     trained: group -> parameters. frozen: module -> parameters. weights: bytes of everything that is there
-    before the step and is no optimiser state. flops: by part. peak: 0 where the step could not be counted.
+    before the step and is no optimiser state. flops: by part, none where the step could not be counted.
     uncounted: what is not in it, in words.
     """
 
@@ -77,7 +84,10 @@ def plan_step(resolved: config.Resolved, *, as_gpu: bool) -> StepPlan:
             optimizer = counting.count.held - weights
             counting.count.peak = counting.count.held
             counting.count.flops.clear()
-            run.step(0, cast("Iterator[Batch]", repeat(batch)), StopSignals())
+            try:
+                run.step(0, cast("Iterator[Batch]", repeat(batch)), StopSignals())
+            except UNCOUNTABLE as error:
+                uncounted.insert(0, f"the step, which needs numbers that are not there: {first_line(error)}")
     groups = {name: sum(p.numel() for p in group) for name, group in run.groups.items()}
     return StepPlan(
         trained=groups,
