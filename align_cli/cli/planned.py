@@ -252,7 +252,7 @@ def say_eval(asked: Asked, decided: Decided, gpu: str | None, mfu: float | None)
 def _sampling_rows(asked: Asked, plan: Plan) -> list[tuple[str, str, str]]:
     rows = []
     for field in fields(plan.sample):
-        origin = plan.origin or "default"
+        origin = plan.origin.partition(", with ")[0] or "default"
         if asked.sample_flags.get(field.name) is not None:
             origin = config.flag_name(f"sample.{field.name}") or f"--{field.name.replace('_', '-')}"
         elif field.name in plan.open_keys:

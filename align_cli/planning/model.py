@@ -28,10 +28,10 @@ def planned_model(
     as_gpu: encoders that rest on the CPU do not count but while they work, those that work there not at all.
     denoiser: whether it is there.
     """
-    model = load_model(settings, empty=True)
+    with counting.elsewhere():
+        model = load_model(settings, empty=True)
     away = settings.encoder_device if as_gpu and settings.encoder_device in ("offload", "cpu") else ""
-    if denoiser:
-        counting.hold(model.denoiser)
+    (counting.hold if denoiser else counting.ignore)(model.denoiser)
     named(counting, DENOISER, model.denoiser)
     vae: Any = model.vae
     named(counting, VAE, vae.encoder, vae.decoder)
