@@ -52,7 +52,7 @@ def test_saved_adapters_hold_what_is_written(tiny_models, tiny_sd3_folder, tmp_p
         stray = [key for key in adapter.state if not any(fnmatchcase(key, p) for p in known)]
         assert not stray, stray[:3]
         raw = json.loads((folder / INFO).read_text())
-        kinds = {"number": int, "text": str, "object": dict}
+        kinds = {"number": (int, float), "text": str, "object": dict}
         for name, kind, _ in table("adapter.json"):
             assert isinstance(raw[name.strip("`")], kinds[kind])
 

@@ -140,5 +140,5 @@ def test_self_correction_needs_a_discriminator(tmp_path):
 @pytest.mark.parametrize("stage", ["probe", "tune"])
 @pytest.mark.parametrize("model", ["sd14", "sd21-base", "sdxl", "tiny-sd15", "tiny-sdxl"])
 def test_every_stage_has_its_preset(model, stage):
-    result = ok("train", "dpt", "--model", model, "--stage", stage, "--dry-run")
+    result = ok("train", "dpt", "--model", model, "--stage", stage, "--dry-run", "--no-costs")
     assert f"preset dpt/{model}-{stage}" in result.stdout

@@ -114,7 +114,7 @@ def test_encode_says_how_many_bytes_and_where(tmp_path, options):
 
 def test_what_is_promised_of_the_loss(tmp_path, options):
     def notes(*more: object) -> str:
-        return ok(*options, *more, "--dry-run", "--out", tmp_path / "c").stdout
+        return ok(*options, *more, "--dry-run", "--no-costs", "--out", tmp_path / "c").stdout
 
     promise = "the loss has the bits of encoding on the fly at the same batch size"
     assert f"{promise}\n" in notes()
@@ -183,19 +183,19 @@ def test_the_command_that_is_printed_trains(tmp_path, options):
 
 def test_dry_run_needs_no_weights_and_touches_nothing(tmp_path, coco, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = ok("--model", "sd3", "--data", "coco", "--data-path", coco, "--dry-run").stdout
+    text = ok("--model", "sd3", "--data", "coco", "--data-path", coco, "--dry-run", "--no-costs").stdout
     assert re.search(r"mean 16x64x64 float16, std 16x64x64 float16 +262,144 ", text)
     assert re.search(
         r"clip 77x2048 float16, t5 512x4096 float16, pooled 2048 float16 +4,513,792 +4 +1 +18.1 MB", text
     )
     assert "output folder: encodings/coco-sd3-512" in text
-    rendered = ok("--model", "sd15", "--data", "shapes", "--limit", 4, "--dry-run").stdout
+    rendered = ok("--model", "sd15", "--data", "shapes", "--limit", 4, "--dry-run", "--no-costs").stdout
     assert "mean 4x4x4 float16" in rendered, "the shapes world has its own size, whatever the preset says"
-    odd = ("--model", "sd3", "--data", "coco", "--data-path", coco, "--dry-run", "--image-size")
+    odd = ("--model", "sd3", "--data", "coco", "--data-path", coco, "--dry-run", "--no-costs", "--image-size")
     assert "--image-size must be a multiple of 16 pixels for sd3, got 520; try 512" in refused(*odd, 520)
     small = ok(
-        "--model", "sd3", "--data", "coco", "--data-path", coco, "--dry-run", "--posterior", "sample",
-        "--layout", "captions",
+        "--model", "sd3", "--data", "coco", "--data-path", coco, "--dry-run", "--no-costs",
+        "--posterior", "sample", "--layout", "captions",
     ).stdout  # fmt: skip
     assert re.search("sample 16x64x64 float16 +131,072 ", small) and "t5" not in small
     assert list(tmp_path.iterdir()) == []

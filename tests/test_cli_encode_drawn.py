@@ -84,24 +84,36 @@ def test_settings_that_are_not_said_are_the_official_ones(tmp_path, prompts):
     about = Cache.read(tmp_path / "c").about
     assert (about["sampler"], about["guidance"], about["image_size"]) == ("ddpm", 7.5, 32)
     assert (about["batch_size"], about["shard_items"], about["num_examples"]) == (8, 64, 2)
-    text = ok("encode", "--for", "comat", *given, "--dry-run").stdout
+    text = ok("encode", "--for", "comat", *given, "--dry-run", "--no-costs").stdout
     assert "tiny-sd15 for comat: ddpm, 50 steps" in text and "encodings/comat-prompts-tiny-sd15" in text
     flags = ("--guidance", 3, "--sampler", "ddim", "--set", "sample.eta=0.5")
     assert "comat: ddim, 50 steps, guidance 3\n" in ok(
-        "encode", "--for", "comat", *given, *flags, "--dry-run"
+        "encode", "--for", "comat", *given, *flags, "--dry-run", "--no-costs"
     ).stdout  # fmt: skip
 
 
 def test_a_list_is_drawn_whole_whatever_the_preset_says_of_its_own_data(tmp_path):
     path = tmp_path / "many.txt"
     path.write_text("a dog\n" * 5000)  # the preset of tiny-sd15 has 4,096 pictures of the shapes world
-    text = ok("encode", "--for", "comat", "--data", "prompts", "--data-path", path, "--dry-run").stdout
+    text = ok(
+        "encode", "--for", "comat", "--data", "prompts", "--data-path", path, "--dry-run", "--no-costs"
+    ).stdout
     assert re.search(r"float32 +1,024 +5,000 ", text)
 
 
 def test_dry_run_of_published_models_needs_no_files(tmp_path, prompts, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = ("encode", "--for", "comat", "--data", "prompts", "--data-path", prompts, "--dry-run")
+    given = (
+        "encode",
+        "--for",
+        "comat",
+        "--data",
+        "prompts",
+        "--data-path",
+        prompts,
+        "--dry-run",
+        "--no-costs",
+    )
     for model in ("sd15", "sdxl"):
         text = ok(*given, "--model", model).stdout
         assert re.search(r"sample 4x64x64 float32 +65,536 +5 ", text)

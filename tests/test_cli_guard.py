@@ -151,7 +151,7 @@ def test_real_hacking_is_cried_out(tmp_path, options, monkeypatch):
     # a second stage may train on something else, but what the first was trained on is not held out from it
     stage = [*options, *settings_of("textcraftor"), "--from", tmp_path / "run", "--guard", "bright"]
     with pytest.warns(UserWarning, match="bright is not held out, this run trains on tiny-clip, bright"):
-        ok(*stage, "--guard-every", "4", "--dry-run", method="textcraftor")
+        ok(*stage, "--guard-every", "4", "--dry-run", "--no-costs", method="textcraftor")
 
 
 class Brightness(Reward):
@@ -216,7 +216,7 @@ def test_user_errors_leave_nothing_behind(tmp_path, options):
     assert "none.txt" in error(*GUARD, "--set", f"guard.prompts={tmp_path / 'none.txt'}")
     text = error(*GUARD, "--keep", "best", method="textcraftor")
     assert "needs a held-out scorer, but this run trains on tiny-clip and guard.scorers is tiny-clip" in text
-    text = error("--dry-run", *GUARD, "--keep", "best", method="textcraftor")
+    text = error("--dry-run", "--no-costs", *GUARD, "--keep", "best", method="textcraftor")
     assert "needs a held-out scorer" in text
 
 
@@ -224,7 +224,9 @@ def test_user_errors_leave_nothing_behind(tmp_path, options):
 def test_a_scorer_that_is_trained_on_is_told_and_does_not_decide(tmp_path, options):
     own = [*options, *settings_of("textcraftor"), "--no-eval", "--steps", "2"]
     with pytest.raises(UserWarning, match="tiny-clip is not held out, this run trains on tiny-clip"):
-        CliRunner().invoke(app, ["train", "textcraftor", *own, *GUARD, "--dry-run"], catch_exceptions=False)
+        CliRunner().invoke(
+            app, ["train", "textcraftor", *own, *GUARD, "--dry-run", "--no-costs"], catch_exceptions=False
+        )
     more = [*own, *GUARD, "--guard", "shapes", "--keep", "best", "--out", tmp_path / "run"]
     with pytest.warns(UserWarning, match="not held out"):
         result = ok(*more, method="textcraftor")
@@ -235,7 +237,7 @@ def test_a_scorer_that_is_trained_on_is_told_and_does_not_decide(tmp_path, optio
 
 def test_settings_without_effect_are_warned_of(options):
     with pytest.warns(UserWarning, match=r"guard.scorers \(from --guard\) has no effect: guard.every is 0"):
-        ok(*options, "--guard", "tiny-clip", "--guard-every", "0", "--dry-run")
+        ok(*options, "--guard", "tiny-clip", "--guard-every", "0", "--dry-run", "--no-costs")
 
 
 # ------------------------------------------------------------------ stopping at the end

@@ -120,5 +120,5 @@ def test_wrong_input(args, words, tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", ["sd15", "tiny-sd15"])
 def test_every_stage_has_its_preset(model, stage):
     start = [] if stage == "align" else ["--from", "x"]
-    result = ok("train", "longalign", "--model", model, "--stage", stage, *start, "--dry-run")
+    result = ok("train", "longalign", "--model", model, "--stage", stage, *start, "--dry-run", "--no-costs")
     assert f"preset longalign/{model}-{stage}" in result.stdout

@@ -125,7 +125,7 @@ def test_wrong_input(args, words, tmp_path, monkeypatch):
 
 
 def test_the_preset_of_sd15_is_the_papers():
-    result = ok("train", "textcraftor", "--model", "sd15", "--dry-run")
+    result = ok("train", "textcraftor", "--model", "sd15", "--dry-run", "--no-costs")
     assert "preset textcraftor/sd15-paper" in result.stdout
     assert re.search(r'textcraftor.rewards +\{"clip-g14": 100.0, "aesthetic": 1.0', result.stdout)
     assert "textcraftor-text-sd15-seed42" in result.stdout

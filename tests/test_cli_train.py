@@ -289,7 +289,7 @@ def test_the_default_folder_names_the_run(tmp_path, options, monkeypatch, tiny_s
 
 def test_dry_run_prints_origins_and_touches_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = ok("--dry-run", "--lr", "0.5", "--set", "train.steps=7").stdout
+    text = ok("--dry-run", "--no-costs", "--lr", "0.5", "--set", "train.steps=7").stdout
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert "0.5" in rows["train.lr"] and "--lr" in rows["train.lr"]
     assert "7" in rows["train.steps"] and "--set" in rows["train.steps"]

@@ -240,7 +240,7 @@ def test_other_datasets_and_encodings_are_refused(tmp_path, telling):
     out = tmp_path / "run"
     assert "the coco dataset has no boxes" in refused(*telling, "--out", out, "--data", "coco")
     assert "unknown dataset 'shape'; did you mean 'shapes'" in refused(
-        *telling, "--dry-run", "--data", "shape"
+        *telling, "--dry-run", "--no-costs", "--data", "shape"
     )
     assert "encodings hold none: leave --cache" in refused(*telling, "--out", out, "--cache", tmp_path)
     plain = ["softrepa", *telling[2:], "--out", out]

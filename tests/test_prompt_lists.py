@@ -423,7 +423,9 @@ def test_help_names_the_datasets():
 
 
 def test_dry_run_reads_no_file(tmp_path):
-    text = call("train", "textcraftor", "--data", "prompts", "--data-path", "none.csv", "--dry-run")
+    text = call(
+        "train", "textcraftor", "--data", "prompts", "--data-path", "none.csv", "--dry-run", "--no-costs"
+    )
     assert text.exit_code == 0
     row = next(line for line in text.stdout.splitlines() if line.startswith("data.path"))
     assert '"none.csv"' in row and "--data-path" in row
@@ -453,7 +455,13 @@ def test_methods_that_need_pictures_say_so_at_once(tmp_path, no_model):
     path = write(tmp_path / "p.txt", "a\n")
     given = ("--data", "prompts", "--data-path", path, "--out", tmp_path / "out")
     said = "the prompts dataset has captions only; name another with --data (captions, coco, shapes)"
-    for more in ((), ("--dry-run",)):
+    for more in (
+        (),
+        (
+            "--dry-run",
+            "--no-costs",
+        ),
+    ):
         text = refused("train", "softrepa", *given, *more)
         assert "softrepa trains on pictures with captions" in text and said in text
         text = refused("encode", *given, *more)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_cli import config
-from align_cli.cli import options
+from align_cli.cli import options, planned
 from align_cli.cli.launching import launched_several
 from align_cli.errors import UserError
 from align_cli.launched import world_size
@@ -123,9 +123,13 @@ def encode(
         typer.Option("--samples", metavar="N", min=0, help="--verify: items to encode again; 0: hash only."),
     ] = 8,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print how many bytes it would be; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print how many bytes it would be, and the costs; write nothing."),
     ] = False,
     num_processes: options.NumProcesses = 1,
+    gpu: planned.GpuName = None,
+    mfu: planned.Mfu = None,
+    no_costs: planned.NoCosts = False,
 ) -> None:
     """Encode a dataset once: latents and text, in files that 't2ialign train --cache FOLDER' reads.
 
@@ -137,6 +141,7 @@ def encode(
     from align_cli.cli import encode_work
     from align_cli.data.filling import check_folder
 
+    planned.check_options(dry_run, gpu, mfu, no_costs=no_costs)
     if overwrite and (resume or verify):
         raise UserError("--resume and --verify need the encodings that --overwrite removes; give one of them")
     if verify and not resume and num_processes > 1:
@@ -170,7 +175,7 @@ def encode(
         )
     check_folder(folder, resume=resume, overwrite=overwrite)
     if dry_run:
-        encode_work.dry_run(request, folder)
+        encode_work.dry_run(request, folder, gpu, mfu, costs=not no_costs)
         return
     encode_work.fill(request, folder, resume=resume, overwrite=overwrite, content=verify)
 

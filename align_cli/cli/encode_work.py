@@ -84,13 +84,19 @@ def plan_text(work: Work, shapes: Shapes, index: Index, items: int) -> str:
     )
 
 
-def dry_run(request: Request, folder: Path) -> None:
-    """Print it; write nothing."""
+def dry_run(
+    request: Request, folder: Path, gpu: str | None, mfu: float | None, *, costs: bool = True
+) -> None:
+    """Print it, and what the work costs; write nothing."""
+    from align_cli.cli.planned import say_encode
     from align_cli.data.filling import free_bytes, size_text
 
     work = work_of(request)
-    typer.echo(plan_text(work, *work.outline()))
+    shapes, index, items = work.outline()
+    typer.echo(plan_text(work, shapes, index, items))
     typer.echo(f"output folder: {folder}, {size_text(free_bytes(folder))} free")
+    if costs:
+        say_encode(request, shapes, items, len(index.captions), gpu, mfu)
 
 
 # ---------------------------------------------------------------- the work

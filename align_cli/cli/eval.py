@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from align_cli import registry
-from align_cli.cli import options
+from align_cli.cli import options, planned
 from align_cli.cli.launching import launched_several
+from align_cli.errors import UserError
 from align_cli.settings import check_kinds, one_of
 
 
@@ -187,6 +188,12 @@ def evaluate(
         bool, typer.Option("--overwrite", help="Start afresh; files of other names are left alone.")
     ] = False,
     num_processes: options.NumProcesses = 1,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the sampling settings and the costs; draw and write nothing."),
+    ] = False,
+    gpu: planned.GpuName = None,
+    mfu: planned.Mfu = None,
 ) -> None:
     """Measure alignment: same prompts and noise for every model, mean differences with 95 % intervals.
 
@@ -197,7 +204,8 @@ def evaluate(
     """
     from align_cli.cli import eval_plan, eval_probe, eval_work
 
-    if launched_several(num_processes):
+    planned.check_options(dry_run, gpu, mfu)
+    if not dry_run and launched_several(num_processes):
         return
     if split is not None:
         one_of("--split", split, ("test", "val", "train"))
@@ -231,7 +239,13 @@ def evaluate(
         eval_all.evaluate(asked)
         return
     if benchmark == eval_probe.NAME:
+        if dry_run:
+            raise UserError("--dry-run plans evaluations that draw, and dpt-probe draws nothing")
         eval_probe.evaluate(asked, data, gallery)
         return
     eval_probe.refuse_elsewhere(benchmark, data, gallery)
-    eval_work.evaluate(asked, eval_plan.decide(asked))
+    decided = eval_plan.decide(asked)
+    if dry_run:
+        planned.say_eval(asked, decided, gpu, mfu)
+        return
+    eval_work.evaluate(asked, decided)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_cli import config, publishing, registry
-from align_cli.cli import options
+from align_cli.cli import options, planned
 from align_cli.cli.launching import launched_several
 from align_cli.cli.sharding import with_sharding
 from align_cli.cli.text import columns, say_loading
@@ -108,8 +108,13 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every setting with its origin; touch nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print every setting with its origin, and the costs; touch nothing."),
     ] = False,
+    gpu: planned.GpuName = None,
+    mfu: planned.Mfu = None,
+    no_costs: planned.NoCosts = False,
+    as_json: Annotated[bool, typer.Option("--json", help="--dry-run: print one JSON object.")] = False,
     guard: Annotated[
         list[str] | None,
         typer.Option(
@@ -143,6 +148,7 @@ def train(
 
     Settings come in layers: class defaults, preset, --config, --set, named flags. Resumed runs keep theirs.
     """
+    planned.check_options(dry_run, gpu, mfu, as_json=as_json, no_costs=no_costs)
     if not dry_run and launched_several(num_processes):
         return
     rewards, places = parse_weights(reward or []), parse_places(weights or [])
@@ -168,10 +174,13 @@ def train(
     if lack and not dry_run:
         raise UserError(lack)
     if dry_run:
-        typer.echo(describe(resolved))
-        typer.echo(f"\noutput folder: {folder}")
+        if not as_json:
+            typer.echo(describe(resolved))
+            typer.echo(f"\noutput folder: {folder}")
         if lack:
             typer.echo(f"note: {lack}", err=True)
+        if not no_costs:
+            planned.say_train(resolved, folder, gpu, mfu, as_json=as_json)
         return
     target = publishing.check(push_to_hub) if push_to_hub and publishing.is_pusher() else None
     try:

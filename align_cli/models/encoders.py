@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from align_cli.errors import UserError
-from align_cli.models.loading import load_tokenizer, load_weights, quiet
+from align_cli.models.loading import WITHOUT_WEIGHTS, load_tokenizer, load_weights, quiet
 from align_cli.models.sources import (
     TRANSFORMERS_STEM,
     Source,
@@ -48,6 +48,10 @@ def load_encoder(
     Raises:
         UserError: there is none, or it is damaged; says how to get one.
     """
+    if WITHOUT_WEIGHTS.get():
+        from align_cli.models.empty import empty_encoder
+
+        return empty_encoder(kind, source, dtype)
     what, how = kind.title, kind.how
     found, prefix, weight = find_weights(what, kind.model_type, kind.part, source, dtype=dtype, how=how)
     words = f"{kind.words}/" if prefix else ""

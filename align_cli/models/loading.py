@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,7 @@ from align_cli.devices import pick_device
 from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.errors import UserError, first_line
+from align_cli.models.architectures import SDXL as SDXL
 from align_cli.models.base import BaseModel
 from align_cli.models.frozen import FrozenModel
 from align_cli.models.sd3 import SD3Model
@@ -54,6 +56,9 @@ from align_cli.settings import ModelSettings
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 """What the libraries raise for damaged, absent or misfitting files."""
 
+WITHOUT_WEIGHTS: ContextVar[bool] = ContextVar("WITHOUT_WEIGHTS", default=False)
+"""Whether models and encoders get fake weights, to count with, in place of theirs; see `empty`."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -66,11 +71,11 @@ class Family:
     denoiser: str
     parts: dict[str, Any]
     process: Callable[[dict[str, Any]], Any]
-    build: Callable[[_Parts], FrozenModel]
+    build: Callable[[Parts], FrozenModel]
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """The loaded parts of one pipeline, by name, and all else that its model is made of."""
 
     modules: dict[str, Any]
@@ -84,17 +89,22 @@ class _Parts:
         return self.settings.unet or self.source.label
 
 
-def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseModel:
+def load_model(settings: ModelSettings, *, encoders_only: bool = False, empty: bool = False) -> BaseModel:
     """The frozen base model that `settings` names, in its dtype and on its devices.
 
     encoders_only: the denoiser is an outline without weights, which are neither read nor fetched; `predict`
     does not work then. (One that settings.unet names is read all the same.)
+    empty: no part has weights, only fake ones to count with (see `empty.empty_model`); needs no device.
     Every part goes straight to its own device. A setting that does nothing for this model, and a pipeline
     without T5, are warnings.
     Raises:
         UserError: unknown name; no network and not cached; no diffusers folder; a pipeline of another family;
         missing, damaged or misfitting weights; a device that is not there.
     """
+    if empty or WITHOUT_WEIGHTS.get():
+        from align_cli.models.empty import empty_model
+
+        return empty_model(settings)
     device = pick_device(settings.device)
     beside = _encoder_home(settings.encoder_device, device)
     source = find(settings.name)
@@ -106,7 +116,7 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
     except (ValueError, TypeError) as error:
         raise UserError(f"{source.label}/scheduler: {error}") from error
     other = {family.denoiser: settings.unet, "vae": settings.vae}
-    wanted = {p: c for p, c in family.parts.items() if not other.get(p) and _wanted(p, source, settings)}
+    wanted = {p: c for p, c in family.parts.items() if not other.get(p) and wanted_part(p, source, settings)}
     outline = family.denoiser if encoders_only and family.denoiser in wanted else ""
     half = settings.dtype != "float32"
     source = with_parts(source, [part for part in wanted if part != outline], half=half)
@@ -124,7 +134,7 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
                 modules[part] = (
                     load_tokenizer(cls, source, part)
                     if part in TOKENIZERS
-                    else load_part_of(cls, source, part, _part_dtype(kind, part, source, dtype))
+                    else _own_part(cls, source, part, kind, dtype)
                 )
     for part, module in modules.items():
         if part not in (*TOKENIZERS, outline):
@@ -134,15 +144,21 @@ def load_model(settings: ModelSettings, *, encoders_only: bool = False) -> BaseM
     if device.type == "cpu" and family.denoiser == "unet":
         # the layout of oneDNN's convolutions: 1.3x faster
         modules["unet"] = modules["unet"].to(memory_format=torch.channels_last)
-    model = family.build(_Parts(modules, process, settings, source))
-    model.denoiser_id = settings.unet
+    model = family.build(Parts(modules, process, settings, source))
     model.device = device  # an outline is nowhere
-    if settings.text == "segments":
-        model.reader = SegmentReader(model, length=settings.segment_length, splitter=settings.splitter)
+    finished(model, settings)
     if settings.encoder_device == "offload":
         if device.type == "cpu":
             warnings.warn("model.encoder_device offload has no effect: the model is on the CPU", stacklevel=2)
         model.offload_encoders()
+    return model
+
+
+def finished(model: FrozenModel, settings: ModelSettings) -> FrozenModel:
+    """The model with what settings say of it besides its modules."""
+    model.denoiser_id = settings.unet
+    if settings.text == "segments":
+        model.reader = SegmentReader(model, length=settings.segment_length, splitter=settings.splitter)
     return model
 
 
@@ -155,7 +171,7 @@ def pipeline_kind(source: Source) -> str:
     return kind
 
 
-def _wanted(part: str, source: Source, settings: ModelSettings) -> bool:
+def wanted_part(part: str, source: Source, settings: ModelSettings) -> bool:
     """Whether a part is to be loaded: all but the T5 that is not there, or that the user leaves out."""
     if part not in ("text_encoder_3", "tokenizer_3"):
         return True
@@ -248,13 +264,17 @@ def _other_module(cls: Any, part: str, name: str, dtype: torch.dtype) -> nn.Modu
     return load_weights(cls, source.folder / prefix, weight.rpartition("/")[2], dtype, f"{part} {name}")
 
 
-def _part_dtype(kind: str, part: str, source: Source, dtype: torch.dtype) -> torch.dtype:
+def _own_part(cls: Any, source: Source, part: str, kind: str, dtype: torch.dtype) -> nn.Module:
+    if part == "vae" and "vae/config.json" in source.files:
+        dtype = part_dtype(kind, part, read_json(source.folder / part / "config.json", source.label), dtype)
+    return load_part_of(cls, source, part, dtype)
+
+
+def part_dtype(kind: str, part: str, config: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
     """float32 for an autoencoder of SDXL that overflows in float16 (force_upcast), as in diffusers; else
-    `dtype`.
+    `dtype`. config: of the part.
     """
-    if kind != SDXL or part != "vae" or dtype != torch.float16 or "vae/config.json" not in source.files:
-        return dtype
-    upcast = read_json(source.folder / "vae" / "config.json", source.label).get("force_upcast", True)
+    upcast = kind == SDXL and part == "vae" and dtype == torch.float16 and config.get("force_upcast", True)
     return torch.float32 if upcast else dtype
 
 
@@ -274,7 +294,7 @@ def quiet() -> Iterator[None]:
 # ---------------------------------------------------------------- families
 
 
-def _unet_model(parts: _Parts) -> FrozenModel:
+def _unet_model(parts: Parts) -> FrozenModel:
     unet, vae, text = (parts.modules[name] for name in ("unet", "vae", "text_encoder"))
     if unet.config.addition_embed_type is not None:
         raise UserError(f"the UNet of {parts.label} is one of SDXL; it needs the rest of an SDXL pipeline")
@@ -290,7 +310,7 @@ def _unet_model(parts: _Parts) -> FrozenModel:
     )
 
 
-def _sdxl_model(parts: _Parts) -> FrozenModel:
+def _sdxl_model(parts: Parts) -> FrozenModel:
     names = ("unet", "vae", "text_encoder", "text_encoder_2")
     unet, vae, text, text_2 = (parts.modules[name] for name in names)
     config = unet.config
@@ -312,7 +332,7 @@ def _sdxl_model(parts: _Parts) -> FrozenModel:
     )
 
 
-def _sd3_model(parts: _Parts) -> FrozenModel:
+def _sd3_model(parts: Parts) -> FrozenModel:
     names = ("transformer", "vae", "text_encoder", "text_encoder_2")
     transformer, vae, text, text_2 = (parts.modules[name] for name in names)
     config, t5 = transformer.config, parts.modules.get("text_encoder_3")
@@ -361,7 +381,6 @@ def _check_channels(name: str, label: str, denoiser: Any, vae: Any) -> None:
         raise UserError(f"the autoencoder beside {label} scales its channels one by one; that is unsupported")
 
 
-SDXL = "StableDiffusionXLPipeline"
 DIFFUSERS_CLASSES = (AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel)
 
 _UNET_FAMILY = Family(

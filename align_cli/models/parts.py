@@ -10,6 +10,7 @@ from transformers import CLIPTextModel
 
 from align_cli import registry
 from align_cli.errors import UserError, first_line
+from align_cli.models.architectures import ARCHITECTURES, Config
 from align_cli.models.loading import (
     DIFFUSERS_CLASSES,
     FAMILIES,
@@ -23,35 +24,8 @@ from align_cli.models.loading import (
 from align_cli.models.sources import find, read_json, with_config, with_parts
 from align_cli.models.unet import unet_family
 
-CLIP_L = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "projection_dim": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 1,
-}
-"""text_encoder/config.json of SD1.x and SDXL: openai/clip-vit-large-patch14."""
-SD1_UNET = {"sample_size": 64, "cross_attention_dim": 768}
-"""unet/config.json of SD1.x, as far as it differs from the defaults of diffusers."""
-
 LEVEL = "text_model."
 """Prefix of the parameters of CLIPTextModel up to transformers 5.5, and in files that every version reads."""
-
-STABLE_DIFFUSION = "StableDiffusionPipeline"
-_SD1: dict[str, dict[str, Any]] = {"text_encoder": CLIP_L, "unet": SD1_UNET}
-KNOWN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "sd14": (STABLE_DIFFUSION, _SD1),
-    "sd15": (STABLE_DIFFUSION, _SD1),
-    "sdxl": (SDXL, {"text_encoder": CLIP_L}),
-}
-"""Alias -> class of the pipeline and configurations of its parts, so that outlines of these need no file."""
 
 
 def outline(model: str, part: str) -> nn.Module:
@@ -114,6 +88,8 @@ def is_diffusers(module: nn.Module) -> bool:
     return type(module) in DIFFUSERS_CLASSES
 
 
-def _known(model: str) -> tuple[str, dict[str, dict[str, Any]]]:
+def _known(model: str) -> tuple[str, dict[str, Config]]:
+    """Class of the pipeline and configurations of its parts, where they need no file."""
     where = registry.model_source(model)
-    return next((known for alias, known in KNOWN.items() if registry.MODELS[alias] == where), ("", {}))
+    alias = next((alias for alias in ARCHITECTURES if registry.MODELS[alias] == where), "")
+    return (ARCHITECTURES[alias].pipeline, ARCHITECTURES[alias].parts) if alias else ("", {})

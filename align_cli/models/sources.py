@@ -85,6 +85,15 @@ def find_module(name: str, part: str, *, half: bool, advice: str = "") -> tuple[
     return _with_module(source, "", stem_of(part), half), ""
 
 
+def find_config(name: str, part: str, *, advice: str = "") -> tuple[Source, str]:
+    """As `find_module`, but the configuration alone is fetched from a hub repository, no weights."""
+    source = _find(name, advice)
+    within = source.index or ("config.json" not in source.files and f"{part}/config.json" in source.files)
+    prefix = f"{part}/" if within else ""
+    _bring(source, f"{prefix}config.json")
+    return _listed(source), prefix
+
+
 def with_parts(source: Source, parts: Collection[str], *, half: bool) -> Source:
     """The source with the weights, configurations and tokenizers of `parts` there, fetched from the hub if
     need be: one set of weights per part. half: the fp16 files are enough.

@@ -145,14 +145,15 @@ def read_clip(place: Place, layout: str, files: tuple[str, ...] = WEIGHT_FILES) 
         UserError: no weights; unreadable files; a configuration of something else.
     """
     weights = place.weights(files)
-    config = _config(place, layout)
+    config = read_config(place, layout)
     state = read_tensors(weights, place.reward, place)
     if "token_embedding.weight" in state or "visual.conv1.weight" in state:
         state = from_open_clip(state)
     return config, {k: x for k, x in state.items() if not k.endswith(".position_ids")}
 
 
-def _config(place: Place, layout: str) -> CLIPConfig:
+def read_config(place: Place, layout: str) -> CLIPConfig:
+    """The configuration beside the weights, else the published one of `layout`. UserError for another's."""
     for name in ("config.json", "open_clip_config.json"):
         path = place.find(name)
         if path is None:

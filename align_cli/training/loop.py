@@ -94,12 +94,12 @@ def train(
             is full; what the dataset, the method or the guard says. The last good checkpoint is kept in every
             case.
     """
-    return _Run(
+    return Run(
         method, dataset, settings, out, config, origin or {}, config_text, num_workers, grid, guard, console
     ).run(resume=resume, overwrite=overwrite)
 
 
-class _Run:
+class Run:
     """State of one call of `train`."""
 
     def __init__(
@@ -219,7 +219,7 @@ class _Run:
         )
         for step in range(start, s.steps):
             began = time.perf_counter()
-            values, stop = self._step(step, stream, signals)
+            values, stop = self.step(step, stream, signals)
             self.meter.add(values)
             self.seconds += time.perf_counter() - began
             done = step + 1
@@ -238,9 +238,7 @@ class _Run:
                 return done
         return max(start, s.steps)
 
-    def _step(
-        self, step: int, stream: Iterator[Batch], signals: StopSignals
-    ) -> tuple[dict[str, float], bool]:
+    def step(self, step: int, stream: Iterator[Batch], signals: StopSignals) -> tuple[dict[str, float], bool]:
         """One optimiser step. Returns what the method reports, and whether any rank was asked to stop."""
         s = self.settings
         rate = lr_at(s, step)
