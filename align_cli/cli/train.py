@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import warnings
@@ -20,6 +21,7 @@ from align_cli.cli.text import columns, say_loading
 from align_cli.cli.train_data import check_data, lacking, open_data
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
+from align_cli.files import only_writer
 from align_cli.rewards.spec import parse_places, parse_weights
 from align_cli.settings import OWN_SPACING
 from align_cli.training import run_folder
@@ -103,6 +105,14 @@ def train(
             "--resume", help="Go on with the run in the folder; its settings need not be given again."
         ),
     ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            metavar="KEY",
+            help="--resume: this setting may differ from now on (data: the content of the data); repeatable.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every setting with its origin; touch nothing.")
@@ -147,6 +157,7 @@ def train(
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
     resolved.method_config.check_train(resolved.train)
+    _check_allowed(resolved, allow_change or [], resume=resume)
     check_data(resolved)
     check_guard(resolved)
     lack = lacking(resolved)
@@ -159,8 +170,8 @@ def train(
             typer.echo(f"note: {lack}", err=True)
         return
     try:
-        with stopped_at_once():
-            _run(resolved, folder, resume=resume, overwrite=overwrite)
+        with stopped_at_once(), only_writer(folder, main=os.environ.get("RANK", "0") == "0"):
+            _run(resolved, folder, allow_change or [], resume=resume, overwrite=overwrite)
     except (KeyboardInterrupt, Stopped) as stop:
         known = (folder / run_folder.RUN).exists()
         hint = f"; go on with: {run_folder.resume_command(method, folder)}" if known else ""
@@ -255,7 +266,16 @@ def describe(resolved: config.Resolved) -> str:
     return f"method: {resolved.method}\n\n{columns(rows)}"
 
 
-def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
+def _check_allowed(resolved: config.Resolved, allowed: list[str], *, resume: bool) -> None:
+    """UserError for a KEY of --allow-change that is no setting, and where nothing is resumed."""
+    if allowed and not resume:
+        raise UserError(f"{run_folder.ALLOW} is for a run that goes on: give --resume, too")
+    run_folder.check_allowed(allowed, run_folder.flat(resolved.to_dict()).keys())
+
+
+def _run(
+    resolved: config.Resolved, folder: Path, allowed: list[str], *, resume: bool, overwrite: bool
+) -> None:
     """Load, train, save, evaluate."""
     say_loading(resolved.model.name)
     dataset = open_data(resolved)
@@ -296,8 +316,9 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         folder,
         config=resolved.to_dict(),
         origin=resolved.origin,
-        config_text=resolved.to_toml(),
+        config_text=lambda origin: replace(resolved, origin=dict(origin)).to_toml(),
         resume=resume,
+        allow_change=allowed,
         overwrite=overwrite,
         num_workers=resolved.data.num_workers,
         grid=make_grid(model, method, dataset, resolved) if resolved.train.grid_every else None,
@@ -372,11 +393,12 @@ def _conclude(
     from align_cli.training.log import duration_text
 
     adapter = folder / run_folder.ADAPTER
+    changed = run_folder.changes_in(run_folder.read_run(folder), result.step)
     save_adapter(
         adapter,
         method,
         config=resolved.to_dict(),
-        origin=resolved.origin,
+        origin=resolved.origin | run_folder.origins(changed),
         step=result.kept_step,
         seed=resolved.train.seed,
         seconds=result.seconds + _seconds_before(resolved),
