@@ -1,4 +1,4 @@
-"""Faults for tests: real commands in processes that are killed, a small disk, a folder that cannot be written.
+"""Faults for tests: real commands in processes that are killed, a small disk, a read-only folder.
 
 `Warm` is a process that has imported everything and loaded nothing; it forks a child for every command. A
 child is a process of its own that runs the command from its first line to its last, and a SIGKILL is a
@@ -40,6 +40,7 @@ class Warm:
         self.process = subprocess.Popen(
             [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self.finished(0)  # it answers once it is warm
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -102,7 +103,7 @@ def _serve() -> None:
         request = json.loads(line)
         if "poll" in request:
             pid = request["poll"]
-            if pid not in codes:
+            if pid and pid not in codes:
                 found, status = os.waitpid(pid, os.WNOHANG)
                 if found:
                     codes[pid] = os.waitstatus_to_exitcode(status)

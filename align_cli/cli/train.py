@@ -394,7 +394,7 @@ def _conclude(
 
     adapter = folder / run_folder.ADAPTER
     changed = run_folder.changes_in(run_folder.read_run(folder), result.step)
-    save_adapter(
+    info = save_adapter(
         adapter,
         method,
         config=resolved.to_dict(),
@@ -425,7 +425,10 @@ def _conclude(
     if show is not None:
         numbers["evaluation"] = show[0]
     path = folder / run_folder.RESULT
-    with file_errors(f"cannot write {path}", f"the adapter is saved in {adapter}"):
+    if show is None:
+        numbers["evaluation"] = _earlier_evaluation(path, info.sha256)
+    advice = f"the adapter is saved in {adapter}; make room, then go on with --resume"
+    with file_errors(f"cannot write {path}", advice):
         write_text(path, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     if show is not None:
         show[1]()
@@ -441,6 +444,15 @@ def _conclude(
         typer.echo(f"picture: {folder / run_folder.PICTURE}")
         typer.echo(f"report: {folder / run_folder.EVALUATION / REPORT}")
     typer.echo(f"numbers: {path}")
+
+
+def _earlier_evaluation(path: Path, sha256: str) -> dict[str, Any] | None:
+    """The evaluation that result.json holds, if it is of an adapter with this hash."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["evaluation"]
+        return found if any(sha256 in arm["hashes"] for arm in found["arms"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _seconds_before(resolved: config.Resolved) -> float:

@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -220,6 +220,7 @@ class _Run:
         stream = batches(
             self.dataset, self._order(start), num_workers=self.num_workers, pin=self.device.type == "cuda"
         )
+        self._make_up_grid(start)
         for step in range(start, s.steps):
             began = time.perf_counter()
             values, stop = self._step(step, stream, signals)
@@ -249,7 +250,8 @@ class _Run:
         rate = lr_at(s, step)
         slices = Meter()
         for part in range(s.accumulation):
-            batch = next(stream).map(lambda x: x.to(self.device, non_blocking=True))
+            with self._told(step):
+                batch = next(stream).map(lambda x: x.to(self.device, non_blocking=True))
             seed = step_seed(s.seed, step, part)
             torch.manual_seed(seed)  # layers with randomness of their own (dropout) are resumable, too
             ctx = StepContext(
@@ -261,11 +263,8 @@ class _Run:
                 world_size=self.ranks.world_size,
                 loss_scale=self.scaler.get_scale() if self.scaler is not None else 1.0,
             )
-            try:
-                with self._autocast():
-                    slices.add(self.method.step(batch, ctx))
-            except UserError as error:  # a reward that is not finite, a picture that cannot be read
-                raise UserError(f"{error}; stopped at step {step + 1}, {self._last_good()}") from error
+            with self._told(step), self._autocast():
+                slices.add(self.method.step(batch, ctx))
         values = slices.means()
         reported = any(not math.isfinite(v) for k, v in values.items() if is_loss(k))
         flags = [float(reported or bool(self.bad_loss)), float(signals.received > 0)]
@@ -274,6 +273,16 @@ class _Run:
             raise self._not_finite("loss", step)
         values |= self._update(step, rate)
         return values, stop > 0
+
+    @contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """What goes wrong inside, a picture that cannot be read, a reward that is not finite, is told with
+        what is kept.
+        """
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{error}; stopped at step {step + 1}, {self._last_good()}") from error
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
         kinds = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -447,6 +456,17 @@ class _Run:
             folder.mkdir(exist_ok=True)
         with self._averaged():
             grid(step, folder / f"step-{step:08d}.png")
+
+    def _make_up_grid(self, start: int) -> None:
+        """Draw the grid that belongs to the checkpoint a run goes on from, if a kill prevented it."""
+
+        def work(grid: Grid) -> None:
+            if not (self.out / run_folder.GRIDS / f"step-{start:08d}.png").exists():
+                self._draw(grid, start)
+
+        every = self.settings.grid_every
+        if self.grid is not None and every and start and start % every == 0:
+            self.ranks.on_main(partial(work, self.grid))
 
     def _averaged(self) -> AbstractContextManager[None]:
         """Inside, the parameters are those that the run would give if it ended now."""
