@@ -10,13 +10,14 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 from cli_helpers import call, ok, refused
 from fault_helpers import SmallDisk, leftovers, read_only
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_helpers import make_coco, trace
 
-from align_cli.cli import train as train_command
+from align_cli import adapters
 from align_cli.training import checkpoint, log
 
 FULL = "the disk is full"
@@ -97,7 +98,7 @@ def pictures(folder: Path) -> dict[str, str]:
             "metrics.jsonl: {full}; make room, then go on with --resume",
         ),
         (
-            train_command, "guard_words", bool, 0, "",
+            adapters, "_write", bool, 0, "cannot write the adapter to {out}/adapter: {full}; make room",
         ),
     ],
     ids=["checkpoint", "metrics", "adapter"],
@@ -105,12 +106,7 @@ def pictures(folder: Path) -> dict[str, str]:
 def test_training_on_a_full_disk(disk, training, whole, monkeypatch, owner, name, when, room, words):
     out = disk.folder / "run"
     with monkeypatch.context() as patch:
-        if name == "guard_words":
-            from align_cli import adapters
-
-            at_call(patch, adapters, "_write", bool, disk.fill)
-            words = "cannot write the adapter to {out}/adapter: {full}; make room"
-        elif name == "append":  # a line is small: it fits into the page of the lines before it
+        if name == "append":  # a line is small: it fits into the page of the lines before it
 
             def stuff() -> None:
                 with (out / "metrics.jsonl").open("a") as file:
@@ -276,12 +272,11 @@ def test_exporting_to_a_full_disk(disk, tmp_path, tiny_sd15_folder, form):
 
 
 @pytest.mark.slow
-def test_importing_to_a_full_disk(disk, tiny_sd15_folder):
-    from align_cli.config import data_dir
-
-    release = next(iter(sorted(data_dir("tokens").rglob("*.pth"))))
+def test_importing_to_a_full_disk(disk, tmp_path, tiny_sd15_folder):
+    release = tmp_path / "tokens.safetensors"
+    save_file({"dc_tokens": torch.randn(2, 32)}, release)
     out = disk.folder / "out"
-    command = ["adapters", "import", "softrepa", release, "--out", out]
+    command = ["adapters", "import", "softrepa", tmp_path, "--model", tiny_sd15_folder, "--out", out]
     disk.fill()
     said = last_line(*command)
     assert f"cannot write the adapter to {out}: {disk.reason}; make room" in said

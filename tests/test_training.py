@@ -376,7 +376,7 @@ def test_checking_a_folder_leaves_no_trace(tmp_path):
     ("config", "dataset", "words"),
     [
         ({**CONFIG, "train": {"lr": 0.1, "steps": 12}}, None, "train.lr: 0.05 -> 0.1"),
-        (CONFIG, Points(24), "other data"),
+        (CONFIG, Points(24), "data \\(fingerprint of its content\\): .points-20. -> .points-24."),
     ],
 )
 def test_a_resumed_run_keeps_settings_and_data(tmp_path, config, dataset, words):

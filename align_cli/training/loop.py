@@ -408,7 +408,7 @@ class _Run:
         for name, group in self.groups.items():
             values = state["trainables"].get(name, [])
             if [v.shape for v in values] != [p.shape for p in group]:
-                why = f" with {', '.join(changed)} changed: leave {run_folder.ALLOW} away" if changed else ""
+                why = f" with {', '.join(changed)} changed: leave --allow-change away" if changed else ""
                 raise UserError(
                     f"checkpoint {found.path} does not fit the trained tensors of {self.method.name}{why}"
                 )

@@ -242,7 +242,7 @@ def check_same(
         pairs = "; ".join(f"{_word(key)}: {first!r} -> {then!r}" for key, first, then in refused)
         raise UserError(
             f"{out} was begun with other settings: {pairs}; a resumed run keeps its settings: give those it "
-            f"was begun with, start a new run with another --out, or let one differ with {ALLOW} "
+            f"was begun with, start a new run with another --out, or let one differ with --allow-change "
             f"{refused[0][0]}"
         )
     return found
