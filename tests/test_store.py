@@ -99,7 +99,7 @@ def test_folders_that_cannot_be_used(tmp_path):
 def test_differences_in_words():
     assert differences({"a": 1}, {"a": 1}) == []
     assert differences({"a": {"b": [1]}}, {"a": {"b": [2]}}) == ["a.b: [1] -> [2]"]
-    assert differences({"a": 1}, {"a": 1, "c": 2}) == "c: 'not set' -> 2"
+    assert differences({"a": 1}, {"a": 1, "c": 2}) == ["c: 'not set' -> 2"]
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
     store, items = Store(tmp_path / "e", ABOUT_RUN), make_items(prompt_set(1), 1, 0)
     begin(store)
-    monkeypatch.setattr("align_cli.pictures.os.replace", full)
+    monkeypatch.setattr("align_cli.pictures.Path.replace", full)
     with pytest.raises(UserError, match="00000.png: the disk is full"):
         store.save("base", items[0], np.zeros((8, 8, 3), np.uint8), {})
     assert store.missing("base", items) == [0]

@@ -234,8 +234,8 @@ def refuse_other_run(folder: Path, identity: Mapping[str, Any], *, whole: bool =
     if why := differences(saved if whole else _named(saved, now), now):
         raise UserError(
             f"{folder} holds another evaluation: {'; '.join(why)}; pictures of two settings are not mixed: "
-            f"give those it was begun with (its command is in {ABOUT}), choose another --out, or replace it "
-            "with --overwrite"
+            f"give those it was begun with (its command is in eval.json), choose another --out, or replace "
+            "it with --overwrite"
         )
 
 
