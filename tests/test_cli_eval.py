@@ -237,7 +237,7 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(tiny_sd15_folder, a
         (("--seed", 1), "seed: 0 -> 1"),
         (("--per-prompt", 2), "per_prompt: 1 -> 2"),
         (("--adapter", adapter), "sample.guidance: 7.0 -> 2.5"),
-        (("--arm", f"x={adapter}", "--guidance", 7, "--batch-size", 4), "arms.x is 'not set' there"),
+        (("--arm", f"x={adapter}", "--guidance", 7, "--batch-size", 4), "arms.x: 'not set' -> "),
     ):
         result = call(*args, *more, "--out", "e", "--resume")
         assert_one_line(result, "e holds another evaluation", part)
