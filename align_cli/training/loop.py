@@ -394,13 +394,13 @@ class _Run:
         start = 0 if found is None else found.step
         new = [run_folder.Change(start, *change) for change in changed]
         self.changes = run_folder.changes_in(saved, start) + new
-        for change in new:
-            self._say(f"{change.key} = {change.now!r}: {change.origin}")
         if found is None:
             self._say(f"{self.out} holds no whole checkpoint yet: starting at step 0")
-            return 0
-        self._restore(found, [change.key for change in new])
-        return found.step
+        else:
+            self._restore(found, [change.key for change in new])
+        for change in new:
+            self._say(f"{change.key} = {change.now!r}: {change.origin}")
+        return start
 
     def _restore(self, found: Checkpoint, changed: Sequence[str]) -> None:
         """Take over the state of a checkpoint; but for `changed` it is of the same settings."""
