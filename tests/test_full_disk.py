@@ -469,3 +469,16 @@ def test_a_broken_adapter(training, whole, tiny_sd15_folder, tmp_path):
     assert not (tmp_path / "x").exists()
     ok(*training, "--out", whole, "--no-eval", "--resume")
     assert path.read_bytes() == content
+
+
+@pytest.mark.slow
+def test_a_picture_that_no_memory_holds_is_one_line(tiny_sd15_folder, tmp_path):
+    sets = {
+        "comat.image_size": 1024000, "comat.lora_rank": 4, "comat.rewards": '{"tiny-blip" = 1.0}',
+        "comat.token_weight": 0, "comat.pixel_weight": 0, "comat.fidelity_weight": 0, "comat.steps": 2,
+        "comat.grad_steps": 1, "data.num_workers": 0, "data.num_examples": 8,
+    }  # fmt: skip
+    train = ["train", "comat", "--model", tiny_sd15_folder, "--preset", "none", "--steps", 1, "--no-eval"]
+    given = [*train, "--batch-size", 2, *(w for k, v in sets.items() for w in ("--set", f"{k}={v}"))]
+    said = last_line(*given, "--out", tmp_path / "run")
+    assert "not enough memory (" in said and "--batch-size" in said
