@@ -29,6 +29,7 @@ import align_cli
 from align_cli import config as configs
 from align_cli import index, registry
 from align_cli.errors import UserError
+from align_cli.files import clear_stale, file_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,15 +144,18 @@ def write_adapter(
     fresh = folder.parent / f".{folder.name}.new-{os.getpid()}"
     old = folder.parent / f".{folder.name}.old-{os.getpid()}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        _write(fresh / TENSORS, content)
-        _write(fresh / INFO, text.encode())
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+        with file_errors(
+            f"cannot write the adapter to {folder}",
+            "make room, then give the command again (train: with --resume)",
+        ):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            clear_stale(folder)
+            fresh.mkdir()
+            _write(fresh / TENSORS, content)
+            _write(fresh / INFO, text.encode())
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)

@@ -5,19 +5,17 @@ A picture here is an (H, W, 3) uint8 array; `to_uint8` makes them from what the 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from align_cli.files import file_errors
+from align_cli.files import file_errors, part_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -205,15 +203,11 @@ def write_png(image: Image.Image, path: Path, metadata: Mapping[str, object]) ->
         info.add_text(key, str(value))
     with file_errors(f"cannot write {path}", "make room, or choose another folder with --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            try:
+        part = part_path(path)
+        try:
+            with part.open("wb") as file:
                 image.save(file, format="PNG", pnginfo=info)
-                file.flush()
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise

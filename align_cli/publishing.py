@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -249,12 +247,6 @@ def push(path: Path | str, target: Target, *, public: bool = False, licence: str
     return str(commit.commit_url)
 
 
-def is_pusher() -> bool:
-    """Whether this process of a training is the one that uploads."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
 def _told(doing: str) -> Iterator[None]:
     """What the hub's client raises inside becomes a `UserError`."""
     from huggingface_hub.errors import HfHubHTTPError

@@ -159,7 +159,7 @@ def test_failure_leaves_the_old_adapter(model, folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(adapters, "_write", full)
-    with pytest.raises(UserError, match="cannot write the adapter to .*No space left"):
+    with pytest.raises(UserError, match="cannot write the adapter to .*: the disk is full; make room"):
         save_adapter(folder, method, resolved.to_dict(), resolved.origin)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in folder.parent.iterdir()] == ["adapter"]

@@ -131,7 +131,7 @@ def test_arms_of_a_file(adapter, tmp_path):
     assert not np.array_equal(np.asarray(first), np.asarray(second))
     assert_one_line(
         call(*args, "--vs", "half", "--per-prompt", 2, *QUICK, "--steps", 3, "--out", "e", "--resume"),
-        "sample.steps is 2 there and 3 here",
+        "sample.steps: 2 -> 3",
     )
 
 
@@ -233,11 +233,11 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(tiny_sd15_folder, a
     args = (words(tmp_path), "--model", tiny_sd15_folder, "--scorers", "tiny-clip", *QUICK)
     ok(*args, "--out", "e")
     for more, part in (
-        (("--steps", 3), "sample.steps is 2 there and 3 here"),
-        (("--seed", 1), "seed is 0 there and 1 here"),
-        (("--per-prompt", 2), "per_prompt is 1 there and 2 here"),
-        (("--adapter", adapter), "sample.guidance is 7.0 there and 2.5 here"),
-        (("--arm", f"x={adapter}", "--guidance", 7, "--batch-size", 4), "arms.x is 'not set' there"),
+        (("--steps", 3), "sample.steps: 2 -> 3"),
+        (("--seed", 1), "seed: 0 -> 1"),
+        (("--per-prompt", 2), "per_prompt: 1 -> 2"),
+        (("--adapter", adapter), "sample.guidance: 7.0 -> 2.5"),
+        (("--arm", f"x={adapter}", "--guidance", 7, "--batch-size", 4), "arms.x: 'not set' -> "),
     ):
         result = call(*args, *more, "--out", "e", "--resume")
         assert_one_line(result, "e holds another evaluation", part)
@@ -250,7 +250,7 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(tiny_sd15_folder, a
         assert_one_line(result, part)
         assert "loading" not in result.stderr
     (tmp_path / "words.csv").write_text("prompt\nanother\n")
-    assert_one_line(call(*args, "--out", "e", "--resume"), "benchmark.prompts is 5 there and 1 here")
+    assert_one_line(call(*args, "--out", "e", "--resume"), "benchmark.prompts: 5 -> 1")
 
 
 def test_given_pictures_of_another_size_in_the_shapes_world(tmp_path):

@@ -142,7 +142,7 @@ def test_train_and_resume(tiny_sd15_folder, tmp_path, method):
     ok(*one, "--text", "segments", "--steps", 2, "--out", out, "--resume")
     with pytest.warns(UserWarning, match="has no effect"):
         said = refused(*one, "--steps", 2, "--out", out, "--resume")
-    assert "was begun with model.text = 'segments', now it is 'plain'" in said
+    assert "was begun with other settings: model.text: 'segments' -> 'plain'" in said
     with pytest.warns(UserWarning, match="model.segment_length .* has no effect: model.text is plain"):
         ok(*one, "--dry-run", "--no-costs")
 
@@ -159,7 +159,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     now = {"method": "x", "model": {"name": "a", "text": "plain", "segment_length": 240}, "data": {}}
     run_folder.check_same(saved, now, "", "", tmp_path)
     now["model"]["text"] = "segments"
-    with pytest.raises(UserError, match="was begun with model.text = 'plain'"):
+    with pytest.raises(UserError, match="was begun with other settings: model.text: 'plain' -> "):
         run_folder.check_same(saved, now, "", "", tmp_path)
 
 

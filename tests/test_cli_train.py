@@ -122,6 +122,7 @@ def test_train_evaluates_and_says_where_things_are(tmp_path, options):
     assert result.stderr.startswith(f"loading {options[1]} ...\n")
     assert f"step {STEPS}/{STEPS}" in result.stderr
     again = ok(*options[:2], "--out", out, "--resume", "--no-eval")  # finished: saves the adapter anew
+    assert json.loads((out / "result.json").read_text())["evaluation"] == numbers["evaluation"]
     assert "adapter:" in again.stdout and "95 % CI" not in again.stdout
 
 
@@ -249,7 +250,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, options, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1)
         call(*options, "--out", out)
-    assert "train.lr = 0.001, now it is 0.5" in refused("--resume", "--out", out, "--lr", "0.5")
+    assert "train.lr: 0.001 -> 0.5; a resumed run" in refused("--resume", "--out", out, "--lr", "0.5")
     assert "a resumed run keeps its settings" in refused("--resume", "--out", out, *options, "--seed", "1")
     assert "already holds a run" in refused(*options, "--out", out)
     before = json.loads((out / "run.json").read_text())
@@ -276,7 +277,9 @@ def test_no_eval_is_kept_by_resume_and_one_pair_is_refused_before_anything_is_wr
 def test_a_cosine_run_cannot_be_lengthened(tmp_path, options):
     out, cosine = tmp_path / "run", ["--set", "train.lr_schedule=cosine"]
     ok(*options, *cosine, "--out", out, "--no-eval", "--steps", "1")
-    assert "was begun with train.steps = 1, now it is 3" in refused("--resume", "--out", out, "--steps", "3")
+    assert "was begun with other settings: train.steps: 1 -> 3" in refused(
+        "--resume", "--out", out, "--steps", "3"
+    )
 
 
 def test_the_default_folder_names_the_run(tmp_path, options, monkeypatch, tiny_sd15_folder):

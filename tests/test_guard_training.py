@@ -416,7 +416,7 @@ def test_a_run_of_a_version_without_guards_goes_on_with_one(tmp_path):
     train(LinearMap(hook=stop_at(4)), Points(), settings(), tmp_path, config=old)
     _, result = run(tmp_path, scripted(keep="best"), resume=True)
     assert result.step == 12 and result.kept_step == 6
-    with pytest.raises(UserError, match=r"guard.every = 3, now it is 4"):
+    with pytest.raises(UserError, match=r"guard.every: 3 -> 4"):
         run_folder.check_same(CONFIG, {**CONFIG, "guard": {"every": 4}}, "", "", tmp_path)
 
 

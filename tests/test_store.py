@@ -63,7 +63,7 @@ def test_a_changed_run_is_refused_with_the_reason(tmp_path):
     begin(Store(tmp_path / "e", ABOUT_RUN), resume=True)
     assert not torn.exists()
     changed = Store(tmp_path / "e", ABOUT_RUN | {"sample": {"steps": 4}})
-    with pytest.raises(UserError, match="sample.steps is 3 there and 4 here"):
+    with pytest.raises(UserError, match="sample.steps: 3 -> 4"):
         begin(changed, resume=True)
     with pytest.raises(UserError, match="go on with --resume"):
         begin(changed)
@@ -97,9 +97,9 @@ def test_folders_that_cannot_be_used(tmp_path):
 
 
 def test_differences_in_words():
-    assert differences({"a": 1}, {"a": 1}) == ""
-    assert differences({"a": {"b": [1]}}, {"a": {"b": [2]}}) == "a.b is [1] there and [2] here"
-    assert differences({"a": 1}, {"a": 1, "c": 2}) == "c is 'not set' there and 2 here"
+    assert differences({"a": 1}, {"a": 1}) == []
+    assert differences({"a": {"b": [1]}}, {"a": {"b": [2]}}) == ["a.b: [1] -> [2]"]
+    assert differences({"a": 1}, {"a": 1, "c": 2}) == ["c: 'not set' -> 2"]
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
     store, items = Store(tmp_path / "e", ABOUT_RUN), make_items(prompt_set(1), 1, 0)
     begin(store)
-    monkeypatch.setattr("align_cli.pictures.os.replace", full)
+    monkeypatch.setattr("align_cli.pictures.Path.replace", full)
     with pytest.raises(UserError, match="00000.png: the disk is full"):
         store.save("base", items[0], np.zeros((8, 8, 3), np.uint8), {})
     assert store.missing("base", items) == [0]

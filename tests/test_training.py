@@ -27,7 +27,9 @@ def run(out: Path, *, method=None, dataset=None, config=CONFIG, changes=None, **
     method = method or LinearMap()
     text = "# config\n"
     chosen = settings(**(changes or {}))
-    result = train(method, dataset or Points(), chosen, out, config=config, config_text=text, **options)
+    result = train(
+        method, dataset or Points(), chosen, out, config=config, config_text=lambda _origin: text, **options
+    )
     return method, result
 
 
@@ -373,8 +375,8 @@ def test_checking_a_folder_leaves_no_trace(tmp_path):
 @pytest.mark.parametrize(
     ("config", "dataset", "words"),
     [
-        ({**CONFIG, "train": {"lr": 0.1, "steps": 12}}, None, "train.lr = 0.05, now it is 0.1"),
-        (CONFIG, Points(24), "other data"),
+        ({**CONFIG, "train": {"lr": 0.1, "steps": 12}}, None, "train.lr: 0.05 -> 0.1"),
+        (CONFIG, Points(24), "data \\(fingerprint of its content\\): .points-20. -> .points-24."),
     ],
 )
 def test_a_resumed_run_keeps_settings_and_data(tmp_path, config, dataset, words):

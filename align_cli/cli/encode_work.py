@@ -178,7 +178,7 @@ def verify(folder: Path, request: Request, samples: int) -> None:
     if samples:
         encoder, about = work_of(request).prepare()
         if why := differences(cache.about, identity(about)):
-            raise UserError(f"the encodings in {folder} were made with {why[0]}")
+            raise UserError(f"the encodings in {folder} were made with {'; '.join(why)}")
         found = compare(cache, encoder, samples, list(problems))
         if found.identical == found.rows:
             typer.echo(f"encoded again: {found.rows} rows, all with the same bits")

@@ -25,6 +25,7 @@ from align_cli.cli.text import say_loading
 from align_cli.errors import UserError
 from align_cli.evaluation.arms import check_name
 from align_cli.evaluation.store import ABOUT, REPORT, RESULTS, Store, check_folder
+from align_cli.files import only_writer
 from align_cli.launched import world_size
 from align_cli.settings import DataSettings
 
@@ -76,6 +77,11 @@ def evaluate(asked: Asked, data: str | None, gallery: int | None) -> None:
     """
     _check_options(asked)
     decided = decide(asked, data, gallery)
+    with only_writer(decided.folder):
+        _evaluate(asked, decided)
+
+
+def _evaluate(asked: Asked, decided: Decided) -> None:
     say_loading(", ".join(dict.fromkeys(plan.model.name for plan in decided.plans.values())))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     store = Store(decided.folder, decided.identity)

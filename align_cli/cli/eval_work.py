@@ -18,6 +18,8 @@ from align_cli.cli.measuring import measure
 from align_cli.cli.text import say_loading
 from align_cli.evaluation import folders
 from align_cli.evaluation.store import GENEVAL, REPORT, RESULTS, Item, Store, identity, make_items
+from align_cli.files import only_writer
+from align_cli.launched import is_main
 
 if TYPE_CHECKING:
     from align_cli.evaluation.engine import Evaluation
@@ -50,7 +52,14 @@ def evaluate(asked: Asked, decided: Decided) -> None:
 
 
 def measured(asked: Asked, decided: Decided, finish: Finish) -> dict[str, Any]:
-    """The content of results.json, by the work of this process or shared with others."""
+    """The content of results.json, by the work of this process or shared with others. UserError if another
+    command writes to the folder.
+    """
+    with only_writer(decided.folder, main=is_main()):
+        return _measured(asked, decided, finish)
+
+
+def _measured(asked: Asked, decided: Decided, finish: Finish) -> dict[str, Any]:
     plan, prompts, arms = decided.plan, decided.prompts, decided.arms
     say_loading(plan.model.name if plan is not None else "the scorers")
     from align_cli.devices import pick_device

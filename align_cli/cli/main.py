@@ -14,8 +14,13 @@ from typer.core import TyperGroup
 import align_cli
 from align_cli import launched
 from align_cli.cli import doctor, edit, encode, eval, manage, sample, train
-from align_cli.errors import UserError
+from align_cli.errors import UserError, first_line
 
+LESS_MEMORY = (
+    "take less at once (--batch-size, --image-size), --dtype float16, or --encoder-device cpu; in training "
+    "also --set train.gradient_checkpointing=true; what is finished is kept, see docs/troubleshooting.md"
+)
+"""What a user may do."""
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """Typer's own usage error (unknown option, missing argument, ...), a class that Typer does not export."""
 
@@ -39,6 +44,10 @@ class OneLineErrors(TyperGroup):
                 return code
         except UserError as error:
             sys.exit(_fail(str(error)))
+        except (RuntimeError, MemoryError) as error:
+            if not _memory_lacks(error):
+                raise
+            sys.exit(_fail(f"not enough memory ({first_line(error).rstrip('.')}); {LESS_MEMORY}"))
         except _UsageError as error:
             sys.exit(_fail(_usage_text(error)))
         except typer.Abort:
@@ -95,6 +104,12 @@ def _fail(message: str, code: int = 2) -> int:
     if not launched.note_failure(line, code):
         typer.echo(line, err=True)
     return code
+
+
+def _memory_lacks(error: Exception) -> bool:
+    """Whether that is how torch, which has no class for it on a CPU, or numpy say that memory has run out."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _usage_text(error: Exception) -> str:

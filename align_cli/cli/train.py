@@ -22,6 +22,7 @@ from align_cli.cli.text import columns, say_loading
 from align_cli.cli.train_data import check_data, lacking, open_data
 from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
 from align_cli.errors import UserError
+from align_cli.files import only_writer
 from align_cli.launched import is_main, world_size
 from align_cli.rewards.spec import parse_places, parse_weights
 from align_cli.settings import OWN_SPACING
@@ -106,6 +107,14 @@ def train(
             "--resume", help="Go on with the run in the folder; its settings need not be given again."
         ),
     ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            metavar="KEY",
+            help="--resume: this setting may differ from now on (data: the content of the data); repeatable.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: Annotated[
         bool,
@@ -167,6 +176,7 @@ def train(
     layers = _Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
     resolved.method_config.check_train(resolved.train)
+    _check_allowed(resolved, allow_change or [], resume=resume)
     check_data(resolved)
     check_guard(resolved)
     resolved = with_sharding(resolved)
@@ -182,10 +192,10 @@ def train(
         if not no_costs:
             planned.say_train(resolved, folder, gpu, mfu, as_json=as_json)
         return
-    target = publishing.check(push_to_hub) if push_to_hub and publishing.is_pusher() else None
+    target = publishing.check(push_to_hub) if push_to_hub and is_main() else None
     try:
-        with stopped_at_once():
-            _run(resolved, folder, resume=resume, overwrite=overwrite)
+        with stopped_at_once(), only_writer(folder, main=is_main()):
+            _run(resolved, folder, allow_change or [], resume=resume, overwrite=overwrite)
             if target is not None:
                 _push(folder, target)
     except (KeyboardInterrupt, Stopped) as stop:
@@ -282,7 +292,16 @@ def describe(resolved: config.Resolved) -> str:
     return f"method: {resolved.method}\n\n{columns(rows)}"
 
 
-def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bool) -> None:
+def _check_allowed(resolved: config.Resolved, allowed: list[str], *, resume: bool) -> None:
+    """UserError for a KEY of --allow-change that is no setting, and where nothing is resumed."""
+    if allowed and not resume:
+        raise UserError(f"{run_folder.ALLOW} is for a run that goes on: give --resume, too")
+    run_folder.check_allowed(allowed, run_folder.flat(resolved.to_dict()).keys())
+
+
+def _run(
+    resolved: config.Resolved, folder: Path, allowed: list[str], *, resume: bool, overwrite: bool
+) -> None:
     """Load, train, save, evaluate."""
     say_loading(resolved.model.name)
     dataset = open_data(resolved)
@@ -329,8 +348,9 @@ def _run(resolved: config.Resolved, folder: Path, *, resume: bool, overwrite: bo
         folder,
         config=resolved.to_dict(),
         origin=resolved.origin,
-        config_text=resolved.to_toml(),
+        config_text=lambda origin: replace(resolved, origin=dict(origin)).to_toml(),
         resume=resume,
+        allow_change=allowed,
         overwrite=overwrite,
         num_workers=resolved.data.num_workers,
         grid=make_grid(model, method, dataset, resolved) if resolved.train.grid_every else None,
@@ -420,11 +440,12 @@ def _conclude(
     from align_cli.training.log import duration_text
 
     adapter = folder / run_folder.ADAPTER
-    save_adapter(
+    changed = run_folder.changes_in(run_folder.read_run(folder), result.step)
+    info = save_adapter(
         adapter,
         method,
         config=resolved.to_dict(),
-        origin=resolved.origin,
+        origin=resolved.origin | run_folder.origins(changed),
         step=result.kept_step,
         seed=resolved.train.seed,
         seconds=result.seconds + _seconds_before(resolved),
@@ -451,7 +472,10 @@ def _conclude(
     if show is not None:
         numbers["evaluation"] = show[0]
     path = folder / run_folder.RESULT
-    with file_errors(f"cannot write {path}", f"the adapter is saved in {adapter}"):
+    if show is None:
+        numbers["evaluation"] = _earlier_evaluation(path, info.sha256)
+    advice = f"the adapter is saved in {adapter}; make room, then go on with --resume"
+    with file_errors(f"cannot write {path}", advice):
         write_text(path, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     if show is not None:
         show[1]()
@@ -467,6 +491,15 @@ def _conclude(
         typer.echo(f"picture: {folder / run_folder.PICTURE}")
         typer.echo(f"report: {folder / run_folder.EVALUATION / REPORT}")
     typer.echo(f"numbers: {path}")
+
+
+def _earlier_evaluation(path: Path, sha256: str) -> dict[str, Any] | None:
+    """The evaluation that result.json holds, if it is of an adapter with this hash."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["evaluation"]
+        return found if any(sha256 in arm["hashes"] for arm in found["arms"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _seconds_before(resolved: config.Resolved) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from align_cli import config, registry
+from align_cli.adapters import read_adapter
 from align_cli.cli.text import say_reading
 from align_cli.errors import UserError
 from align_cli.launched import is_main
@@ -17,9 +19,14 @@ if TYPE_CHECKING:
 
 def check_data(resolved: config.Resolved) -> None:
     """UserError for an unknown dataset, for captions alone where the method needs pictures, and for encodings
-    where it needs false pictures, too.
+    where it needs false pictures, too; for places that are not there.
     """
     _table(resolved)
+    for key, place in (("data.path", resolved.data.path), ("data.cache", resolved.data.cache)):
+        if place and not Path(place).expanduser().exists():
+            raise UserError(f"{config.flag_name(key)} {place} ({key}) does not exist")
+    if start := str(getattr(resolved.method_config, "from_adapter", "")):
+        read_adapter(start)
     if resolved.method_config.grounded and resolved.data.cache:
         raise UserError(
             f"{resolved.method} learns from false pictures and captions, too, and encodings hold none: leave "

@@ -111,6 +111,10 @@ def read_rgb(path: Path) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError(f"{path} is no image that can be read; replace or remove it") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk, not of the picture
+            raise UserError(
+                f"image {path} cannot be read ({error.strerror}); is the disk with the data still there?"
+            ) from error
         raise UserError(f"image {path} is broken: {error}; fetch it again or remove it") from error
 
 

@@ -168,8 +168,9 @@ class Filling:
         found = Cache.read(self.folder)
         if why := differences(found.about, identity(self.cache.about)):
             raise UserError(
-                f"{self.folder} holds other encodings: they were made with {why[0]}; choose another --out, "
-                "or replace them with --overwrite"
+                f"{self.folder} holds other encodings: they were made with {'; '.join(why)}; encodings of "
+                "two settings are not mixed: give those of the folder, choose another --out, or replace them "
+                "with --overwrite"
             )
         self.cache = found
         if not self.others:

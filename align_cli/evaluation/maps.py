@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from align_cli.files import file_errors, part_path
+from align_cli.files import file_errors, write_bytes
 
 
 def relative(maps: np.ndarray) -> np.ndarray:
@@ -27,8 +27,7 @@ def write_maps(path: Path, maps: np.ndarray, facts: Mapping[str, str]) -> None:
     content = save({"maps": np.ascontiguousarray(maps)}, metadata=dict(facts))
     with file_errors(f"cannot write {path}", "make room, then go on with --resume"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part_path(path).write_bytes(content)
-        part_path(path).replace(path)
+        write_bytes(path, content)
 
 
 def read_maps(path: Path) -> tuple[dict[str, str], np.ndarray]:

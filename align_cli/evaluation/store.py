@@ -31,7 +31,7 @@ import align_cli
 from align_cli.errors import UserError
 from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.prompts import PromptRow, PromptSet
-from align_cli.files import blocking, file_errors, part_path, write_text
+from align_cli.files import LOCK, blocking, clear_parts, file_errors, part_path, write_text
 from align_cli.pictures import read_metadata, save_png
 from align_cli.settings import ModelSettings, SampleSettings
 
@@ -44,6 +44,7 @@ RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
 GENEVAL, PROTOCOL = "geneval", "protocol"
 OURS = (ABOUT, IMAGES, SCORES, ATTENTION, RESULTS, TABLE, REPORT, GENEVAL, PROTOCOL)
 """Everything an evaluation writes; --overwrite removes these names and nothing else."""
+UNSET = "not set"
 PICTURE_ERRORS = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What a damaged picture raises."""
 READERS = 4
@@ -134,9 +135,7 @@ class Store:
                 _remove(self.folder)
             if resume:
                 refuse_other_run(self.folder, self.identity, whole=True)
-                for place in (IMAGES, SCORES, ATTENTION):  # what a killed process was about to write
-                    for part in (self.folder / place).rglob(".*.part"):
-                        part.unlink()
+                clear_parts(self.folder)
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {
@@ -228,13 +227,15 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def refuse_other_run(folder: Path, identity: Mapping[str, Any], *, whole: bool = False) -> None:
-    """UserError with the first place where the evaluation in `folder` is another one. whole: `identity` is
-    all that fixes the run; else what it does not name is passed over.
+    """UserError with all places where the evaluation in `folder` is another one. whole: `identity` is all
+    that fixes the run; else what it does not name is passed over.
     """
     saved, now = read_about(folder)["identity"], json.loads(json.dumps(identity))
     if why := differences(saved if whole else _named(saved, now), now):
         raise UserError(
-            f"{folder} holds another evaluation: {why}; choose another --out, or replace it with --overwrite"
+            f"{folder} holds another evaluation: {'; '.join(why)}; pictures of two settings are not mixed: "
+            f"give those it was begun with (its command is in eval.json), choose another --out, or replace "
+            "it with --overwrite"
         )
 
 
@@ -271,7 +272,7 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"{folder} already holds an evaluation; go on with --resume, replace it with --overwrite, or "
             "choose another folder with --out"
         )
-    if names - {part_path(Path(ABOUT)).name}:
+    if names - {part_path(Path(ABOUT)).name, LOCK}:
         raise UserError(
             f"{folder} is not empty and holds no evaluation; choose another folder with --out, or give "
             "--overwrite, which leaves files of other names alone"
@@ -287,14 +288,15 @@ def _remove(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def differences(saved: Any, now: Any, where: str = "") -> str:
-    """In words, the first place where two runs differ; "" if they do not."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in [*saved, *(k for k in now if k not in saved)]:
-            inside = f"{where}.{key}" if where else str(key)
-            if key not in now or key not in saved:
-                return f"{inside} is {saved.get(key, 'not set')!r} there and {now.get(key, 'not set')!r} here"
-            if found := differences(saved[key], now[key], inside):
-                return found
-        return ""
-    return "" if saved == now else f"{where} is {saved!r} there and {now!r} here"
+def differences(saved: Any, now: Any, where: str = "") -> list[str]:
+    """In words, all places where two runs differ: "seed: 0 -> 1"."""
+    if not (isinstance(saved, dict) and isinstance(now, dict)):
+        return [] if saved == now else [f"{where}: {saved!r} -> {now!r}"]
+    found = []
+    for key in [*saved, *(k for k in now if k not in saved)]:
+        inside = f"{where}.{key}" if where else str(key)
+        if key in now and key in saved:
+            found += differences(saved[key], now[key], inside)
+        else:
+            found.append(f"{inside}: {saved.get(key, UNSET)!r} -> {now.get(key, UNSET)!r}")
+    return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 import torch
@@ -137,7 +139,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # the last: torch's zip writer
-        raise UserError(f"cannot write {path.name}: {first_line(error)}") from error
+        full = any(os.strerror(number) in str(error) for number in (ENOSPC, EDQUOT))
+        reason = "the disk is full; make room, then give the command again" if full else first_line(error)
+        raise UserError(f"cannot write {path.name}: {reason}") from error
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from align_cli.data.base import Dataset
 from align_cli.errors import UserError
-from align_cli.files import file_errors, write_text
+from align_cli.files import clear_parts, file_errors, write_text
 from align_cli.methods.base import Batch, Method, StepContext
 from align_cli.settings import TrainSettings
 from align_cli.training import run_folder
-from align_cli.training.checkpoint import clean, load_newest, save_checkpoint
+from align_cli.training.checkpoint import Checkpoint, clean, load_newest, save_checkpoint
 from align_cli.training.distributed import Ranks
 from align_cli.training.ema import Ema
 from align_cli.training.guard import Guard, Guarded, Keeper
@@ -72,8 +72,9 @@ def train(
     *,
     config: Mapping[str, Any],
     origin: Mapping[str, str] | None = None,
-    config_text: str = "",
+    config_text: Callable[[Mapping[str, str]], str] | None = None,
     resume: bool = False,
+    allow_change: Sequence[str] = (),
     overwrite: bool = False,
     num_workers: int = 0,
     grid: Grid | None = None,
@@ -84,8 +85,9 @@ def train(
 
     Args:
         config, origin: the resolved configuration as plain dicts; kept in run.json and compared on resume.
-        config_text: the same as TOML, kept in config.toml.
+        config_text: origins -> the same as TOML, kept in config.toml.
         resume: go on from the newest whole checkpoint in `out`; the trace is that of a run never stopped.
+        allow_change: settings that may differ from those it was begun with, see run_folder.check_same.
         overwrite: remove the run that `out` holds.
         num_workers: loader processes. grid: drawn every train.grid_every steps. guard: measures while it
         trains. console: None is silent.
@@ -96,7 +98,7 @@ def train(
     """
     return Run(
         method, dataset, settings, out, config, origin or {}, config_text, num_workers, grid, guard, console
-    ).run(resume=resume, overwrite=overwrite)
+    ).run(resume=resume, allow_change=allow_change, overwrite=overwrite)
 
 
 class Run:
@@ -110,7 +112,7 @@ class Run:
         out: Path,
         config: Mapping[str, Any],
         origin: Mapping[str, str],
-        config_text: str,
+        config_text: Callable[[Mapping[str, str]], str] | None,
         num_workers: int,
         grid: Grid | None,
         guard: Guard | None,
@@ -118,6 +120,7 @@ class Run:
     ) -> None:
         self.method, self.dataset, self.settings, self.out = method, dataset, settings, out
         self.config, self.origin, self.config_text = config, origin, config_text
+        self.changes: list[run_folder.Change] = []
         self.num_workers, self.grid = num_workers, grid
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
@@ -168,12 +171,12 @@ class Run:
 
     # ------------------------------------------------------------ the course of a run
 
-    def run(self, *, resume: bool, overwrite: bool) -> TrainResult:
+    def run(self, *, resume: bool, allow_change: Sequence[str], overwrite: bool) -> TrainResult:
         s = self.settings
         tracker_available(s.tracker)
         self._order(0)  # too few examples or an impossible batch: before anything is written
         self.ranks.on_main(lambda: run_folder.check(self.out, resume=resume, overwrite=overwrite))
-        start = self._load() if resume else 0
+        start = self._load(allow_change) if resume else 0
         if self.keeper is not None:
             self.keeper.look_at_base(start, s.steps)
         self.ranks.on_main(lambda: self._prepare(start, overwrite))
@@ -217,6 +220,7 @@ class Run:
         stream = batches(
             self.dataset, self._order(start), num_workers=self.num_workers, pin=self.device.type == "cuda"
         )
+        self._make_up_grid(start)
         for step in range(start, s.steps):
             began = time.perf_counter()
             values, stop = self.step(step, stream, signals)
@@ -244,7 +248,8 @@ class Run:
         rate = lr_at(s, step)
         slices = Meter()
         for part in range(s.accumulation):
-            batch = next(stream).map(lambda x: x.to(self.device, non_blocking=True))
+            with self._told(step):
+                batch = next(stream).map(lambda x: x.to(self.device, non_blocking=True))
             seed = step_seed(s.seed, step, part)
             torch.manual_seed(seed)  # layers with randomness of their own (dropout) are resumable, too
             ctx = StepContext(
@@ -256,11 +261,8 @@ class Run:
                 world_size=self.ranks.world_size,
                 loss_scale=self.scaler.get_scale() if self.scaler is not None else 1.0,
             )
-            try:
-                with self._autocast():
-                    slices.add(self.method.step(batch, ctx))
-            except UserError as error:  # a reward that is not finite, a picture that cannot be read
-                raise UserError(f"{error}; stopped at step {step + 1}, {self._last_good()}") from error
+            with self._told(step), self._autocast():
+                slices.add(self.method.step(batch, ctx))
         values = slices.means()
         reported = any(not math.isfinite(v) for k, v in values.items() if is_loss(k))
         flags = [float(reported or bool(self.bad_loss)), float(signals.received > 0)]
@@ -269,6 +271,16 @@ class Run:
             raise self._not_finite("loss", step)
         values |= self._update(step, rate)
         return values, stop > 0
+
+    @contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """What goes wrong inside, a picture that cannot be read, a reward that is not finite, is told with
+        what is kept.
+        """
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{error}; stopped at step {step + 1}, {self._last_good()}") from error
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
         kinds = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -355,48 +367,67 @@ class Run:
                 name: package_version(name) for name in packages
             }
             fingerprint = self.dataset.fingerprint()
-            text = run_folder.run_text(self.config, self.origin, fingerprint, versions)
+            origin = dict(self.origin) | run_folder.origins(self.changes)
+            text = run_folder.run_text(self.config, origin, fingerprint, versions, self.changes)
             write_text(self.out / run_folder.RUN, text)
-            write_text(self.out / run_folder.CONFIG, self.config_text)
+            write_text(self.out / run_folder.CONFIG, self.config_text(origin) if self.config_text else "")
+            clear_parts(self.out)
             clean(self.out / run_folder.CHECKPOINTS, self.settings.keep_checkpoints)
         self.metrics_file.cut(start)
 
-    def _load(self) -> int:
+    def _load(self, allowed: Sequence[str]) -> int:
         """Restore the newest whole checkpoint; returns the number of its finished steps."""
         saved = run_folder.read_run(self.out)
-        run_folder.check_same(
+        changed = run_folder.check_same(
             saved["config"],
             self.config,
             str(saved.get("data_fingerprint")),
             self.dataset.fingerprint(),
             self.out,
+            allowed,
         )
         found, damaged = load_newest(self.out / run_folder.CHECKPOINTS)
         for line in damaged:
             self._say(f"warning: {line}")
+        start = 0 if found is None else found.step
+        new = [run_folder.Change(start, *change) for change in changed]
+        self.changes = run_folder.changes_in(saved, start) + new
         if found is None:
             self._say(f"{self.out} holds no whole checkpoint yet: starting at step 0")
-            return 0
+        else:
+            self._restore(found, [change.key for change in new])
+        for change in new:
+            self._say(f"{change.key} = {change.now!r}: {change.origin}")
+        return start
+
+    def _restore(self, found: Checkpoint, changed: Sequence[str]) -> None:
+        """Take over the state of a checkpoint; but for `changed` it is of the same settings."""
         state = found.state
         for name, group in self.groups.items():
             values = state["trainables"].get(name, [])
             if [v.shape for v in values] != [p.shape for p in group]:
+                why = f" with {', '.join(changed)} changed: leave --allow-change away" if changed else ""
                 raise UserError(
-                    f"checkpoint {found.path} does not fit the trained tensors of {self.method.name}"
+                    f"checkpoint {found.path} does not fit the trained tensors of {self.method.name}{why}"
                 )
             with torch.no_grad():
                 for p, value in zip(group, values, strict=True):
                     p.copy_(value)
-            self.optimizers[name].load_state_dict(state["optimizers"][name])
-        if self.scaler is not None:
+            optimizer, own = self.optimizers[name], self.optimizers[name].param_groups
+            options = [{key: x for key, x in part.items() if key != "params"} for part in own]
+            optimizer.load_state_dict(state["optimizers"][name])
+            for part, chosen in zip(optimizer.param_groups, options, strict=True):
+                part.update(chosen)  # those of now, which may have been changed
+        if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state(state["ema"]["updates"], state["ema"]["average"])
+        if self.settings.ema_decay:  # an average that is new begins with the tensors of this step
+            self.ema = Ema(self.parameters, self.settings.ema_decay)
+            if state["ema"] is not None:
+                self.ema.load_state(state["ema"]["updates"], state["ema"]["average"])
         # Sums of all ranks lie in rank 0's meter from here on; the others count on from nothing.
         self.meter = Meter(state["window"] if self.ranks.main else None)
         self.seconds, self.saved, self.saved_step = state["seconds"], found.path, found.step
         self.last = dict(state["last"])
-        return found.step
 
     def _save(self, step: int) -> None:
         windows = self.ranks.objects(self.meter.state())
@@ -423,6 +454,17 @@ class Run:
             folder.mkdir(exist_ok=True)
         with self._averaged():
             grid(step, folder / f"step-{step:08d}.png")
+
+    def _make_up_grid(self, start: int) -> None:
+        """Draw the grid that belongs to the checkpoint a run goes on from, if a kill prevented it."""
+
+        def work(grid: Grid) -> None:
+            if not (self.out / run_folder.GRIDS / f"step-{start:08d}.png").exists():
+                self._draw(grid, start)
+
+        every = self.settings.grid_every
+        if self.grid is not None and every and start and start % every == 0:
+            self.ranks.on_main(partial(work, self.grid))
 
     def _averaged(self) -> AbstractContextManager[None]:
         """Inside, the parameters are those that the run would give if it ended now."""

@@ -15,13 +15,15 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from align_cli.config import class_default
-from align_cli.errors import UserError
-from align_cli.files import blocking
+from align_cli.errors import UserError, unknown
+from align_cli.files import LOCK, blocking, part_path
 from align_cli.launched import again
 
 FORMAT = 1
@@ -49,6 +51,8 @@ FREE = frozenset(
     }
 )
 """Settings that may differ when a run goes on; data of another path or cache need the same fingerprint."""
+ALLOW, DATA = "--allow-change", "data"
+"""The flag that lets settings differ, and its word for the content of the data."""
 FREE_SECTIONS = ("sample", "edit", "eval")
 
 
@@ -63,7 +67,7 @@ def check(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise UserError("--resume goes on with a run and --overwrite removes it; give one of them")
     try:
         held = [name for name in OURS if (out / name).exists()] if out.is_dir() else []
-        foreign = out.is_dir() and not held and any(out.iterdir())
+        foreign = out.is_dir() and not held and any(not _unfinished(p.name) for p in out.iterdir())
         blocked = blocking(out)
     except OSError as error:
         raise UserError(
@@ -87,15 +91,18 @@ def check(out: Path, *, resume: bool, overwrite: bool) -> None:
         )
     try:
         made = make(out)
-        probe = out / ".t2ialign-write-test"
-        probe.touch()
-        probe.unlink()
+        TemporaryFile(dir=out).close()
         for path in reversed(made):
             path.rmdir()
     except OSError as error:
         raise UserError(
             f"cannot write to {out}: {error.strerror}; choose another folder with --out"
         ) from error
+
+
+def _unfinished(name: str) -> bool:
+    """Whether that is a file with which a run begins, or began: the lock, the first files half-written."""
+    return name == LOCK or name in (part_path(Path(file)).name for file in (RUN, CONFIG))
 
 
 def make(folder: Path) -> list[Path]:
@@ -135,12 +142,16 @@ def read_run(out: Path) -> dict[str, Any]:
 
 
 def run_text(
-    config: Mapping[str, Any], origin: Mapping[str, str], fingerprint: str, versions: Mapping[str, str]
+    config: Mapping[str, Any],
+    origin: Mapping[str, str],
+    fingerprint: str,
+    versions: Mapping[str, str],
+    changes: Sequence[Change] = (),
 ) -> str:
     """The content of run.json."""
     raw = {
         "format": FORMAT, "data_fingerprint": fingerprint, "versions": dict(versions), "config": dict(config),
-        "origin": dict(origin),
+        "origin": dict(origin), "changes": [asdict(change) for change in changes],
     }  # fmt: skip
     return json.dumps(raw, indent=2) + "\n"
 
@@ -156,34 +167,91 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+@dataclass(frozen=True)
+class Change:
+    """A setting that --allow-change let differ. step: finished steps when the run went on with it."""
+
+    step: int
+    key: str
+    before: Any
+    now: Any
+
+    @property
+    def origin(self) -> str:
+        """Where the setting's value came from."""
+        return f"changed at step {self.step} from {self.before!r} with {ALLOW}"
+
+
+def origins(changes: Sequence[Change]) -> dict[str, str]:
+    """Setting -> where its value came from, for those that were changed."""
+    found: dict[str, str] = {}
+    for change in changes:
+        before = f"{found[change.key]}, " if change.key in found else ""
+        found[change.key] = before + change.origin
+    return found
+
+
+def changes_in(raw: Mapping[str, Any], start: int) -> list[Change]:
+    """The changes that run.json holds, for a run that goes on at step `start`: what was changed later, of
+    which no checkpoint is left, holds from there on.
+    """
+    found = [Change(**row) for row in raw.get("changes", [])]
+    return [replace(change, step=min(change.step, start)) for change in found]
+
+
+def check_allowed(allowed: Sequence[str], known: Collection[str]) -> None:
+    """UserError for a KEY of --allow-change that is no setting, with the nearest one."""
+    for key in allowed:
+        if key not in known and key != DATA:
+            ends = sorted(k for k in known if k.rpartition(".")[2] == key)
+            if ends:
+                raise UserError(f"{ALLOW}: unknown key {key!r}; did you mean {' or '.join(map(repr, ends))}?")
+            raise unknown("key", key, [*known, DATA], where=ALLOW)
+
+
 def check_same(
-    saved: Mapping[str, Any], now: Mapping[str, Any], saved_data: str, data: str, out: Path
-) -> None:
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    saved_data: str,
+    data: str,
+    out: Path,
+    allowed: Collection[str] = (),
+) -> list[tuple[str, Any, Any]]:
     """Refuse to go on with other settings or data than the run began with. Sections that the version which
     began it did not have are free, single settings that it did not have are at their defaults.
 
+    Args:
+        allowed: settings that may differ; DATA for the content of the data.
+    Returns:
+        (key, before, now) of the allowed ones that do.
     Raises:
-        UserError: naming the first setting that differs, with both values.
+        UserError: naming all others that differ, with both values.
     """
     before, after = flat(saved), flat(now)
-    unknown = {section for section, part in now.items() if isinstance(part, Mapping)} - saved.keys()
+    sections = {section for section, part in now.items() if isinstance(part, Mapping)} - saved.keys()
+    found = []
     for key in sorted(before.keys() | after.keys()):
         whole_run = key == "train.steps" and after.get("train.lr_schedule") == "cosine"
         section = key.partition(".")[0]
-        if (key in FREE and not whole_run) or section in FREE_SECTIONS or section in unknown:
+        if (key in FREE and not whole_run) or section in FREE_SECTIONS or section in sections:
             continue
         first = before.get(key, class_default(key))
         if first != after.get(key):
-            raise UserError(
-                f"{out} was begun with {key} = {first!r}, now it is {after.get(key)!r}; a resumed "
-                f"run keeps "
-                f"its settings: leave it away, or start a new run with another --out"
-            )
+            found.append((key, first, after.get(key)))
     if saved_data != data:
+        found.append((DATA, saved_data, data))
+    if refused := [(key, first, then) for key, first, then in found if key not in allowed]:
+        pairs = "; ".join(f"{_word(key)}: {first!r} -> {then!r}" for key, first, then in refused)
         raise UserError(
-            f"{out} was begun on other data (fingerprint {saved_data}, now {data}); "
-            f"give the same data, or start a new run with another --out"
+            f"{out} was begun with other settings: {pairs}; a resumed run keeps its settings: give those it "
+            f"was begun with, start a new run with another --out, or let one differ with --allow-change "
+            f"{refused[0][0]}"
         )
+    return found
+
+
+def _word(key: str) -> str:
+    return "data (fingerprint of its content)" if key == DATA else key
 
 
 def resume_command(method: str, out: Path) -> str:

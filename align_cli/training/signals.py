@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
+from align_cli.launched import is_main
+
 _ASKED = b"\nstopping: this step is finished and saved first (again: stop at once, losing it)\n"
 REPEAT_SECONDS = 0.5
 
@@ -70,5 +72,5 @@ class StopSignals:
                 raise KeyboardInterrupt
             return
         self.received, self.when = number, time.monotonic()
-        if os.environ.get("RANK", "0") == "0":
+        if is_main():
             os.write(2, _ASKED)

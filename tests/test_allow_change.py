@@ -1,0 +1,133 @@
+"""A run that goes on keeps its settings; what --allow-change lets differ is written down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import ok, refused
+from training_helpers import LinearMap, Points, settings, trace
+
+from align_cli.errors import UserError
+from align_cli.training.checkpoint import load_newest
+from align_cli.training.loop import train
+
+
+def run(out: Path, *, steps: int, dataset=None, method=None, **changes):
+    """As the command does it: settings and config say the same."""
+    options = {key: changes.pop(key) for key in ("resume", "allow_change") if key in changes}
+    chosen = settings(steps=steps, **changes)
+    config = {"method": "linear", "train": {"steps": steps, **changes}}
+    method = method or LinearMap()
+    return method, train(method, dataset or Points(), chosen, out, config=config, **options)
+
+
+def saved(out: Path) -> dict[str, object]:
+    return json.loads((out / "run.json").read_text())
+
+
+def test_all_that_differs_is_named(tmp_path):
+    run(tmp_path, steps=4, lr=0.05, weight_decay=0.0)
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, steps=8, lr=0.1, weight_decay=0.5, dataset=Points(24), resume=True)
+    text = str(caught.value)
+    assert (
+        "train.lr: 0.05 -> 0.1; train.weight_decay: 0.0 -> 0.5; data (fingerprint of its content): " in text
+    )
+    assert "'points-20' -> 'points-24'" in text and "\n" not in text and "train.steps" not in text
+    options = {"resume": True, "allow_change": ["train.lr", "data"]}
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, steps=8, lr=0.1, weight_decay=0.5, dataset=Points(24), **options)
+    assert "settings: train.weight_decay: 0.0 -> 0.5; a resumed run" in str(caught.value)
+
+
+def test_an_allowed_change_takes_effect_and_is_written_down(tmp_path):
+    run(tmp_path, steps=4, lr=0.05, weight_decay=0.0, adam_beta1=0.9)
+    changed = {"lr": 0.1, "weight_decay": 0.5, "adam_beta1": 0.5}
+    keys = [f"train.{key}" for key in changed]
+    run(tmp_path, steps=8, **changed, resume=True, allow_change=keys)
+    state = load_newest(tmp_path / "checkpoints")[0].state["optimizers"]["map"]["param_groups"][0]
+    assert state["weight_decay"] == 0.5 and state["betas"][0] == 0.5  # not those of the checkpoint
+    found = saved(tmp_path)
+    assert found["changes"][0] == {"step": 4, "key": "train.adam_beta1", "before": 0.9, "now": 0.5}
+    assert found["origin"]["train.lr"] == "changed at step 4 from 0.05 with --allow-change"
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == [0.05] * 4 + [0.1] * 4
+    run(tmp_path, steps=12, **changed, resume=True)  # from here on it is the run's own
+    assert saved(tmp_path)["changes"] == found["changes"]
+    run(tmp_path, steps=16, **changed | {"lr": 0.2}, resume=True, allow_change=["train.lr"])
+    assert saved(tmp_path)["origin"]["train.lr"] == (
+        "changed at step 4 from 0.05 with --allow-change, changed at step 12 from 0.1 with --allow-change"
+    )
+
+
+def test_a_change_whose_checkpoint_is_lost_counts_from_where_the_run_goes_on(tmp_path):
+    run(tmp_path, steps=8, lr=0.05)
+    run(tmp_path, steps=9, lr=0.1, resume=True, allow_change=["train.lr"])
+    assert saved(tmp_path)["changes"][0]["step"] == 8
+    for step in (8, 9):
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "state.pt").write_bytes(b"")
+    run(tmp_path, steps=9, lr=0.1, resume=True)
+    assert saved(tmp_path)["changes"] == [{"step": 0, "key": "train.lr", "before": 0.05, "now": 0.1}]
+
+
+def test_other_data_an_average_and_a_scaler_that_are_new(tmp_path):
+    run(tmp_path, steps=4)
+    options = {"resume": True, "allow_change": ["data", "train.ema_decay", "train.precision"]}
+    method, result = run(tmp_path, steps=8, ema_decay=0.9, precision="fp16", dataset=Points(24), **options)
+    assert result.step == 8 and saved(tmp_path)["data_fingerprint"] == "points-24"
+    state = load_newest(tmp_path / "checkpoints")[0].state
+    assert 0 < state["ema"]["updates"] <= 4 and state["scaler"] is not None
+    torch.testing.assert_close(method.weight.detach(), state["ema"]["average"][0], rtol=0, atol=0)
+
+
+def test_no_change_changes_nothing(tmp_path):
+    run(tmp_path / "a", steps=8)
+    run(tmp_path / "b", steps=4)
+    run(tmp_path / "b", steps=8, resume=True, allow_change=["train.lr", "data"])
+    assert trace(tmp_path / "a") == trace(tmp_path / "b") and saved(tmp_path / "b")["changes"] == []
+
+
+def test_tensors_that_do_not_fit_any_more(tmp_path):
+    run(tmp_path, steps=4, lr=0.05)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"with train.lr changed: leave --allow-change away"):
+        run(tmp_path, steps=8, lr=0.1, method=LinearMap(groups=2), resume=True, allow_change=["train.lr"])
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, tiny_sd15_folder):
+    out = tmp_path / "run"
+    sets = {"data.num_workers": 0, "data.num_examples": 16, "train.num_threads": 1, "train.save_every": 2}
+    given = [
+        "--preset",
+        "none",
+        "--batch-size",
+        2,
+        *(w for k, v in sets.items() for w in ("--set", f"{k}={v}")),
+    ]
+    ok("train", "softrepa", "--model", tiny_sd15_folder, *given, "--steps", 2, "--no-eval", "--out", out)
+    on = ["train", "softrepa", "--resume", "--out", out]
+    said = refused(*on, "--lr", 0.5, "--set", "train.adam_beta2=0.9", "--set", "data.num_examples=8")
+    assert (
+        "data.num_examples: 16 -> 8; train.adam_beta2: 0.999 -> 0.9; train.lr: 0.001 -> 0.5; data (" in said
+    )
+    assert "unknown key 'train.lrr'; did you mean 'train.lr'" in refused(*on, "--allow-change", "train.lrr")
+    assert "unknown key 'lr'; did you mean 'train.lr'" in refused(*on, "--allow-change", "lr")
+    new = ["train", "softrepa", "--out", tmp_path / "new", "--allow-change", "train.lr"]
+    assert "--allow-change is for a run that goes on: give --resume, too" in refused(*new)
+    wide = ["--set", "softrepa.num_tokens=7", "--allow-change", "softrepa.num_tokens"]
+    assert "does not fit the trained tensors of softrepa with softrepa.num_tokens changed" in refused(
+        *on, *wide
+    )
+    ok(*on, "--lr", 0.5, "--allow-change", "train.lr", "--steps", 4)
+    text = "changed at step 2 from 0.001 with --allow-change"
+    assert f"lr = 0.5  # {text}" in (out / "config.toml").read_text()
+    info = json.loads((out / "adapter" / "adapter.json").read_text())
+    assert info["config"]["train"]["lr"] == 0.5 and info["origin"]["train.lr"] == text
+    ok(*on, "--steps", 6)
+    info = json.loads((out / "adapter" / "adapter.json").read_text())
+    assert info["config"]["train"]["lr"] == 0.5 and info["origin"]["train.lr"] == text
