@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -247,6 +248,7 @@ def push(path: Path | str, target: Target, *, public: bool = False, licence: str
     return str(commit.commit_url)
 
 
+@contextmanager
 def _told(doing: str) -> Iterator[None]:
     """What the hub's client raises inside becomes a `UserError`."""
     from huggingface_hub.errors import HfHubHTTPError
