@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from align_cli import config, registry
+from align_cli import packaged, registry
 from align_cli.downloads import check, download
 from align_cli.errors import UserError, unknown
 from align_cli.files import file_errors, part_path
-from align_cli.packaged import packaged
+from align_cli.packaged import packaged_adapters
 
 VARIABLE = "T2IALIGN_CACHE"
 """Environment variable: the folder of the cache."""
@@ -92,7 +92,7 @@ def cache_folder() -> Path:
 
 def index_file() -> Path:
     """The packaged index."""
-    return config.data_dir("tokens") / "index.toml"
+    return packaged.data_dir("tokens") / "index.toml"
 
 
 def read_index(path: Path | None = None) -> dict[str, Entry]:
@@ -102,7 +102,7 @@ def read_index(path: Path | None = None) -> dict[str, Entry]:
         UserError: it is not there, or damaged; says which entry.
     """
     path = path or index_file()
-    raw, _ = config.read_toml(path, f"index {path}")
+    raw, _ = packaged.read_toml(path, f"index {path}")
     return {name: _entry(f"index {path}: {name}", name, content) for name, content in raw.items()}
 
 
@@ -162,7 +162,7 @@ def locate(name: str) -> Path | None:
     """
     if not NAME.fullmatch(name):
         return None
-    if folder := packaged().get(name):
+    if folder := packaged_adapters().get(name):
         return folder
     entry = read_index().get(name)
     if entry is None:
@@ -179,7 +179,7 @@ def names_near(name: str) -> str:
     first = name.partition("/")[0]
     if first in registry.METHODS:
         return f"; nor has the index of published adapters such a name ({', '.join(read_index())})"
-    own = [one for one in packaged() if one.startswith(f"{first}/")]
+    own = [one for one in packaged_adapters() if one.startswith(f"{first}/")]
     return f"; nor is there a packaged adapter of that name ({', '.join(own)})" if own else ""
 
 

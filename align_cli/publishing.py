@@ -18,7 +18,10 @@ from align_cli.training import run_folder
 
 README = "README.md"
 PAPERS = {
-    "comat": ("CoMat: Aligning Text-to-Image Diffusion Model with Image-to-Text Concept Matching", "2404.03653"),
+    "comat": (
+        "CoMat: Aligning Text-to-Image Diffusion Model with Image-to-Text Concept Matching",
+        "2404.03653",
+    ),
     "dpt": ("Discriminative Probing and Tuning for Text-to-Image Generation", "2403.04321"),
     "longalign": ("Improving Long-Text Alignment for Text-to-Image Diffusion Models", "2410.11817"),
     "softrepa": ("Aligning Text to Image in Diffusion Models is Easier Than You Think", "2503.08250"),

@@ -28,7 +28,7 @@ from align_cli.evaluation.all_methods import (
 from align_cli.evaluation.forest import save_forest
 from align_cli.evaluation.report_charts import Scale
 from align_cli.evaluation.stats import GAIN, NO_CHANGE
-from align_cli.packaged import packaged
+from align_cli.packaged import packaged_adapters
 from align_cli.pictures import GOOD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,8 +104,8 @@ def test_readme_shows_the_stored_table(stored):
 
 def test_the_table_is_of_the_packaged_adapters(stored):
     rows = {row.adapter: row for family in stored.families for row in family.rows}
-    assert list(rows) == list(packaged())
-    for name, folder in packaged().items():
+    assert list(rows) == list(packaged_adapters())
+    for name, folder in packaged_adapters().items():
         info = read_adapter(folder)[1]
         row = rows[name]
         assert (row.method, row.stage, row.sha256, row.seconds) == (
@@ -136,7 +136,9 @@ def test_the_packaged_adapters_draw_what_the_table_says(stored, tmp_path):
     """
     for family in stored.families:
         size = family.sample["batch_size"]
-        arms = [f"--arm={row.adapter.replace('/', '-')}={packaged()[row.adapter]}" for row in family.rows]
+        arms = [
+            f"--arm={row.adapter.replace('/', '-')}={packaged_adapters()[row.adapter]}" for row in family.rows
+        ]
         out = tmp_path / family.model
         ok(
             "eval", "shapes", "--model", family.model, *arms, "--limit", str(size), "--n", str(stored.num),
@@ -158,7 +160,7 @@ def test_the_command(tmp_path):
     found = read(tmp_path / "t" / "table.json")
     assert [family.model for family in found.families] == ["tiny-sd15"] and found.num == 6
     names = [row.adapter for row in found.families[0].rows]
-    assert names == [name for name in packaged() if name.startswith("tiny-sd15/")]
+    assert names == [name for name in packaged_adapters() if name.startswith("tiny-sd15/")]
     assert all(row.overhead > 0.3 for row in found.families[0].rows)
     assert "SoftREPA" in said and (tmp_path / "t" / "table.png").is_file()
     assert markdown(found) in (tmp_path / "t" / "table.md").read_text()

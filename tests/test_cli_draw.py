@@ -17,7 +17,7 @@ from align_cli import config
 from align_cli.adapters import save_adapter
 from align_cli.cli.drawing import make_plan
 from align_cli.cli.main import app
-from align_cli.cli.train import _with_own_sampling
+from align_cli.cli.train_work import with_own_sampling
 from align_cli.methods.softrepa.method import SoftREPA
 from align_cli.models.loading import load_model
 from align_cli.pictures import read_metadata
@@ -94,14 +94,14 @@ def test_a_sampler_with_its_own_spacing_leaves_that_of_a_preset(sampler, spacing
         "textcraftor", preset="textcraftor/tiny-sd15", sets=[f"sample.sampler={sampler}"]
     )
     assert resolved.sample.spacing == "leading"
-    found = _with_own_sampling(resolved, tiny_models["sd15"])
+    found = with_own_sampling(resolved, tiny_models["sd15"])
     assert (found.sample.sampler, found.sample.spacing) == (sampler, spacing)
     chosen = config.resolve(
         "textcraftor",
         preset="textcraftor/tiny-sd15",
         sets=[f"sample.sampler={sampler}", "sample.spacing=trailing"],
     )
-    assert _with_own_sampling(chosen, tiny_models["sd15"]).sample.spacing == "trailing"
+    assert with_own_sampling(chosen, tiny_models["sd15"]).sample.spacing == "trailing"
     plan = make_plan("sd15", [], {}, {"sampler": sampler, "steps": 4})
     assert plan.sample.spacing == spacing and "spacing" in plan.open_keys
     plan = make_plan("sd15", [], {}, {"sampler": sampler, "steps": 4, "spacing": "trailing"})

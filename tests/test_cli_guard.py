@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from align_cli import registry
 from align_cli.adapters import load_adapter
-from align_cli.cli import train as command
+from align_cli.cli import train_outcome as command
 from align_cli.cli.main import app
 from align_cli.methods.softrepa.method import SoftREPA
 from align_cli.rewards.base import Reward

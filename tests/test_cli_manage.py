@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import align_cli
-from align_cli import config, registry
+from align_cli import config, packaged, registry
 from align_cli.adapters import AdapterInfo, load_adapter, write_adapter
 from align_cli.cli import doctor
 from align_cli.cli.main import app
@@ -171,10 +171,10 @@ def test_own_warnings_are_one_line():
 
 def test_presets_list_and_show():
     lines = call("presets", "list").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == config.list_presets()
+    assert [line.split()[0] for line in lines] == packaged.list_presets()
     assert all(len(line.split()) > 3 for line in lines)
     text = call("presets", "show", "softrepa/sd15").stdout
-    assert text == (config.preset_dir() / "softrepa" / "sd15.toml").read_text()
+    assert text == (packaged.preset_dir() / "softrepa" / "sd15.toml").read_text()
 
 
 # ------------------------------------------------------------------ adapters
@@ -348,7 +348,7 @@ def test_packaged_folders_exist():
     for source, target in wheel["force-include"].items():
         assert any((ROOT / source).iterdir())
         assert target == f"align_cli/_data/{source}"
-        assert config.data_dir(source).is_dir()
+        assert packaged.data_dir(source).is_dir()
 
 
 def test_the_changelog_has_this_version():

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from align_cli import config
 from align_cli.cli.drawing import make_plan
 from align_cli.cli.main import app
-from align_cli.cli.train import _with_idle_encoders
+from align_cli.cli.train_work import with_idle_encoders
 from align_cli.data.cached import CachedDataset
 from align_cli.data.encoding import Request
 from align_cli.errors import UserError
@@ -265,7 +265,7 @@ def test_a_cache_sends_the_encoders_to_the_cpu(monkeypatch, capsys):
         resolved = config.resolve(method, sets=list(sets))
         if origin:
             resolved = replace(resolved, origin=resolved.origin | {key: origin})
-        found = _with_idle_encoders(resolved, dataset)
+        found = with_idle_encoders(resolved, dataset)
         return found.model.encoder_device, found.origin[key]
 
     assert place(cached(True), "cuda") == ("offload", "the cache")

@@ -7,11 +7,11 @@ import tomllib
 
 import pytest
 
-from align_cli import config, registry
+from align_cli import config, packaged, registry
 from align_cli.cli.drawing import preset_of
 from align_cli.errors import UserError
 
-PRESETS = config.list_presets()
+PRESETS = packaged.list_presets()
 
 
 def test_the_presets_of_this_version_are_there():
@@ -26,7 +26,7 @@ def test_the_presets_of_this_version_are_there():
 def test_preset_resolves(name):
     method = name.partition("/")[0]
     resolved = config.resolve(method, preset=name)
-    raw, _ = config.read_preset(name)
+    raw, _ = packaged.read_preset(name)
     assert raw["method"] == method
     for section, content in raw.items():
         if section == "method":
@@ -38,7 +38,7 @@ def test_preset_resolves(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_value_names_its_source(name):
-    lines = config.read_preset(name)[1].splitlines()
+    lines = packaged.read_preset(name)[1].splitlines()
     assert lines[0].startswith("# "), "the first line says what the preset is"
     for line in lines:
         if line.strip() and not line.startswith(("#", "[")):
@@ -114,7 +114,7 @@ def test_official_values_of_editing(name):
 
 def test_unknown_preset_offers_the_nearest():
     with pytest.raises(UserError, match=r"unknown preset 'softrepa/sd51'; did you mean 'softrepa/sd15'\?"):
-        config.read_preset("softrepa/sd51")
+        packaged.read_preset("softrepa/sd51")
 
 
 def test_what_a_model_draws_with_stays_when_methods_come():
@@ -125,7 +125,7 @@ def test_what_a_model_draws_with_stays_when_methods_come():
 
 def test_preset_name_is_no_path():
     with pytest.raises(UserError, match="unknown preset"):
-        config.read_preset("../pyproject")
+        packaged.read_preset("../pyproject")
 
 
 def test_official_values_of_textcraftor():

@@ -16,7 +16,7 @@ import torch
 from softrepa_helpers import PROMPTS, a_batch, field, make, run
 from torch import nn
 
-from align_cli import config
+from align_cli import config, packaged
 from align_cli.adapters import attach, import_official, load_adapter, save_adapter
 from align_cli.cli.drawing import make_plan
 from align_cli.cli.edit import edit_settings
@@ -285,7 +285,7 @@ def test_import(tmp_path, alias, shape, table, expected):
     assert (adapter.info.family, adapter.info.model_id) == ("sdxl" if alias == "sdxl" else "sd3", alias)
     assert adapter.info.origin["softrepa.num_tokens"] == "imported file"
     assert adapter.info.origin["softrepa.init"].startswith("official command")
-    spec, wanted = str(tmp_path / "out"), alias if f"softrepa/{alias}" in config.list_presets() else None
+    spec, wanted = str(tmp_path / "out"), alias if f"softrepa/{alias}" in packaged.list_presets() else None
     drawn = make_plan(None, [spec], {}, {})  # pictures are drawn and edited as the model's preset says
     if wanted is None:
         assert drawn.open_keys == {"sampler", "spacing"}  # the model's own

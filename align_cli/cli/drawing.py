@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from align_cli import config, registry
+from align_cli import config, packaged, registry
 from align_cli.adapters import INFO, AdapterInfo, parse_spec, read_adapter
 from align_cli.cli.text import say_loading
 from align_cli.errors import UserError
@@ -193,7 +193,7 @@ def preset_of(model: str, method: str = "") -> str | None:
     """
     source = registry.model_source(model)
     aliases = [alias for alias, target in registry.MODELS.items() if target == source]
-    there = config.list_presets()
+    there = packaged.list_presets()
     return next((p for m in (method, *registry.METHODS) for a in aliases if (p := f"{m}/{a}") in there), None)
 
 

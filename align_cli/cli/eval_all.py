@@ -17,7 +17,7 @@ from align_cli.cli.eval_plan import Asked
 from align_cli.cli.text import columns
 from align_cli.errors import UserError
 from align_cli.evaluation.store import ABOUT, Store, make_items
-from align_cli.packaged import packaged
+from align_cli.packaged import packaged_adapters
 
 if TYPE_CHECKING:
     from align_cli.evaluation.all_methods import Comparison, Family
@@ -68,12 +68,12 @@ def _check(asked: Asked) -> None:
 def _models(asked: Asked) -> dict[str, dict[str, Path]]:
     """Model -> name of its packaged adapters -> folder."""
     found: dict[str, dict[str, Path]] = {}
-    for name, folder in packaged().items():
+    for name, folder in packaged_adapters().items():
         model = folder.parent.name
         if asked.model in (None, model):
             found.setdefault(model, {})[name] = folder
     if not found:
-        known = ", ".join(dict.fromkeys(folder.parent.name for folder in packaged().values()))
+        known = ", ".join(dict.fromkeys(folder.parent.name for folder in packaged_adapters().values()))
         raise UserError(f"there are no packaged adapters of {asked.model}; there are some of {known}")
     return found
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from align_cli import config
+from align_cli import packaged
 from align_cli.cli.text import columns
 
 presets_app = typer.Typer(help="Look at the packaged presets.")
@@ -22,7 +22,9 @@ AdapterFolder = Annotated[
 @presets_app.command("list")
 def presets_list() -> None:
     """Every preset: its name and what it is."""
-    typer.echo(columns((name, preset_title(config.read_preset(name)[1])) for name in config.list_presets()))
+    typer.echo(
+        columns((name, preset_title(packaged.read_preset(name)[1])) for name in packaged.list_presets())
+    )
 
 
 @presets_app.command("show")
@@ -30,7 +32,7 @@ def presets_show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a preset, for example softrepa/sd15.")],
 ) -> None:
     """The text of one preset, with the source of every value."""
-    typer.echo(config.read_preset(name)[1].rstrip("\n"))
+    typer.echo(packaged.read_preset(name)[1].rstrip("\n"))
 
 
 def preset_title(text: str) -> str:
@@ -45,10 +47,10 @@ def adapters_list() -> None:
     which of them are cached.
     """
     from align_cli import index
-    from align_cli.packaged import packaged
+    from align_cli.packaged import packaged_adapters
 
     rows = [("name", "base model", "size", "here", "licence", "published on")]
-    for name, folder in packaged().items():
+    for name, folder in packaged_adapters().items():
         size = sum(path.stat().st_size for path in folder.iterdir())
         rows.append((name, folder.parent.name, _size(size), "packaged", "", ""))
     for entry in index.read_index().values():

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from align_cli import config, publishing, registry
+from align_cli import publishing, registry
 from align_cli.cli import options, planned
 from align_cli.cli.launching import launched_several
 from align_cli.cli.sharding import with_sharding
-from align_cli.cli.text import columns, say_loading
-from align_cli.cli.train_data import check_data, lacking, open_data
-from align_cli.cli.watching import check_guard, guard_words, make_grid, make_guard
+from align_cli.cli.train_data import check_data, lacking
+from align_cli.cli.train_plan import Layers, check_allowed, describe, method_flags
+from align_cli.cli.train_work import push, run
+from align_cli.cli.watching import check_guard
 from align_cli.errors import UserError
 from align_cli.files import only_writer
-from align_cli.launched import is_main, world_size
+from align_cli.launched import is_main
 from align_cli.rewards.spec import parse_places, parse_weights
-from align_cli.settings import OWN_SPACING
 from align_cli.training import run_folder
 from align_cli.training.signals import Stopped, stopped_at_once
-
-if TYPE_CHECKING:
-    from align_cli.data.base import Dataset
-    from align_cli.methods.base import Method
-    from align_cli.models.base import BaseModel
-    from align_cli.training.loop import TrainResult
 
 
 def train(
@@ -172,11 +159,11 @@ def train(
         "guard.weights": watching or None,
         "eval.num_prompts": 0 if no_eval else None,
     }  # fmt: skip
-    flags |= _method_flags(method, stage, rewards, places, start)
-    layers = _Layers(method, preset, config_file, sets or [], flags)
+    flags |= method_flags(method, stage, rewards, places, start)
+    layers = Layers(method, preset, config_file, sets or [], flags)
     resolved, folder = layers.resolve(out, resume=resume)
     resolved.method_config.check_train(resolved.train)
-    _check_allowed(resolved, allow_change or [], resume=resume)
+    check_allowed(resolved, allow_change or [], resume=resume)
     check_data(resolved)
     check_guard(resolved)
     resolved = with_sharding(resolved)
@@ -195,369 +182,11 @@ def train(
     target = publishing.check(push_to_hub) if push_to_hub and is_main() else None
     try:
         with stopped_at_once(), only_writer(folder, main=is_main()):
-            _run(resolved, folder, allow_change or [], resume=resume, overwrite=overwrite)
+            run(resolved, folder, allow_change or [], resume=resume, overwrite=overwrite)
             if target is not None:
-                _push(folder, target)
+                push(folder, target)
     except (KeyboardInterrupt, Stopped) as stop:
         known = (folder / run_folder.RUN).exists()
         hint = f"; go on with: {run_folder.resume_command(method, folder)}" if known else ""
         typer.echo(f"stopped at once{hint}", err=True)
         raise typer.Exit(128 + stop.number if isinstance(stop, Stopped) else 130) from None
-
-
-def _method_flags(
-    method: str,
-    stage: str | None,
-    rewards: dict[str, float],
-    places: dict[str, str],
-    start: Path | None,
-) -> dict[str, object]:
-    """The flags that are settings of some methods. UserError for one that this method does not have."""
-    given: dict[str, object] = {
-        "stage": stage,
-        "rewards": rewards or None,
-        "reward_weights": places or None,
-        "from_adapter": start,
-    }
-    known = {f.name for f in fields(registry.load(registry.METHOD_CONFIGS, method))}
-    for name, value in given.items():
-        if value is not None and name not in known:
-            raise UserError(f"{config.flag_name(f'{method}.{name}')} is no option of {method}")
-    return {f"{method}.{name}": value for name, value in given.items()}
-
-
-class _Layers:
-    """What the user gave, and the configuration it makes."""
-
-    def __init__(
-        self, method: str, preset: str | None, file: Path | None, sets: list[str], flags: dict[str, object]
-    ) -> None:
-        self.method, self.preset, self.file, self.sets, self.flags = method, preset, file, sets, flags
-
-    def fresh(self) -> config.Resolved:
-        """The configuration of a new run."""
-        return config.resolve(
-            self.method, preset=self.preset, config_file=self.file, sets=self.sets, flags=self.flags
-        )
-
-    def resolve(self, out: Path | None, *, resume: bool) -> tuple[config.Resolved, Path]:
-        """Configuration and output folder. A run that goes on takes its own settings in place of a preset."""
-        if not resume:
-            fresh = self.fresh()
-            return fresh, out or Path("runs") / default_name(fresh)
-        if out is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it only serves to find the folder
-                out = Path("runs") / default_name(self.fresh())
-        return self._resumed(out), out
-
-    def _resumed(self, folder: Path) -> config.Resolved:
-        saved = run_folder.read_run(folder)
-        where = str(folder / run_folder.RUN)
-        old = config.Resolved.from_dict(saved["config"], saved.get("origin"), where=where)
-        if old.method != self.method:
-            raise UserError(
-                f"{folder} holds a run of {old.method}, not of {self.method}; choose another --out"
-            )
-        if self.preset or self.file:  # the same command as before, and --resume: it must come to the same
-            return self.fresh()
-        path = folder / run_folder.CONFIG
-        from_file = f"file {path}"
-        with warnings.catch_warnings():  # an idle setting was told when the run began
-            warnings.filterwarnings("ignore", message=rf".*\(from {re.escape(from_file)}\)")
-            now = config.resolve(
-                self.method, preset=config.NO_PRESET, config_file=path, sets=self.sets, flags=self.flags
-            )
-        origin = {key: old.origin[key] if text == from_file else text for key, text in now.origin.items()}
-        return replace(now, origin=origin)
-
-
-def default_name(resolved: config.Resolved) -> str:
-    """softrepa-tiny-sd15-seed42, textcraftor-text-tiny-sd15-seed42."""
-    tail = Path(resolved.model.name.rstrip("/")).name.removeprefix("embedded:")
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", tail).strip("-.") or "model"
-    parts = [resolved.method, stage_of(resolved), slug, f"seed{resolved.train.seed}"]
-    return "-".join(part for part in parts if part)
-
-
-def stage_of(resolved: config.Resolved) -> str:
-    """The stage of a method that has stages, else ""."""
-    return str(getattr(resolved.method_config, "stage", ""))
-
-
-def describe(resolved: config.Resolved) -> str:
-    """Every setting with its value and its origin, in columns."""
-    rows = [("setting", "value", "origin")]
-    rows += [(key, json.dumps(value), origin) for key, value, origin in resolved.values()]
-    return f"method: {resolved.method}\n\n{columns(rows)}"
-
-
-def _check_allowed(resolved: config.Resolved, allowed: list[str], *, resume: bool) -> None:
-    """UserError for a KEY of --allow-change that is no setting, and where nothing is resumed."""
-    if allowed and not resume:
-        raise UserError(f"{run_folder.ALLOW} is for a run that goes on: give --resume, too")
-    run_folder.check_allowed(allowed, run_folder.flat(resolved.to_dict()).keys())
-
-
-def _run(
-    resolved: config.Resolved, folder: Path, allowed: list[str], *, resume: bool, overwrite: bool
-) -> None:
-    """Load, train, save, evaluate."""
-    say_loading(resolved.model.name)
-    dataset = open_data(resolved)
-    if is_main():  # the others would meet its traces
-        run_folder.check(folder, resume=resume, overwrite=overwrite)
-    method_class = registry.load(registry.METHODS, resolved.method)
-
-    from rich.console import Console
-
-    from align_cli.data.base import Fitted
-    from align_cli.models.loading import load_model
-    from align_cli.models.sharding import shard_frozen
-    from align_cli.sampling import check_side
-    from align_cli.training.distributed import Ranks, leave_group, on_rank
-    from align_cli.training.loop import tracker_available
-    from align_cli.training.loop import train as train_loop
-
-    tracker_available(resolved.train.tracker)
-    resolved = _with_idle_encoders(resolved, dataset)
-    model = load_model(on_rank(resolved.model))
-    if model.family not in method_class.families:
-        raise UserError(
-            f"{resolved.method} does not train models of the family {model.family} ({resolved.model.name}); "
-            f"it trains {', '.join(sorted(method_class.families))}"
-        )
-    if resolved.method_config.pictures and resolved.data.name != "shapes":
-        check_side(model, resolved.data.image_size, "data.image_size")
-    if resolved.train.gradient_checkpointing:
-        denoiser: Any = model.denoiser
-        denoiser.enable_gradient_checkpointing()
-    resolved = _with_own_sampling(resolved, model)
-    if isinstance(dataset, Fitted):
-        dataset.check_model(model)
-    method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
-    method.check(resolved.train)
-    sharded = resolved.train.shard != "none" and world_size() > 1
-    if sharded:
-        Ranks(model.device)  # the group
-        shard_frozen(model)
-    result = train_loop(
-        method,
-        dataset,
-        resolved.train,
-        folder,
-        config=resolved.to_dict(),
-        origin=resolved.origin,
-        config_text=lambda origin: replace(resolved, origin=dict(origin)).to_toml(),
-        resume=resume,
-        allow_change=allowed,
-        overwrite=overwrite,
-        num_workers=resolved.data.num_workers,
-        grid=make_grid(model, method, dataset, resolved) if resolved.train.grid_every else None,
-        guard=make_guard(model, method, dataset, resolved) if resolved.guard.every else None,
-        console=Console(stderr=True),
-    )
-    leave_group()
-    if not is_main():
-        return
-    if result.signal:
-        typer.echo(f"stopped after step {result.step} of {resolved.train.steps}; saved: {result.checkpoint}")
-        typer.echo(f"go on with: {run_folder.resume_command(resolved.method, folder)}")
-        raise typer.Exit(128 + result.signal)
-    if sharded:  # this process holds a part of it, and evaluates alone
-        model = load_model(on_rank(resolved.model))
-    _conclude(resolved, folder, model, method, dataset, result)
-
-
-def _push(folder: Path, target: publishing.Target) -> None:
-    """Upload the adapter of a run that is done; it stays where it is."""
-    adapter = folder / run_folder.ADAPTER
-    try:
-        address = publishing.push(adapter, target)
-    except UserError as error:
-        raise UserError(
-            f"{error}; the run is done and {adapter} is saved: push it with 't2ialign adapters push "
-            f"{adapter} {target.name}'"
-        ) from error
-    typer.echo(f"pushed to {target.name}: {address}")
-
-
-def _with_idle_encoders(resolved: config.Resolved, dataset: Dataset) -> config.Resolved:
-    """The configuration with text encoders and autoencoder resting on the CPU where a cache holds everything
-    that they give and the method takes it, no layer says where they are, and the model is on another
-    device.
-    """
-    from align_cli.data.cached import CachedDataset
-    from align_cli.models.loading import pick_device
-    from align_cli.training.distributed import on_rank
-
-    key, said = "model.encoder_device", "the cache"
-    if resolved.origin[key] not in ("default", said):
-        return resolved
-    idle = resolved.method_config.cached_text and isinstance(dataset, CachedDataset) and dataset.exact
-    if idle and pick_device(on_rank(resolved.model).device).type != "cpu":
-        if is_main():
-            typer.echo(
-                "the cache holds all encodings: text encoders and autoencoder rest on the CPU", err=True
-            )
-        place, origin = "offload", said
-    else:
-        place, origin = "", "default"
-    model = replace(resolved.model, encoder_device=place)
-    return replace(resolved, model=model, origin=resolved.origin | {key: origin})
-
-
-def _with_own_sampling(resolved: config.Resolved, model: BaseModel) -> config.Resolved:
-    """The configuration with the model's own sampler and timestep spacing where no layer names one (or a
-    preset a spacing, and a layer above it a sampler with its own), and with a look whether it can draw so.
-    """
-    from align_cli.sampling import check_settings, own_settings
-
-    layers = {key: resolved.origin[f"sample.{key}"] for key in ("sampler", "spacing")}
-    keys = {key for key, layer in layers.items() if layer == "default"}
-    if resolved.sample.sampler in OWN_SPACING and layers["spacing"].startswith("preset"):
-        keys |= {"spacing"} if layers["sampler"] != layers["spacing"] else set()
-    drawing = own_settings(model, resolved.sample, keys)
-    check_settings(model, drawing)
-    changed = {key for key in keys if getattr(drawing, key) != getattr(resolved.sample, key)}
-    origin = resolved.origin | {f"sample.{key}": "the model" for key in changed}
-    return replace(resolved, sample=drawing, origin=origin)
-
-
-def _conclude(
-    resolved: config.Resolved,
-    folder: Path,
-    model: BaseModel,
-    method: Method,
-    dataset: Dataset,
-    result: TrainResult,
-) -> None:
-    """Save the adapter, evaluate, write result.json, print."""
-    from align_cli.adapters import save_adapter
-    from align_cli.evaluation.engine import peak_memory
-    from align_cli.evaluation.store import REPORT
-    from align_cli.files import file_errors, write_text
-    from align_cli.training.log import duration_text
-
-    adapter = folder / run_folder.ADAPTER
-    changed = run_folder.changes_in(run_folder.read_run(folder), result.step)
-    info = save_adapter(
-        adapter,
-        method,
-        config=resolved.to_dict(),
-        origin=resolved.origin | run_folder.origins(changed),
-        step=result.kept_step,
-        seed=resolved.train.seed,
-        seconds=result.seconds + _seconds_before(resolved),
-        stage=stage_of(resolved),
-        data_fingerprint=dataset.fingerprint(),
-    )
-    typer.echo(f"trained {result.step} steps in {duration_text(result.seconds)}: {adapter}", err=True)
-    watched = guard_words(result.guarded, resolved, folder) if result.guarded else []
-    memory, gpu = peak_memory()
-    numbers: dict[str, Any] = {
-        "method": resolved.method,
-        "model": resolved.model.name,
-        "step": result.step,
-        "train_seconds": round(result.seconds, 2),
-        "train_peak_memory_bytes": memory,
-        "train_peak_gpu_memory_bytes": gpu,
-        "last_metrics": result.metrics,
-        "adapter": run_folder.ADAPTER,
-        "adapter_step": result.kept_step,
-        "guard": asdict(result.guarded) if result.guarded else None,
-        "evaluation": None,
-    }
-    show = _evaluate(resolved, folder, model) if resolved.eval.num_prompts else None
-    if show is not None:
-        numbers["evaluation"] = show[0]
-    path = folder / run_folder.RESULT
-    if show is None:
-        numbers["evaluation"] = _earlier_evaluation(path, info.sha256)
-    advice = f"the adapter is saved in {adapter}; make room, then go on with --resume"
-    with file_errors(f"cannot write {path}", advice):
-        write_text(path, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
-    if show is not None:
-        show[1]()
-    gpu_text = f", {gpu / 2**30:.2f} GiB on the GPU" if gpu else ""
-    typer.echo(
-        f"training: {result.step} steps, {result.seconds:.1f} s, peak memory {memory / 2**20:,.0f} "
-        f"MiB{gpu_text}"
-    )
-    for line in watched:
-        typer.echo(line)
-    typer.echo(f"adapter: {adapter}")
-    if show is not None:
-        typer.echo(f"picture: {folder / run_folder.PICTURE}")
-        typer.echo(f"report: {folder / run_folder.EVALUATION / REPORT}")
-    typer.echo(f"numbers: {path}")
-
-
-def _earlier_evaluation(path: Path, sha256: str) -> dict[str, Any] | None:
-    """The evaluation that result.json holds, if it is of an adapter with this hash."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["evaluation"]
-        return found if any(sha256 in arm["hashes"] for arm in found["arms"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _seconds_before(resolved: config.Resolved) -> float:
-    """Training seconds of the adapter that this run began from; 0 if it has gone since."""
-    from align_cli.adapters import read_adapter
-
-    start = str(getattr(resolved.method_config, "from_adapter", ""))
-    try:
-        return read_adapter(start)[1].seconds if start else 0.0
-    except UserError:
-        return 0.0
-
-
-def _evaluate(
-    resolved: config.Resolved, folder: Path, model: BaseModel
-) -> tuple[dict[str, Any], Callable[[], None]] | None:
-    """The paired evaluation of the shapes world, as `t2ialign eval shapes --adapter RUN` does it: its
-    numbers, and what prints its table; or None.
-    """
-    from align_cli.cli.measuring import measure
-    from align_cli.evaluation import engine
-    from align_cli.evaluation.arms import make_arms
-    from align_cli.evaluation.outcome import write
-    from align_cli.evaluation.report import write_report
-    from align_cli.evaluation.sets import SetOptions, load_set
-    from align_cli.evaluation.sheet import save_sheet
-    from align_cli.evaluation.store import REPORT, Store, identity, make_items
-    from align_cli.evaluation.tables import print_results
-    from align_cli.rewards.loading import load_reward
-    from align_cli.training.distributed import Ranks
-
-    chosen = resolved.eval
-    options = SetOptions(num=chosen.num_prompts, seed=chosen.seed, split=chosen.split, kinds=chosen.kinds)
-    prompts = load_set("shapes", options)
-    side = resolved.sample.image_size or model.image_size
-    knows = resolved.data.name == "shapes" or registry.is_embedded(resolved.model.name)
-    if not knows or side != prompts.image_size:
-        typer.echo("note: no paired evaluation, it measures pictures of the shapes world only", err=True)
-        return None
-    place = folder / run_folder.EVALUATION
-    arms = make_arms([str(folder / run_folder.ADAPTER)], [])
-    job = engine.Evaluation(
-        prompts=prompts,
-        arms=arms,
-        baseline=arms[0].name,
-        rewards=[load_reward("shapes")],
-        items=make_items(prompts, 1, chosen.seed),
-        seed=chosen.seed,
-        interval="t",
-        command=["t2ialign", *sys.argv[1:]],
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    store = Store(
-        place, identity(prompts, 1, arms, chosen.seed, resolved.model, resolved.sample, None, model)
-    )
-    store.begin(job.command, job.created, resume=False, overwrite=True)
-    found = measure(job, store, Ranks.alone(model.device), model, resolved.sample)
-    write(place, found)
-    write_report(found, place, place / REPORT)
-    save_sheet(found, place, folder / run_folder.PICTURE)
-    return {key: value for key, value in found.items() if key != "items"}, lambda: print_results(found)
