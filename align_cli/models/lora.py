@@ -136,8 +136,8 @@ class LoraTuning:
 
     @contextmanager
     def merged(self, scale: float = 1.0) -> Iterator[None]:
-        """Inside, the layers' weights are W + scale (alpha / rank) B A, summed in float32 and rounded to
-        their dtype: what `attached` does, without gradient and without its cost. Several add up, in any
+        """Inside, the layers' weights are W + scale (alpha / rank) B A, summed in float32 (float64 for
+        float64) and rounded to their dtype: what `attached` does, without gradient and without its cost. Several add up, in any
         order, among each other and with the other ways.
         """
         with moved_weights(self.base, self.moved(scale)) if scale else nullcontext():
@@ -150,7 +150,8 @@ class LoraTuning:
         for name, layer in self.layers.items():
             now = layer.weight.data
             a, b = (self.weights[name + end].to(now.device) for end in (LORA_A, LORA_B))
-            found[f"{name}.weight"] = (now.float() + scale * self.factor * change(a, b)).to(now.dtype)
+            wide = now.to(torch.promote_types(now.dtype, torch.float32))
+            found[f"{name}.weight"] = (wide + scale * self.factor * change(a, b)).to(now.dtype)
         return found
 
     def _adding(self, name: str, factor: float) -> Any:
