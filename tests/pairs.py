@@ -123,7 +123,12 @@ class Untouched:
     def _rest(self) -> list[object]:
         model = self.model
         hooks = [
-            (name, len(part._forward_hooks), len(part._forward_pre_hooks), type(getattr(part, "processor", 0)))
+            (
+                name,
+                len(part._forward_hooks),
+                len(part._forward_pre_hooks),
+                type(getattr(part, "processor", 0)),
+            )
             for module in self._modules()
             for name, part in module.named_modules()
         ]
