@@ -122,17 +122,10 @@ class Untouched:
 
     def _rest(self) -> list[object]:
         model = self.model
-        hooks = [
-            (
-                name,
-                len(part._forward_hooks),
-                len(part._forward_pre_hooks),
-                type(getattr(part, "processor", 0)),
-            )
-            for module in self._modules()
-            for name, part in module.named_modules()
-        ]
-        return [hooks, len(model.text_changes), len(model.critics), model.reader]
+        parts = [part for module in self._modules() for part in module.modules()]
+        hooks = [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in parts]
+        processors = [getattr(part, "processor", None) for part in parts]
+        return [hooks, processors, len(model.text_changes), len(model.critics), model.reader]
 
     def check(self) -> None:
         """Bit for bit as it was."""

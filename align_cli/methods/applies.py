@@ -7,8 +7,6 @@ NOT_APPLICABLE = {
         "SD3 reads T5 with up to 512 tokens already, and its CLIP states stand before those of T5, not in "
         "the segments that LongAlign places side by side"
     ),
-    ("dpt", "sd3"): "x",
-    ("comat", "sd3"): "x",
 }
 """(method, family) -> the reason."""
 

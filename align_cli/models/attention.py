@@ -33,7 +33,8 @@ JOINT = "joint"
 
 class AttentionMaps:
     """What one call of the denoiser keeps: `maps`, by the names of CoMat's train layers, "<place>_<r>"
-    (mid_8, up_16, ..., of SD3 joint_64), one for each transformer layer there, in the order of the computation.
+    (mid_8, up_16, ..., of SD3 joint_64), one for each transformer layer there, in the order of the
+    computation.
 
     Source: CoMat, attn_utils (maps of mid and up blocks), from TokenCompose.
     """

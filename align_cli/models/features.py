@@ -53,7 +53,7 @@ def check_blocks(denoiser: nn.Module, names: Sequence[str], setting: str, model:
 
 
 def own_feature(denoiser: nn.Module) -> str:
-    """The block that a denoiser is seen at where none is named. Of a UNet the one that gives half the latent's
+    """The block that a denoiser is seen at where none is named. Of a UNet that which gives half the latent's
     side: up1 of four levels (the official choice), up0 of fewer (SDXL has three). Of SD3 the block after two
     thirds of all, which is where up1 lies among the blocks of a UNet (the 7th of 9): what is there has seen
     the text, and is not yet the velocity of single patches. Ours, not measured on a published SD3.
