@@ -108,7 +108,14 @@ def test_refcoco_trains(options, tmp_path):
     ("args", "words"),
     [
         (["--stage", "final"], "dpt.stage must be one of probe, tune, got 'final'"),
-        (["--model", "tiny-sd3", "--preset", "none"], "does not train models of the family sd3"),
+        (
+            ["--model", "tiny-sd3", "--preset", "none", "--set", "dpt.feature=up1"],
+            "the transformer of tiny-sd3 has no block up1 (it has block0, ",
+        ),
+        (
+            ["--model", "tiny-sd3", "--preset", "none", "--stage", "tune", "--set", "dpt.snr_gamma=5"],
+            "dpt.snr_gamma is for noise schedules",
+        ),
         (["--data", "coco", "--data-path", "."], "the coco dataset has no boxes"),
         (["--data", "refcoco"], "--data-path"),
         (["--set", "dpt.phrase_encoder=nowhere"], "no RoBERTa"),

@@ -142,8 +142,8 @@ class CoMatConfig(MethodConfig):
         for name in self.attention_layers:
             require(
                 _LAYER.fullmatch(name) is not None,
-                "comat.attention_layers must be places with the side of their maps, like mid_8, up_16 or "
-                f"joint_64, got {name!r}",
+                "comat.attention_layers must be places with the side of their maps, like mid_8 or up_16 (of "
+                f"SD3 joint_64), got {name!r}",
             )
         require(
             bool(self.concept or self.concentration or self.fidelity_weight),

@@ -163,9 +163,11 @@ class CoMat:
             raise UserError(f"comat.discriminator: {error}") from error
         flow, other_flow = (m.process.prediction_type == "flow" for m in (model, other))
         if flow != other_flow or other.latent_channels != model.latent_channels:
-            kinds = "sd3" if flow else ", ".join(sorted(self.families - {"sd3"}))
+            kind, kinds = "UNet", ", ".join(sorted(self.families - {"sd3"}))
+            if flow:
+                kind, kinds = "transformer", "sd3"
             raise UserError(
-                f"comat.discriminator {name}: it must be a {model.denoiser_part} for latents of "
+                f"comat.discriminator {name}: it must be a {kind} for latents of "
                 f"{model.latent_channels} channels (families {kinds}); it is {other.family} with "
                 f"{other.latent_channels}"
             )
