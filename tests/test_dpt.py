@@ -425,6 +425,42 @@ def test_gradient_checkpointing_changes_no_gradient(unet_or_sd3, examples):
         DPT(unet_or_sd3, DPTConfig(**SMALL), seed=1).check(TrainSettings(gradient_checkpointing=True))
 
 
+def test_gradient_checkpointing_without_a_prediction(unet_or_sd3, examples):
+    """The call stops at the feature, inside what is computed again."""
+    method = moved(make(unet_or_sd3, "tune", weights={"denoise": 0.0}))
+    run(method, collate(examples))
+    plain = gradients(method)
+    unet_or_sd3.denoiser.enable_gradient_checkpointing()
+    run(method, collate(examples))
+    torch.testing.assert_close(gradients(method), plain, atol=2e-5, rtol=1e-4)
+
+
+def test_the_denoising_loss_of_sd3_is_that_of_the_velocity(tiny_sd3_folder, examples, monkeypatch):
+    model = load(tiny_sd3_folder)
+    method, seen = make(model, "tune"), []
+    look = method.look
+    monkeypatch.setattr(method, "look", lambda *given: seen.append(given) or look(*given))
+    said = run(method, collate(examples))
+    latents, t, eps, cond = seen[0]
+    sigma = (t / 1000).view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * latents[:, 0] + sigma * eps
+    with torch.no_grad():
+        found = model.predict(noisy, t, cond[list(range(1, 16, 4))])
+    assert said["loss/denoise"] == pytest.approx(
+        float((found - (eps - latents[:, 0])).square().mean()), rel=1e-4
+    )
+
+
+def test_settings_that_sd3_has_no_use_for(tiny_sd3_folder):
+    model = load(tiny_sd3_folder)
+    with pytest.raises(UserError, match="dpt.snr_gamma is for noise schedules .* is a flow"):
+        make(model, "tune", snr_gamma=5.0)
+    config = DPTConfig(stage="tune", **SMALL, detach_after="block0")
+    with pytest.raises(UserError, match="dpt.detach_after does not go with train.gradient_checkpointing"):
+        DPT(model, config).check(TrainSettings(gradient_checkpointing=True))
+    DPT(model, config).check(TrainSettings())
+
+
 def test_boxes_that_are_no_numbers_stop_the_run(sd15, examples):
     method = make(sd15)
     with torch.no_grad():

@@ -186,7 +186,9 @@ def _save_pipeline(job: Job, parts: Sequence[Part], modules: Modules) -> dict[st
         level = LEVEL if is_flat(modules[part.name]) else ""
         scaled = {k: x * (part.factor or 1.0) if k.endswith(LORA_B) else x for k, x in part.state.items()}
         state = {f"{level}{key}": x for key, x in cast(scaled, job.dtype).items()}
-        layers[f"{part.name}_lora_layers"] = convert_state_dict_to_diffusers(state)
+        # of a transformer the library renames some layers and not others, and does not read the mixture
+        own = part.name == "transformer"
+        layers[f"{part.name}_lora_layers"] = state if own else convert_state_dict_to_diffusers(state)
     cls.save_lora_weights(job.folder, weight_name=FILE, **layers)
     names = " and ".join(f"{part.name} (rank {part.rank}, {len(part.layers)} layers)" for part in parts)
     return {FILE: f"LoRA of {names}; {cls.__name__}.load_lora_weights(FOLDER)"}
