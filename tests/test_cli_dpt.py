@@ -40,6 +40,7 @@ def tuned(options, tmp_path) -> Path:
     return tmp_path / "tune"
 
 
+@pytest.mark.slow
 def test_sd3_from_probe_to_pictures(options, tiny_sd3_folder, tmp_path):
     given = ["--model", tiny_sd3_folder, *options[2:]]
     ok("train", "dpt", *given, *SHAPES, "--no-eval", "--steps", 1, "--out", tmp_path / "probe")

@@ -19,7 +19,8 @@ from align_cli.models.base import BaseModel
 CLASSES = {name: registry.load(registry.METHODS, name) for name in METHODS}
 PAIRS = list(combinations_with_replacement(METHODS, 2))
 CASES = [
-    (family, *pair)
+    # SD2.x has wide text
+    pytest.param(family, *pair, marks=pytest.mark.slow if family == "sd21" else ())
     for family in FAMILIES
     for pair in PAIRS
     if all(family in CLASSES[name].families for name in pair)
