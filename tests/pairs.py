@@ -66,9 +66,10 @@ def load_tiny(family: str, folder: Path) -> BaseModel:
     return model
 
 
-def resolved(name: str, model: BaseModel) -> config.Resolved:
-    """The configuration of a small run of a method on a model."""
-    flags: dict[str, object] = {f"{name}.{key}": value for key, value in SETTINGS[name].items()}
+def resolved(name: str, model: BaseModel, **changes: Any) -> config.Resolved:
+    """The configuration of a small run of a method on a model. changes: of the method's settings."""
+    settings = SETTINGS[name] | changes
+    flags: dict[str, object] = {f"{name}.{key}": value for key, value in settings.items()}
     if name == "softrepa":
         flags |= {"softrepa.num_layers": -1} if model.family == "sd3" else {"softrepa.stages": "TTT"}
     flags |= {"model.name": model.model_id, "model.device": "cpu", "train.steps": 1, "train.batch_size": 2}
@@ -76,10 +77,10 @@ def resolved(name: str, model: BaseModel) -> config.Resolved:
     return config.resolve(name, preset=config.NO_PRESET, flags=flags)
 
 
-def make(name: str, model: BaseModel, *, seed: int = 0) -> Method:
+def make(name: str, model: BaseModel, *, seed: int = 0, **changes: Any) -> Method:
     """A method as the command makes it, not yet trained."""
     cls: type[Method] = registry.load(registry.METHODS, name)
-    return cls(model, resolved(name, model).method_config, seed=seed)
+    return cls(model, resolved(name, model, **changes).method_config, seed=seed)
 
 
 def data(name: str, run: config.Resolved) -> Any:
@@ -88,9 +89,9 @@ def data(name: str, run: config.Resolved) -> Any:
     return registry.load(table, "shapes")(DataSettings(num_examples=8), seed=3)
 
 
-def stirred(name: str, model: BaseModel, *, seed: int = 0, size: float = 0.1) -> Method:
+def stirred(name: str, model: BaseModel, *, seed: int = 0, size: float = 0.1, **changes: Any) -> Method:
     """A method whose trained tensors all do something."""
-    method, rng = make(name, model), torch.Generator().manual_seed(seed)
+    method, rng = make(name, model, **changes), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for group in method.trainables().values():
             for p in group:

@@ -117,3 +117,20 @@ def test_all_methods_at_once_and_off_again(worlds, family):
     untouched.check()
     assert torch.equal(predicted(model), world.prediction)
     assert torch.equal(drawn(model), world.picture)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_whole_weights_add_up_with_lora_and_with_each_other(worlds, family):
+    world = worlds(family)
+    model, lora = world.model, world.adapters["comat"][0].method
+    whole = [
+        stirred("textcraftor", model, seed=seed, size=0.02, stage="unet", lora_rank=0) for seed in (1, 2)
+    ]
+    untouched = Untouched(model)
+    for one, other in ((whole[0], lora), (whole[0], whole[1])):
+        both = together(model, (one, 1.0), (other, 1.0))
+        for alone in (world.prediction, together(model, (one, 1.0)), together(model, (other, 1.0))):
+            assert differ(both, alone) > SEEN
+        assert differ(both, together(model, (other, 1.0), (one, 1.0))) < 1e-5
+        assert torch.equal(together(model, (one, 0.0), (other, 0.0)), world.prediction)
+    untouched.check()
