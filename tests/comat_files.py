@@ -34,7 +34,7 @@ def save_official(folder: Path, unet: nn.Module, **options: Any) -> Path:
 
 def save_comat(folder: Path, model: Any, *, seed: int = 0) -> dict[str, Tensor]:
     """An adapter folder with random values and rank 2; returns its tensors."""
-    state = {f"unet.{key}": x for key, x in lora(model.denoiser, seed=seed).items()}
+    state = {f"{model.denoiser_part}.{key}": x for key, x in lora(model.denoiser, seed=seed).items()}
     info = AdapterInfo(
         method="comat",
         model_id=model.model_id,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from align_cli.adapters import AdapterInfo, write_adapter
-from align_cli.models.lora import UNET_ATTENTION, LoraTuning
+from align_cli.models.lora import LoraTuning, attention_layers
 
 SMALL: dict[str, Any] = {
     "hidden_dim": 16, "num_heads": 8, "feedforward_dim": 24, "num_grounding_queries": 5, "phrase_dim": 6,
@@ -78,7 +78,7 @@ def official(
 def lora(unet: torch.nn.Module, rank: int = 2, seed: int = 0) -> dict[str, Tensor]:
     """The state of a LoRA on all attention, loud enough to be seen."""
     rng = torch.Generator().manual_seed(seed)
-    tuning = LoraTuning(unet, rank=rank, alpha=rank, targets=UNET_ATTENTION, device=torch.device("cpu"))
+    tuning = LoraTuning(unet, rank=rank, alpha=rank, targets=attention_layers, device=torch.device("cpu"))
     return {key: 0.3 * torch.randn(x.shape, generator=rng) for key, x in tuning.state().items()}
 
 

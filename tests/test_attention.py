@@ -5,16 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from model_helpers import PROMPTS, field, load, sdxl_unet
+from softrepa_helpers import save_random_adapter
 
+from align_cli.adapters import attach
 from align_cli.errors import UserError
 from align_cli.losses import attention_losses, mask_at
 from align_cli.models.attention import AttentionMaps, check_layers, layer_names, watched
 from align_cli.models.parts import outline
 
 
-@pytest.fixture(params=["sd15", "sdxl"])
-def model(request, tiny_sd15_folder, tiny_sdxl_folder):
-    return load({"sd15": tiny_sd15_folder, "sdxl": tiny_sdxl_folder}[request.param])
+@pytest.fixture(params=["sd15", "sdxl", "sd3", "sd35"])
+def model(request, tiny_sd15_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_sd3_no_t5_folder):
+    folders = {"sd15": tiny_sd15_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
+    return load((folders | {"sd35": tiny_sd3_no_t5_folder})[request.param])
 
 
 def look(model, keep=None, z=None):
@@ -80,19 +83,68 @@ def test_maps_have_a_graph_also_where_activations_are_computed_again(model):
     torch.testing.assert_close(slopes[0], slopes[1], atol=1e-7, rtol=1e-4)
 
 
-def test_sd3_has_no_maps(tiny_sd3_folder):
+def joint_by_hand(model, name: str, z: torch.Tensor) -> torch.Tensor:
+    """What a softmax over all keys, of picture and text, gives to the CLIP rows of a block: (B, H, N, L)."""
+    attn = model.denoiser.get_submodule(name)
+    seen: dict[str, torch.Tensor] = {}
+    layers = ("to_q", "to_k", "add_k_proj")
+    hooks = [
+        getattr(attn, layer).register_forward_hook(lambda _m, _i, out, layer=layer: seen.update({layer: out}))
+        for layer in layers
+    ]
+    model.predict(z, torch.tensor(300), model.encode_text(PROMPTS))
+    for hook in hooks:
+        hook.remove()
+    q, k, text = (seen[layer].unflatten(2, (attn.heads, -1)).transpose(1, 2) for layer in layers)
+    if attn.norm_q is not None:
+        q, k, text = attn.norm_q(q), attn.norm_k(k), attn.norm_added_k(text)
+    keys = torch.cat([k, text], 2)
+    probabilities = (q @ keys.mT / q.shape[-1] ** 0.5).softmax(-1)
+    return probabilities[..., k.shape[2] : k.shape[2] + model.clip_length]
+
+
+@pytest.mark.parametrize("kind", ["tiny_sd3_folder", "tiny_sd3_no_t5_folder"])
+def test_maps_of_sd3_are_the_share_of_a_word_in_what_goes_to_clips_rows(request, kind):
+    """Renormalised: the plain softmax over all keys at these rows, divided by its sum there."""
+    model = load(request.getfixturevalue(kind))
+    z, keep = field(0, 2, model.latent_channels, 8, 8), AttentionMaps()
+    look(model, keep, z)
+    assert list(keep.maps) == ["joint_4"] and len(keep.maps["joint_4"]) == 3
+    for block, found in enumerate(keep.maps["joint_4"]):
+        plain = joint_by_hand(model, f"transformer_blocks.{block}.attn", z)
+        assert 0.05 < float(plain.sum(-1).mean()) < 0.95  # the rest goes to the picture and to T5
+        torch.testing.assert_close(found.flatten(2, 3), plain / plain.sum(-1, keepdim=True))
+
+
+def test_looking_beside_sd3s_attention_changes_no_bit(tiny_sd3_folder):
+    """The maps are computed beside the attention, not in its place."""
     model = load(tiny_sd3_folder)
-    with pytest.raises(ValueError, match="no cross-attention"):
-        model.predict(
-            field(0, 1, model.latent_channels, 8, 8),
-            torch.tensor(300.0),
-            model.encode_text(["x"]),
-            AttentionMaps(),
-        )
+    z = field(0, 2, model.latent_channels, 8, 8)
+    plain = model.predict(z, torch.tensor(300), model.encode_text(PROMPTS))
+    assert torch.equal(look(model, AttentionMaps(), z), plain)
+
+
+@pytest.mark.parametrize("scale", ["", "@0.5"])
+def test_soft_tokens_in_front_of_sd3s_text_are_left_out(tiny_sd3_folder, tmp_path, scale):
+    """The rows are counted from the end, also where soft tokens have a strength of their own."""
+    adapter = save_random_adapter(tmp_path / "a", tiny_sd3_folder, "softrepa.num_layers=2")
+    model = load(tiny_sd3_folder)
+    z, keep = field(0, 2, model.latent_channels, 8, 8), AttentionMaps()
+    bare = AttentionMaps()
+    look(model, bare, z)
+    with attach(model, [f"{adapter}{scale}"]):
+        plain = model.predict(z, torch.tensor(300), model.encode_text(PROMPTS))
+        assert torch.equal(look(model, keep, z), plain)
+    first, last = keep.maps["joint_4"][0], keep.maps["joint_4"][-1]
+    assert first.shape[-1] == model.clip_length
+    torch.testing.assert_close(first, bare.maps["joint_4"][0])  # the first block's words have not met them
+    assert float((last - bare.maps["joint_4"][-1]).abs().max()) > 3e-5
 
 
 def test_an_unknown_layer_is_refused(model):
-    with pytest.raises(UserError, match=r"comat.attention_layers: here has no cross-attention up_64 .*mid_4"):
+    with pytest.raises(
+        UserError, match=r"comat.attention_layers: here has no cross-attention up_64 .*(mid|joint)_4"
+    ):
         check_layers(model.denoiser, ["up_64"], 8, "comat.attention_layers", "here")
 
 

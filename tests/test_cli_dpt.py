@@ -40,6 +40,25 @@ def tuned(options, tmp_path) -> Path:
     return tmp_path / "tune"
 
 
+@pytest.mark.slow
+def test_sd3_from_probe_to_pictures(options, tiny_sd3_folder, tmp_path):
+    given = ["--model", tiny_sd3_folder, *options[2:]]
+    ok("train", "dpt", *given, *SHAPES, "--no-eval", "--steps", 1, "--out", tmp_path / "probe")
+    ok("train", "dpt", *given, *SHAPES, "--no-eval", "--steps", 1, "--stage", "tune", "--from",
+       tmp_path / "probe", "--out", tmp_path / "tune")  # fmt: skip
+    groups = {key.partition(".")[0] for key in load_adapter(tmp_path / "tune").state}
+    assert groups == {"discriminator", "transformer"}
+    drawn = []
+    for name, more in (("plain", []), ("eps", ["--self-correct", 800]),
+                       ("latent", ["--self-correct", 800, "--correction", "latent"])):  # fmt: skip
+        ok("sample", "--model", tiny_sd3_folder, "--adapter", tmp_path / "tune", "--steps", 3, "--prompt",
+           "a red circle", *more, "--out", tmp_path / name)  # fmt: skip
+        drawn += pixels(tmp_path / name)
+    assert len(set(drawn)) == 3
+    ok("eval", "dpt-probe", "--adapter", tmp_path / "tune", "--n", 10, "--out", tmp_path / "e")
+    assert (tmp_path / "e" / "results.json").exists()
+
+
 def pixels(folder: Path) -> list[bytes]:
     return [Image.open(path).tobytes() for path in sorted(folder.glob("0*.png"))]
 
@@ -108,7 +127,14 @@ def test_refcoco_trains(options, tmp_path):
     ("args", "words"),
     [
         (["--stage", "final"], "dpt.stage must be one of probe, tune, got 'final'"),
-        (["--model", "tiny-sd3", "--preset", "none"], "does not train models of the family sd3"),
+        (
+            ["--model", "tiny-sd3", "--preset", "none", "--set", "dpt.feature=up1"],
+            "the transformer of tiny-sd3 has no block up1 (it has block0, ",
+        ),
+        (
+            ["--model", "tiny-sd3", "--preset", "none", "--stage", "tune", "--set", "dpt.snr_gamma=5"],
+            "dpt.snr_gamma is for noise schedules",
+        ),
         (["--data", "coco", "--data-path", "."], "the coco dataset has no boxes"),
         (["--data", "refcoco"], "--data-path"),
         (["--set", "dpt.phrase_encoder=nowhere"], "no RoBERTa"),

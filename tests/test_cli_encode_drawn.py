@@ -205,7 +205,7 @@ def test_what_is_refused(tmp_path, options, whole, tiny_sd3_folder, prompts):
     assert "take --captions first or random" in refused("encode", *options, "--captions", "all", *out)
     assert "sample.steps must be >= 1" in refused("encode", *options, "--steps", 0, *out)
     assert "must be a multiple of 4 pixels" in refused("encode", *options, "--image-size", 30, *out)
-    flow = refused("encode", *options, "--model", tiny_sd3_folder, *out)
+    flow = refused("encode", *options, "--model", tiny_sd3_folder, "--sampler", "ddpm", *out)
     assert "ddpm is not for flow-matching models" in flow
     empty = tmp_path / "empty.txt"
     empty.write_text("\n  \n")

@@ -75,9 +75,16 @@ class Halves:
         return found
 
 
-@pytest.fixture(params=["sd15", "sdxl"])
-def model(request, tiny_sd15_folder, tiny_sdxl_folder):
-    return load({"sd15": tiny_sd15_folder, "sdxl": tiny_sdxl_folder}[request.param])
+@pytest.fixture(params=["sd15", "sdxl", "sd3", "sd35"])
+def model(request, tiny_sd15_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_sd3_no_t5_folder):
+    folders = {"sd15": tiny_sd15_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
+    return load((folders | {"sd35": tiny_sd3_no_t5_folder})[request.param])
+
+
+@pytest.fixture(params=["sd15", "sd3"])
+def unet_or_sd3(request, tiny_sd15_folder, tiny_sd3_folder):
+    """A UNet, and a transformer on the path of a flow."""
+    return load({"sd15": tiny_sd15_folder, "sd3": tiny_sd3_folder}[request.param])
 
 
 @pytest.fixture
@@ -168,9 +175,9 @@ def test_a_step_trains_both_groups_and_nothing_else(model):
     assert values["words/nouns"] == pytest.approx(4 / 3) and values["words/found"] == 1
 
 
-def test_the_gradient_of_the_generator_against_finite_differences(sd15):
+def test_the_gradient_of_the_generator_against_finite_differences(unet_or_sd3):
     """All three losses at once, where every sampling step carries gradient."""
-    method = stir(make(sd15, steps=3, grad_steps=3, guidance=2.0))
+    method = stir(make(unet_or_sd3, steps=3, grad_steps=3, guidance=2.0))
     run(method)
     slopes = {k: p.grad.clone() for k, p in method.lora.weights.items()}
     key = max(slopes, key=lambda k: float(slopes[k].abs().max()))
@@ -186,9 +193,9 @@ def test_the_gradient_of_the_generator_against_finite_differences(sd15):
     assert rate == pytest.approx(float(slopes[key][place]), rel=0.02)
 
 
-def test_merged_and_attached_loras_draw_alike(sd15):
+def test_merged_and_attached_loras_draw_alike(unet_or_sd3):
     """Steps without gradient take merged weights in float32."""
-    method = stir(make(sd15, guidance=1.5))
+    method = stir(make(unet_or_sd3, guidance=1.5))
     noises = [field(k, 3, 4, 8, 8) for k in range(6)]
 
     def drawn(plan):
@@ -219,7 +226,7 @@ def test_each_loss_alone(sd15, options, terms):
     assert float(gradient(method, "generator").abs().max()) > 0
 
 
-def test_the_gradient_is_the_sum_of_those_of_the_losses(sd15):
+def test_the_gradient_is_the_sum_of_those_of_the_losses(unet_or_sd3):
     """Of the same noise and the same random steps."""
     alone = [
         {"fidelity_weight": 0, "token_weight": 0, "pixel_weight": 0},
@@ -230,7 +237,7 @@ def test_the_gradient_is_the_sum_of_those_of_the_losses(sd15):
     plan, noises = Plan((1, 3), frozenset({3})), [field(k, 3, 4, 8, 8) for k in range(6)]
 
     def slope(**options):
-        method = stir(make(sd15, **options))
+        method = stir(make(unet_or_sd3, **options))
         groups = method.trainables()
         left = iter(noises[1:])
         ctx = StepContext(
@@ -350,8 +357,8 @@ def test_exactly_k_steps_carry_gradient_where_k_does_not_divide(sd15):
         assert len(plan.gradient) == 4 and 0 <= plan.gradient[0] <= 13 and plan.gradient[-1] < 50
 
 
-def test_attention_is_looked_at_in_the_drawn_steps_alone(sd15):
-    method = make(sd15)
+def test_attention_is_looked_at_in_the_drawn_steps_alone(unet_or_sd3):
+    method = make(unet_or_sd3)
     for attention, count in ((frozenset({3}), 1), (frozenset({1, 3}), 2)):
         noises = iter([field(k, 3, 4, 8, 8) for k in range(6)])
         drawn = method.draw(
@@ -415,9 +422,9 @@ def test_stored_latents_reach_the_discriminator(sd15):
     assert first["loss"] == second["loss"] and first["discriminator/loss"] != second["discriminator/loss"]
 
 
-def test_real_latents_that_are_drawn_are_those_of_the_original_model(sd15):
+def test_real_latents_that_are_drawn_are_those_of_the_original_model(unet_or_sd3):
     drawn = []
-    for method in (make(sd15), stir(make(sd15))):
+    for method in (make(unet_or_sd3), stir(make(unet_or_sd3))):
         noises = iter([field(k, 3, 4, 8, 8) for k in range(6)])
         drawn.append(method._real(Batch(list(PROMPTS)), lambda left=noises: next(left)))
     assert torch.equal(*drawn)
@@ -428,6 +435,37 @@ def test_what_the_discriminator_is_asked_under(sd15):
     discriminator = make(sd15, steps=50, grad_steps=5).discriminator
     assert discriminator.timestep == 1
     assert torch.equal(discriminator.empty.tokens, sd15.encode_text([""]).tokens)
+
+
+def test_what_the_discriminator_is_asked_under_on_sd3(tiny_sd3_folder):
+    """The last time of its own path; the shared transformer, on both of whose streams its LoRA is."""
+    model = load(tiny_sd3_folder)
+    discriminator = make(model).discriminator
+    assert discriminator.timestep == float(model.process.timesteps(5)[-1]) and discriminator.timestep > 0
+    assert discriminator.model is model
+    assert torch.equal(discriminator.empty.tokens, model.encode_text([""]).tokens)
+
+
+def test_the_layers_of_sd3(tiny_sd3_folder, tiny_sd3_no_t5_folder):
+    """Both streams of every block, and the second attention of SD3.5; not the text's queries of the last
+    block, whose answers nobody reads.
+    """
+    for folder, second in ((tiny_sd3_folder, 0), (tiny_sd3_no_t5_folder, 2)):
+        layers = list(make(load(folder)).lora.layers)
+        own = {"to_q", "to_k", "to_v", "to_out.0"}
+        text = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+        for block in range(3):
+            first = f"transformer_blocks.{block}.attn."
+            found = {name.removeprefix(first) for name in layers if name.startswith(first)}
+            assert found == own | (text if block < 2 else {"add_k_proj", "add_v_proj"})
+        assert sum(".attn2." in name for name in layers) == 4 * second
+
+
+def test_the_discriminator_of_sd3_is_no_unet(tiny_sd3_folder, tiny_sd15_folder):
+    model = load(tiny_sd3_folder)
+    config = CoMatConfig(lora_rank=2, discriminator=str(tiny_sd15_folder), attention_steps=0, real="drawn")
+    with pytest.raises(UserError, match=r"it must be a transformer for latents of 4 .* \(families sd3\)"):
+        CoMat(model, config).check(TrainSettings())
 
 
 def test_without_stored_latents(sd15):

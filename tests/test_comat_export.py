@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from comat_files import FILE, official, save_comat
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from dpt_files import lora
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -58,6 +58,30 @@ def test_the_libraries_open_the_lora(tiny_models, family, tmp_path):
     mine = load_model(ModelSettings(name=model.model_id, device="cpu"))
     opened = PeftModel.from_pretrained(mine.denoiser, tmp_path / "peft" / "unet")
     torch.testing.assert_close(prediction(model, opened), expected, atol=1e-4, rtol=0)
+
+
+def test_sd3_in_diffusers_and_peft(tiny_models, tmp_path):
+    """Both streams of the transformer; kohya's layout and the official file are refused."""
+    model = tiny_models["sd3"]
+    save_comat(tmp_path / "a", model)
+    expected, plain = lora_at_work(model), prediction(model)
+    assert (expected - plain).abs().max() > 0.05
+    report = export(tmp_path / "a", "diffusers", tmp_path / "diffusers")
+    assert "transformer (rank 2, 22 layers)" in report.written[FILE]
+    pipe = StableDiffusion3Pipeline.from_pretrained(model.model_id)
+    pipe.load_lora_weights(tmp_path / "diffusers")
+    torch.testing.assert_close(prediction(model, pipe.transformer), expected, atol=1e-4, rtol=0)
+    export(tmp_path / "a", "peft", tmp_path / "peft")
+    mine = load_model(ModelSettings(name=model.model_id, device="cpu"))
+    opened = PeftModel.from_pretrained(mine.denoiser, tmp_path / "peft" / "transformer")
+    torch.testing.assert_close(prediction(model, opened), expected, atol=1e-4, rtol=0)
+    for form, said in (
+        ("kohya", "take --to diffusers or --to peft"),
+        ("official", "--to diffusers, peft or comfyui$"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export(tmp_path / "a", form, tmp_path / form)
+        assert not (tmp_path / form).exists()
 
 
 def test_sdxl_in_the_layout_of_kohya(tiny_models, tmp_path):

@@ -28,10 +28,17 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["sd15", "sdxl"])
-def model(request, tiny_sd15_folder, tiny_sdxl_folder):
-    """A fresh model of every family."""
-    return load({"sd15": tiny_sd15_folder, "sdxl": tiny_sdxl_folder}[request.param])
+@pytest.fixture(params=["sd15", "sdxl", "sd3", "sd35"])
+def model(request, tiny_sd15_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_sd3_no_t5_folder):
+    """A fresh model of every family; SD3.5 without T5."""
+    folders = {"sd15": tiny_sd15_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
+    return load((folders | {"sd35": tiny_sd3_no_t5_folder})[request.param])
+
+
+@pytest.fixture(params=["sd15", "sd3"])
+def unet_or_sd3(request, tiny_sd15_folder, tiny_sd3_folder):
+    """A UNet, and a transformer on the path of a flow."""
+    return load({"sd15": tiny_sd15_folder, "sd3": tiny_sd3_folder}[request.param])
 
 
 @pytest.fixture
@@ -125,9 +132,9 @@ def test_a_step_trains_what_the_stage_says_and_nothing_else(model, examples, sta
     assert all(p.grad is None for m in modules for p in m.parameters())
 
 
-def test_two_halves_are_one_whole(sd15, examples):
+def test_two_halves_are_one_whole(unet_or_sd3, examples):
     """Dropout, noise and the number of boxes do not depend on who computes what."""
-    method = make(sd15, "tune", dropout=0.3)
+    method = make(unet_or_sd3, "tune", dropout=0.3)
     run(method, collate(examples))
     whole = gradients(method)
     counts = torch.tensor([float(len(e.extra["grounded"].boxes)) for e in examples])
@@ -154,27 +161,27 @@ def test_terms_without_weight_cost_no_pass(sd15, examples):
     assert set(run(alone, collate(examples))) == {"loss", "loss/denoise"}
 
 
-def test_a_step_without_the_shared_call_has_the_same_losses(sd15, examples):
+def test_a_step_without_the_shared_call_has_the_same_losses(unet_or_sd3, examples):
     """Every pass by itself, with whole calls of the UNet, gives the same scores and prediction."""
-    method = moved(make(sd15, "tune", dropout=0.0))
+    method = moved(make(unet_or_sd3, "tune", dropout=0.0))
     g = torch.Generator().manual_seed(2)
-    side = sd15.image_size // sd15.vae_factor
-    latents = torch.randn(2, 3, sd15.latent_channels, side, side, generator=g)
+    side = unet_or_sd3.image_size // unet_or_sd3.vae_factor
+    latents = torch.randn(2, 3, unet_or_sd3.latent_channels, side, side, generator=g)
     eps, t = torch.randn(2, *latents.shape[2:], generator=g), torch.tensor([100, 700])
     texts = ["a red circle", "a red circle and a blue square", "a blue circle", "two green squares"]
-    cond, _ = sd15.summarised(texts * 2)
+    cond, _ = unet_or_sd3.summarised(texts * 2)
     with torch.no_grad(), method.lora.attached():
         states, prediction = method.look(latents, t, eps, cond)
         places = {"own": 0, "hard": 1, "random": 2}
         words = {"expression": 0, "caption": 1, "hard": 2, "random": 3}
         for one in method.passes:
-            noisy = sd15.process.add_noise(latents[:, places[one.picture]], eps, t)
+            noisy = unet_or_sd3.process.add_noise(latents[:, places[one.picture]], eps, t)
             found = method.matching(noisy, t, [texts[words[one.text]]] * 2)
             torch.testing.assert_close(
                 method.discriminator.matching(method.of(states, one))[0], found, atol=1e-5, rtol=1e-4
             )
-        noisy = sd15.process.add_noise(latents[:, 0], eps, t)
-        alone = sd15.predict(noisy, t, cond[[1, 5]])
+        noisy = unet_or_sd3.process.add_noise(latents[:, 0], eps, t)
+        alone = unet_or_sd3.predict(noisy, t, cond[[1, 5]])
     torch.testing.assert_close(prediction, alone, atol=1e-5, rtol=1e-4)
 
 
@@ -214,18 +221,18 @@ def test_noise_offset_moves_whole_channels(sd15, examples, monkeypatch):
 # ---------------------------------------------------------------- what it stands on
 
 
-def test_tune_goes_on_from_a_probe(sd15, examples, tmp_path):
-    probe = make(sd15)
+def test_tune_goes_on_from_a_probe(unet_or_sd3, examples, tmp_path):
+    probe = make(unet_or_sd3)
     with torch.no_grad():
         probe.discriminator.logit_scale.fill_(1.5)
     place = saved(probe, tmp_path / "probe")
-    tune = make(sd15, "tune", from_adapter=place)
+    tune = make(unet_or_sd3, "tune", from_adapter=place)
     for key, value in probe.state().items():
         assert torch.equal(tune.state()[key], value)  # logit_scale, too
-    again = make(sd15, "tune", from_adapter=saved(moved(tune), tmp_path / "tune"))
+    again = make(unet_or_sd3, "tune", from_adapter=saved(moved(tune), tmp_path / "tune"))
     assert all(torch.equal(x, again.state()[key]) for key, x in tune.state().items())
     with pytest.raises(UserError, match="it holds LoRA, which stage probe has no use for"):
-        make(sd15, from_adapter=str(tmp_path / "tune"))
+        make(unet_or_sd3, from_adapter=str(tmp_path / "tune"))
 
 
 @pytest.mark.parametrize(
@@ -290,14 +297,23 @@ def test_the_feature_may_be_named_by_whoever_goes_on(sd15, tmp_path):
 DRAW = SampleSettings(steps=4, guidance=3.0, spacing="leading")
 
 
-def test_a_step_up_the_score_raises_it(sd15):
-    method = make(sd15)
-    z, t = torch.randn(2, sd15.latent_channels, 4, 4), torch.tensor(500)
+def rollout_times(model) -> list[float]:
+    return model.process.timesteps(4, None if model.family == "sd3" else "leading").tolist()
+
+
+def draw_settings(model) -> SampleSettings:
+    """SD3 has one path of its own."""
+    return replace(DRAW, sampler="euler") if model.family == "sd3" else DRAW
+
+
+def test_a_step_up_the_score_raises_it(unet_or_sd3):
+    method = make(unet_or_sd3)
+    z, t = torch.randn(2, unet_or_sd3.latent_channels, 4, 4), torch.tensor(500)
     prompts = ["a red circle", "two blue squares"]
     climb = method.judge(prompts)
     score, slope = climb(z, t)
     direct = matching_logits(
-        method.matching(z, t.expand(2), prompts)[:, None], sd15.summarised(prompts)[1][:, None]
+        method.matching(z, t.expand(2), prompts)[:, None], unet_or_sd3.summarised(prompts)[1][:, None]
     )
     torch.testing.assert_close(score, direct[:, 0].detach())
     after, _ = climb(z + 0.05 * slope / slope.square().mean().sqrt(), t)
@@ -306,47 +322,55 @@ def test_a_step_up_the_score_raises_it(sd15):
     torch.testing.assert_close(alone[1], slope[1:], atol=1e-6, rtol=1e-4)
 
 
-def test_pictures_move_with_the_scale_and_not_without_an_adapter(sd15, tmp_path):
-    place = saved(moved(make(sd15, "tune")), tmp_path / "tune")
+def test_pictures_move_with_the_scale_and_not_without_an_adapter(unet_or_sd3, tmp_path):
+    draw = draw_settings(unet_or_sd3)
+    place = saved(moved(make(unet_or_sd3, "tune")), tmp_path / "tune")
     prompts, seeds = ["a red circle", "two blue squares"], [1, 2]
-    base = sampling.sample(sd15, prompts, DRAW, seeds)
-    assert torch.equal(sampling.sample(sd15, prompts, replace(DRAW, self_correct=500.0), seeds), base)
-    with attach(sd15, [place]):
-        plain = sampling.sample(sd15, prompts, DRAW, seeds)
+    base = sampling.sample(unet_or_sd3, prompts, draw, seeds)
+    assert torch.equal(sampling.sample(unet_or_sd3, prompts, replace(draw, self_correct=500.0), seeds), base)
+    with attach(unet_or_sd3, [place]):
+        plain = sampling.sample(unet_or_sd3, prompts, draw, seeds)
         drawn = {
-            way: sampling.sample(sd15, prompts, replace(DRAW, self_correct=500.0, correction=way), seeds)
+            way: sampling.sample(
+                unet_or_sd3, prompts, replace(draw, self_correct=500.0, correction=way), seeds
+            )
             for way in ("eps", "latent", "official")
         }
-        one_by_one = replace(DRAW, self_correct=500.0, correction="official", batch_size=1)
-        alone = sampling.sample(sd15, prompts, one_by_one, seeds)
-        weaker = sampling.sample(sd15, prompts, replace(DRAW, self_correct=5.0), seeds)
+        one_by_one = replace(draw, self_correct=500.0, correction="official", batch_size=1)
+        alone = sampling.sample(unet_or_sd3, prompts, one_by_one, seeds)
+        weaker = sampling.sample(unet_or_sd3, prompts, replace(draw, self_correct=5.0), seeds)
     assert not torch.allclose(plain, base)
     for way, picture in drawn.items():
         assert not torch.allclose(picture, plain, atol=1e-4), way
     assert not torch.allclose(drawn["eps"], drawn["latent"], atol=1e-4)
     torch.testing.assert_close(alone, drawn["official"], atol=1e-4, rtol=1e-4)  # dropout by the own seed
     assert float((weaker - plain).abs().mean()) < float((drawn["eps"] - plain).abs().mean())
-    assert torch.equal(sampling.sample(sd15, prompts, DRAW, seeds), base)
+    assert torch.equal(sampling.sample(unet_or_sd3, prompts, draw, seeds), base)
 
 
-def test_the_official_way_leaves_out_the_last_step(sd15, tmp_path, monkeypatch):
-    place = saved(make(sd15), tmp_path / "probe")
+def test_the_official_way_leaves_out_the_last_step(unet_or_sd3, tmp_path, monkeypatch):
+    draw = draw_settings(unet_or_sd3)
+    place = saved(make(unet_or_sd3), tmp_path / "probe")
     calls = []
-    own = sd15.predict
+    own = unet_or_sd3.predict
     monkeypatch.setattr(
-        sd15, "predict", lambda z, t, cond: calls.append(int(t.reshape(-1)[0])) or own(z, t, cond)
+        unet_or_sd3, "predict", lambda z, t, cond: calls.append(int(t.reshape(-1)[0])) or own(z, t, cond)
     )
-    with attach(sd15, [place]):
-        settings = replace(DRAW, self_correct=0.5, correction="official")
-        sampling.sample(sd15, ["a red circle"], settings, [1])
-    times = sd15.process.timesteps(4, "leading").tolist()
+    with attach(unet_or_sd3, [place]):
+        settings = replace(draw, self_correct=0.5, correction="official")
+        sampling.sample(unet_or_sd3, ["a red circle"], settings, [1])
+    times = [int(t) for t in rollout_times(unet_or_sd3)]
     assert calls == [t for t in times[:-1] for _ in range(2)]
 
 
-def test_a_scale_that_no_latent_survives(sd15, tmp_path):
-    place = saved(make(sd15), tmp_path / "probe")
-    with attach(sd15, [place]), pytest.raises(UserError, match=r"--self-correct 1e\+38 drives the latents"):
-        sampling.sample(sd15, ["a red circle"], replace(DRAW, self_correct=1e38), [1])
+def test_a_scale_that_no_latent_survives(unet_or_sd3, tmp_path):
+    draw = draw_settings(unet_or_sd3)
+    place = saved(make(unet_or_sd3), tmp_path / "probe")
+    with (
+        attach(unet_or_sd3, [place]),
+        pytest.raises(UserError, match=r"--self-correct 1e\+38 drives the latents"),
+    ):
+        sampling.sample(unet_or_sd3, ["a red circle"], replace(draw, self_correct=1e38), [1])
 
 
 # ---------------------------------------------------------------- bad input
@@ -389,16 +413,52 @@ def test_idle_settings_are_told(sd15, stage, options, message):
         make(sd15, stage, **options)
 
 
-def test_gradient_checkpointing_changes_no_gradient(sd15, examples):
+def test_gradient_checkpointing_changes_no_gradient(unet_or_sd3, examples):
     """The rows that share a computation share it neither in the forward nor in the backward pass."""
-    method = moved(make(sd15, "tune"))
+    method = moved(make(unet_or_sd3, "tune"))
     run(method, collate(examples))
     plain = gradients(method)
-    sd15.denoiser.enable_gradient_checkpointing()
+    unet_or_sd3.denoiser.enable_gradient_checkpointing()
     run(method, collate(examples))
     torch.testing.assert_close(gradients(method), plain, atol=2e-5, rtol=1e-4)
     with pytest.warns(UserWarning, match="train.gradient_checkpointing has no effect in stage probe"):
-        DPT(sd15, DPTConfig(**SMALL), seed=1).check(TrainSettings(gradient_checkpointing=True))
+        DPT(unet_or_sd3, DPTConfig(**SMALL), seed=1).check(TrainSettings(gradient_checkpointing=True))
+
+
+def test_gradient_checkpointing_without_a_prediction(unet_or_sd3, examples):
+    """The call stops at the feature, inside what is computed again."""
+    method = moved(make(unet_or_sd3, "tune", weights={"denoise": 0.0}))
+    run(method, collate(examples))
+    plain = gradients(method)
+    unet_or_sd3.denoiser.enable_gradient_checkpointing()
+    run(method, collate(examples))
+    torch.testing.assert_close(gradients(method), plain, atol=2e-5, rtol=1e-4)
+
+
+def test_the_denoising_loss_of_sd3_is_that_of_the_velocity(tiny_sd3_folder, examples, monkeypatch):
+    model = load(tiny_sd3_folder)
+    method, seen = make(model, "tune"), []
+    look = method.look
+    monkeypatch.setattr(method, "look", lambda *given: seen.append(given) or look(*given))
+    said = run(method, collate(examples))
+    latents, t, eps, cond = seen[0]
+    sigma = (t / 1000).view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * latents[:, 0] + sigma * eps
+    with torch.no_grad():
+        found = model.predict(noisy, t, cond[list(range(1, 16, 4))])
+    assert said["loss/denoise"] == pytest.approx(
+        float((found - (eps - latents[:, 0])).square().mean()), rel=1e-4
+    )
+
+
+def test_settings_that_sd3_has_no_use_for(tiny_sd3_folder):
+    model = load(tiny_sd3_folder)
+    with pytest.raises(UserError, match="dpt.snr_gamma is for noise schedules .* is a flow"):
+        make(model, "tune", snr_gamma=5.0)
+    config = DPTConfig(stage="tune", **SMALL, detach_after="block0")
+    with pytest.raises(UserError, match="dpt.detach_after does not go with train.gradient_checkpointing"):
+        DPT(model, config).check(TrainSettings(gradient_checkpointing=True))
+    DPT(model, config).check(TrainSettings())
 
 
 def test_boxes_that_are_no_numbers_stop_the_run(sd15, examples):

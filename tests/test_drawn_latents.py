@@ -111,8 +111,6 @@ def test_the_size_is_the_official_one_or_the_models_own(tiny_models, prompts):
     assert drawer(model, data, sample=replace(FEW, image_size=64))[0].shapes.latent == (4, 16, 16)
     published = replace(request_for(model, data), model=ModelSettings(name="sdxl"))
     assert published.known_latent() == (4, 64, 64)
-    with pytest.raises(UserError, match="ddpm is not for flow-matching models"):
-        request_for(model, data).drawing(tiny_models["sd3"])
 
 
 def test_the_spacing_is_the_models_own_unless_chosen(tiny_v_folder, prompts):
@@ -202,3 +200,15 @@ def test_whose_latents_they_are(drawn, tiny_models, make_tiny_sd15, tmp_path, re
     half = load_model(ModelSettings(name=str(other), device="cpu", dtype="bfloat16"))
     with pytest.warns(UserWarning, match="drawn by another model than is trained: the model '"):
         dataset.check_model(half)
+
+
+def test_a_flow_draws_with_its_own_sampler_unless_another_was_asked_for(tiny_models, tmp_path):
+    model = tiny_models["sd3"]
+    prompts = tmp_path / "list.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    data = DataSettings(name="prompts", path=str(prompts))
+    assert FEW.sampler == "ddpm"
+    assert request_for(model, data).drawing(model).sampler == "euler"
+    with pytest.raises(UserError, match="ddpm is not for flow-matching models"):
+        request_for(model, data, own_sampler=False).drawing(model)
+    assert request_for(tiny_models["sd15"], data).drawing(tiny_models["sd15"]).sampler == "ddpm"

@@ -7,12 +7,39 @@ import torch
 from model_helpers import load
 
 from align_cli.errors import UserError
-from align_cli.models.features import alike_at_first, blocks, check_blocks, observe
+from align_cli.models.features import (
+    alike_at_first,
+    block_channels,
+    blocks,
+    check_blocks,
+    observe,
+    own_feature,
+)
 
 
-@pytest.fixture(params=["sd15", "sdxl"])
-def model(request, tiny_sd15_folder, tiny_sdxl_folder):
-    return load({"sd15": tiny_sd15_folder, "sdxl": tiny_sdxl_folder}[request.param])
+@pytest.fixture(params=["sd15", "sdxl", "sd3", "sd35"])
+def model(request, tiny_sd15_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_sd3_no_t5_folder):
+    return load(
+        {
+            "sd15": tiny_sd15_folder,
+            "sdxl": tiny_sdxl_folder,
+            "sd3": tiny_sd3_folder,
+            "sd35": tiny_sd3_no_t5_folder,
+        }[request.param]
+    )
+
+
+def in_the_middle(model) -> str:
+    return "block1" if model.family == "sd3" else "mid"
+
+
+def as_map(out, z: torch.Tensor) -> torch.Tensor:
+    """What a block gives, (R, C, h, w); a joint block gives text and picture, row by row."""
+    if torch.is_tensor(out):
+        return out
+    if torch.is_tensor(out[1]):
+        return out[1].reshape(len(z), z.shape[-2] // 2, z.shape[-1] // 2, -1).permute(0, 3, 1, 2)
+    return out[0]
 
 
 @pytest.fixture
@@ -29,9 +56,7 @@ def test_rows_that_go_to_the_end_are_those_of_a_whole_call(model, asked):
     whole = model.predict(z, t, cond)
     outputs = {}
     hooks = [
-        block.register_forward_hook(
-            lambda _m, _i, out, name=name: outputs.update({name: out if torch.is_tensor(out) else out[0]})
-        )
+        block.register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: as_map(out, z)}))
         for name, block in blocks(model.denoiser).items()
     ]
     model.predict(z, t, cond)
@@ -51,7 +76,7 @@ def test_rows_that_go_to_the_end_are_those_of_a_whole_call(model, asked):
 
 def test_gradients_of_the_rows_are_those_of_separate_calls(model, asked):
     z, t, cond = asked
-    name = "up0"
+    name = list(blocks(model.denoiser))[-2]
 
     def gradient(work) -> torch.Tensor:
         leaf = z.clone().requires_grad_()
@@ -73,7 +98,9 @@ def test_gradients_of_the_rows_are_those_of_separate_calls(model, asked):
 def test_detached_after_a_block_the_prediction_sends_nothing_back_through_it(model, asked):
     z, t, cond = asked
     names = list(blocks(model.denoiser))
-    weight = blocks(model.denoiser)["mid"].get_parameter("resnets.0.conv1.weight").requires_grad_()
+    middle = in_the_middle(model)
+    layer = "attn.to_q.weight" if model.family == "sd3" else "resnets.0.conv1.weight"
+    weight = blocks(model.denoiser)[middle].get_parameter(layer).requires_grad_()
 
     def gradients(detach_after: str, what: str) -> torch.Tensor | None:
         seen, some = observe(
@@ -87,13 +114,48 @@ def test_detached_after_a_block_the_prediction_sends_nothing_back_through_it(mod
         return torch.autograd.grad(told.square().sum(), weight, allow_unused=True)[0]
 
     assert float(gradients("", "prediction").abs().max()) > 0
-    stopped = gradients("mid", "prediction")
+    stopped = gradients(middle, "prediction")
     assert stopped is None or float(stopped.abs().max()) == 0
-    torch.testing.assert_close(gradients("mid", "others"), gradients("", "others"))
+    torch.testing.assert_close(gradients(middle, "others"), gradients("", "others"))
+
+
+def test_a_wide_latent_is_seen_as_wide(model):
+    """Rows and columns are not exchanged, and are of the patches of SD3."""
+    z = torch.randn(1, model.latent_channels, 4, 8, generator=torch.Generator().manual_seed(0))
+    name = in_the_middle(model)
+    told = model.encode_text(["a red circle"])
+    seen, _ = observe(model.denoiser, [name], lambda: model.predict(z, torch.tensor([500]), told))
+    height, width = seen[name].shape[-2:]
+    assert width == 2 * height and (model.family != "sd3" or width == 4)
+    outputs = []
+    hook = blocks(model.denoiser)[name].register_forward_hook(
+        lambda _m, _i, out: outputs.append(as_map(out, z))
+    )
+    model.predict(z, torch.tensor([500]), told)
+    hook.remove()
+    torch.testing.assert_close(seen[name], outputs[0])
+
+
+def test_channels_and_own_features(model):
+    there = blocks(model.denoiser)
+    z = torch.zeros(1, model.latent_channels, 8, 8)
+    told = model.encode_text(["x"])
+    seen, _ = observe(model.denoiser, list(there), lambda: model.predict(z, torch.tensor([1]), told))
+    assert {name: x.shape[1] for name, x in seen.items()} == block_channels(model.denoiser)
+    assert own_feature(model.denoiser) == ("block1" if model.family == "sd3" else "up0")
+
+
+def test_the_feature_of_the_published_sd3():
+    """After 16 of 24 blocks; of SD3.5 large after 25 of 38."""
+    for count, name in ((24, "block15"), (38, "block24"), (1, "block0"), (2, "block0")):
+        net = torch.nn.Module()
+        net.transformer_blocks = torch.nn.ModuleList([torch.nn.Identity() for _ in range(count)])
+        assert own_feature(net) == name
 
 
 def test_an_unknown_block_is_told(model):
-    with pytest.raises(UserError, match=r"dpt.feature: the UNet of .* has no block up7 \(it has bottom0, "):
+    first = next(iter(blocks(model.denoiser)))
+    with pytest.raises(UserError, match=rf"dpt.feature: the \w+ of .* has no block up7 \(it has {first}, "):
         check_blocks(model.denoiser, ["up7"], "dpt.feature", model.model_id)
 
 

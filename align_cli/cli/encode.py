@@ -61,7 +61,8 @@ def encode(
         float | None, typer.Option("--guidance", metavar="X", help="--for: guidance scale. Default: 7.5.")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option("--sampler", metavar="NAME", help="--for: as in sample. Default: ddpm.")
+        str | None,
+        typer.Option("--sampler", metavar="NAME", help="--for: as in sample. Default: ddpm (SD3: euler)."),
     ] = None,
     layout: Annotated[
         str | None,
@@ -230,6 +231,7 @@ def _request(
         purpose=wanted,
         sample=replace(purpose.settings(), **drawing),
         own_spacing="spacing" not in drawing,
+        own_sampler="sampler" not in drawing,
         **given,
     )
 

@@ -53,10 +53,11 @@ class DrawnWork:
     def words(self) -> list[str]:
         """What is stored, in lines."""
         request, s = self.request, self.request.sample
+        flow = "; SD3 draws with euler" if request.own_sampler else ""
         other = "".join(f", {key} {name}," for key, name in request.model.others().items())
         return [
             f"{request.data.name}, drawn by {request.model.name}{other} for {request.purpose}: {s.sampler}, "
-            f"{s.steps} steps, guidance {s.guidance:g}",
+            f"{s.steps} steps, guidance {s.guidance:g}{flow}",
             f"captions: {request.captions}, one picture for each item; training encodes the text in its loop",
         ]
 

@@ -37,6 +37,7 @@ def run(
     from rich.console import Console
 
     from align_cli.data.base import Fitted
+    from align_cli.methods.applies import why_not
     from align_cli.models.loading import load_model
     from align_cli.models.sharding import shard_frozen
     from align_cli.sampling import check_side
@@ -48,9 +49,10 @@ def run(
     resolved = with_idle_encoders(resolved, dataset)
     model = load_model(on_rank(resolved.model))
     if model.family not in method_class.families:
+        reason = why_not(resolved.method, model.family)
         raise UserError(
-            f"{resolved.method} does not train models of the family {model.family} ({resolved.model.name}); "
-            f"it trains {', '.join(sorted(method_class.families))}"
+            f"{resolved.method} does not train models of the family {model.family} ({resolved.model.name})"
+            f"{': ' if reason else ''}{reason}; it trains {', '.join(sorted(method_class.families))}"
         )
     if resolved.method_config.pictures and resolved.data.name != "shapes":
         check_side(model, resolved.data.image_size, "data.image_size")

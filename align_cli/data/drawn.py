@@ -19,6 +19,7 @@ from align_cli.data.base import Dataset
 from align_cli.data.cache import DRAWN, Index, Shapes, drawing_identity, known_shapes, reading
 from align_cli.data.encoding import Measured, Report, Request, describe, device_name
 from align_cli.data.shards import Field
+from align_cli.diffusion.samplers import samplers_of
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel
 from align_cli.sampling import check_settings, draw_latents, own_settings
@@ -53,7 +54,8 @@ PURPOSES = {"comat": Purpose(sampler="ddpm", steps=50, guidance=7.5, image_size=
 class DrawRequest(Request):
     """What is to be drawn with what, for which method.
 
-    own_spacing: nobody chose sample.spacing, so that the model's own holds. sample.image_size 0: see Purpose.
+    own_spacing: nobody chose sample.spacing, so that the model's own holds. own_sampler: nobody chose
+    sample.sampler, so that a flow draws with its own. sample.image_size 0: see Purpose.
     """
 
     layout: str = "captions"
@@ -62,6 +64,7 @@ class DrawRequest(Request):
     purpose: str = ""
     sample: SampleSettings = field(default_factory=SampleSettings)
     own_spacing: bool = True
+    own_sampler: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +79,10 @@ class DrawRequest(Request):
         """The settings with nothing left open. UserError for some that the model cannot draw with."""
         side = self.sample.image_size or min(PURPOSES[self.purpose].image_size, model.image_size)
         settings = replace(self.sample, image_size=side, batch_size=self.batch_size)
-        settings = own_settings(model, settings, ("spacing",) if self.own_spacing else ())
+        open_keys = {"spacing"} if self.own_spacing else set()
+        if self.own_sampler and settings.sampler not in samplers_of(model.process):
+            open_keys.add("sampler")
+        settings = own_settings(model, settings, open_keys)
         check_settings(model, settings)
         return settings
 

@@ -1,4 +1,4 @@
-"""Where a picture looks at the words of its prompt: cross-attention of a UNet, seen while it draws.
+"""Where a picture looks at the words of its prompt: attention of the denoiser, seen while it draws.
 
 Letters: B pictures, E entities of a prompt, L tokens, H heads, N = r r positions of a layer, S side of a map,
 h w pixels.
@@ -23,8 +23,8 @@ from align_cli.models.attention import AttentionMaps, layer_names, watched
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.settings import SampleSettings
 
-LAYERS = "layers of the middle and the way up"
-"""Whose maps are averaged, in words. Source: CoMat, which looks at these."""
+LAYERS = "layers of the middle and the way up (SD3: all blocks, the rows of CLIP alone)"
+"""Whose maps are averaged, in words. Source: CoMat, which looks at these of a UNet."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,12 @@ def reader_of(model: BaseModel, parser: str, *, world: bool) -> EntityReader:
         UserError: see `check` and `load_parser`.
     """
     check(model)
-    return EntityReader(
-        load_parser(parser, embedded=world), model.towers()[0].tokenizer, limit=model.token_limit
-    )
+    tokenizer, limit = model.words()
+    return EntityReader(load_parser(parser, embedded=world), tokenizer, limit=limit)
 
 
 def check(model: BaseModel) -> None:
     """UserError if `model`, as it is now, has no attention that could be shown."""
-    if model.family == "sd3":
-        raise UserError(
-            f"--attention shows the cross-attention of a UNet, and {model.model_id} has none: in SD3 text "
-            "and picture attend to each other as one sequence"
-        )
     if model.reader is not None:
         raise UserError(
             "--attention knows the tokens of prompts that are read plainly, and here they are read by "
@@ -149,7 +143,7 @@ class _WordMaps(AttentionMaps):
     def add(self, place: str, probabilities: Tensor) -> None:
         """Take (B, H, N, L)."""
         weights, more = self.weights, probabilities.shape[-1] - self.weights.shape[1]
-        if more:  # soft tokens of SoftREPA stand behind the first
+        if more:  # soft tokens of SoftREPA stand behind the first; SD3 leaves them out
             extra = weights.new_zeros(len(weights), more, weights.shape[2])
             weights = torch.cat([weights[:, :1], extra, weights[:, 1:]], 1)
         found = (probabilities.float().mean(1) @ weights).movedim(1, 2)
@@ -190,7 +184,8 @@ class _Watch:
         def predict(z: Tensor, t: Tensor, text: TextCond) -> Tensor:
             nonlocal weights
             if weights is None:
-                weights = _weights(own, text.tokens.shape[1]).to(self.model.device)
+                length = min(text.tokens.shape[1], self.model.words()[1])
+                weights = _weights(own, length).to(self.model.device)
             half = len(z) - size
             keep = _WordMaps(weights, self.side)
             told = self.model.predict(z[half:], t, text[half:], keep)

@@ -97,6 +97,11 @@ class Job:
         return self.settings.name
 
 
+def other_formats(family: str) -> str:
+    """What LoRA of a denoiser is written as where an official file cannot hold it, in words."""
+    return "diffusers, peft or comfyui" if family == "sd3" else "diffusers, peft, kohya or comfyui"
+
+
 @dataclass
 class Report:
     """What an exporter did. written: file or folder -> what it is and what opens it. left_out: layer -> share

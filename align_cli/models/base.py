@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,8 @@ class BaseModel(Protocol):
     process: Process
     denoiser: nn.Module
     """The UNet or transformer, for methods that hook into it."""
+    denoiser_part: str
+    """What the pipeline calls it: unet or transformer."""
     image_size: int
     """Pixels of the model's own square picture."""
     latent_channels: int
@@ -223,6 +225,12 @@ class BaseModel(Protocol):
         """
         ...
 
+    def words(self) -> tuple[Any, int]:
+        """The tokenizer whose tokens attention maps are of, and how many of a prompt it reads: the first one,
+        whose tokens are the first rows of the encoded text.
+        """
+        ...
+
     def encode_image(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w): posterior mean + std * noise; mean if noise
         is None.
@@ -240,6 +248,6 @@ class BaseModel(Protocol):
     def predict(self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None) -> Tensor:
         """eps, v or velocity as the family is trained. z_t (B, C, h, w), t () or (B,) -> (B, C, h, w).
 
-        keep: UNets alone: filled with cross-attention maps, inside `attention.watched(denoiser)`.
+        keep: filled with attention maps, inside `attention.watched(denoiser)`.
         """
         ...

@@ -35,6 +35,7 @@ class FrozenModel(ABC):
     image_size: int
     text_width: int
     max_image_size: int = 0
+    denoiser_part: str = "unet"
     zeros_for_empty: bool = False
     """Whether the unconditional text is zeros, not the encoding of the empty prompt."""
 
@@ -179,6 +180,10 @@ class FrozenModel(ABC):
     @abstractmethod
     def towers(self) -> list[Tower]:
         """The text encoders for reading sentence by sentence. UserError if the family has no use for that."""
+
+    def words(self) -> tuple[Any, int]:
+        """See `BaseModel.words`."""
+        return self.towers()[0].tokenizer, self.token_limit
 
     @abstractmethod
     def predict(self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None) -> Tensor:

@@ -27,6 +27,8 @@ and in T5."""
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Those of UNets."""
+JOINT_ATTENTION = (*UNET_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Those of SD3's transformer, of the picture's and of the text's stream."""
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -136,9 +138,9 @@ class LoraTuning:
 
     @contextmanager
     def merged(self, scale: float = 1.0) -> Iterator[None]:
-        """Inside, the layers' weights are W + scale (alpha / rank) B A, summed in float32 and rounded to
-        their dtype: what `attached` does, without gradient and without its cost. Several add up, in any
-        order, among each other and with the other ways.
+        """Inside, the layers' weights are W + scale (alpha / rank) B A, summed in float32 (float64 for
+        float64) and rounded to their dtype: what `attached` does, without gradient and without its cost.
+        Several add up, in any order, among each other and with the other ways.
         """
         with moved_weights(self.base, self.moved(scale)) if scale else nullcontext():
             yield
@@ -150,7 +152,8 @@ class LoraTuning:
         for name, layer in self.layers.items():
             now = layer.weight.data
             a, b = (self.weights[name + end].to(now.device) for end in (LORA_A, LORA_B))
-            found[f"{name}.weight"] = (now.float() + scale * self.factor * change(a, b)).to(now.dtype)
+            wide = now.to(torch.promote_types(now.dtype, torch.float32))
+            found[f"{name}.weight"] = (wide + scale * self.factor * change(a, b)).to(now.dtype)
         return found
 
     def _adding(self, name: str, factor: float) -> Any:
@@ -190,19 +193,34 @@ def most_rank(module: nn.Module, targets: Sequence[str] = ATTENTION) -> int:
     return max((min(layer.weight.flatten(1).shape) for layer in layers), default=0)
 
 
-def unet_lora(unet: nn.Module, rank: int, *, seed: int, setting: str, model: str) -> LoraTuning:
-    """LoRA on all attention of the UNet of `model`; alpha = rank, A from N(0, 1 / rank^2), as CoMat and DPT.
+def attention_layers(denoiser: nn.Module) -> list[str]:
+    """Names of all linear layers of attention: UNET_ATTENTION of a UNet, JOINT_ATTENTION of a transformer,
+    without the text's queries in a block that gives no text: nothing reads what they find.
+    """
+    blocks: Any = getattr(denoiser, "transformer_blocks", None)
+    if blocks is None:
+        return list(lora_layers(denoiser, UNET_ATTENTION))
+    idle = {
+        f"transformer_blocks.{k}.attn.add_q_proj" for k, block in enumerate(blocks) if block.context_pre_only
+    }
+    return [name for name in lora_layers(denoiser, JOINT_ATTENTION) if name not in idle]
+
+
+def attention_lora(denoiser: nn.Module, rank: int, *, seed: int, setting: str, model: str) -> LoraTuning:
+    """LoRA on all attention of the denoiser of `model`; alpha = rank, A from N(0, 1 / rank^2), as CoMat and
+    DPT.
 
     Raises:
         UserError: about `setting`, for a rank that no change of these layers can have.
     """
-    if rank > (most := most_rank(unet, UNET_ATTENTION)):
+    if rank > (most := most_rank(denoiser, attention_layers(denoiser))):
+        part = "transformer" if hasattr(denoiser, "transformer_blocks") else "unet"
         raise UserError(
-            f"{setting} must be at most {most}, the smaller side of the largest layer of the unet of "
+            f"{setting} must be at most {most}, the smaller side of the largest layer of the {part} of "
             f"{model}, got {rank}"
         )
     rng = torch.Generator().manual_seed(seed)
-    return LoraTuning(unet, rank=rank, alpha=rank, targets=UNET_ATTENTION, init="gauss", rng=rng)
+    return LoraTuning(denoiser, rank=rank, alpha=rank, targets=attention_layers, init="gauss", rng=rng)
 
 
 def _named(module: nn.Module, targets: Callable[[nn.Module], Sequence[str]]) -> dict[str, Layer]:

@@ -7,6 +7,7 @@ H W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,13 @@ from align_cli.models.frozen import FrozenModel, clip_limit, clip_penultimate, c
 from align_cli.models.segments import Tower
 
 
-def mmdit_predict(transformer: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+def mmdit_predict(
+    transformer: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None
+) -> Tensor:
     """One MMDiT call. z_t (B, C, h, w), t () or (B,) in [0, 1000], int or float, cond.tokens (B, L + N, D),
     cond.pooled (B, P) -> velocity (B, C, h, w) in the transformer's dtype.
+
+    keep: filled with maps of the text rows that it names, inside `attention.watched(transformer)`.
     """
     if cond.pooled is None:
         raise ValueError("an MMDiT needs pooled text")
@@ -35,7 +40,10 @@ def mmdit_predict(transformer: nn.Module, z_t: Tensor, t: Tensor, cond: TextCond
         timestep=t.to(z_t.device).expand(len(z_t)),
         encoder_hidden_states=cond.tokens.to(dtype),
         pooled_projections=cond.pooled.to(dtype),
+        joint_attention_kwargs=None if keep is None else {"keep": keep},
     ).sample
+    if keep is not None:
+        keep.closed = True
     return velocity
 
 
@@ -48,6 +56,7 @@ class SD3Model(FrozenModel):
     """
 
     family = "sd3"
+    denoiser_part = "transformer"
 
     def __init__(
         self,
@@ -117,6 +126,16 @@ class SD3Model(FrozenModel):
         assert empty.pooled is not None
         return TextCond(empty.tokens.expand(batch, -1, -1), empty.pooled.expand(batch, -1))
 
+    @property
+    def summary_width(self) -> int:
+        """Of the pooled text: both projections side by side."""
+        transformer: Any = self.denoiser
+        return int(transformer.config.pooled_projection_dim)
+
+    def words(self) -> tuple[CLIPTokenizer, int]:
+        """The first CLIP tokenizer, and the rows of the CLIP part."""
+        return self.tokenizers[0], self.clip_length
+
     def towers(self) -> list[Tower]:
         """UserError."""
         raise UserError(
@@ -126,8 +145,9 @@ class SD3Model(FrozenModel):
 
     def predict(self, z_t: Tensor, t: Tensor, cond: TextCond, keep: AttentionMaps | None = None) -> Tensor:
         """The velocity eps - x0. z_t (B, C, h, w), t () or (B,) in [0, 1000] -> (B, C, h, w) in the model's
-        dtype.
+        dtype. keep: gets maps of the CLIP rows.
         """
-        if keep is not None:
-            raise ValueError("SD3 has no cross-attention to keep maps of: pictures and text attend together")
-        return mmdit_predict(self.denoiser, z_t, t, cond)
+        if keep is not None:  # counted from the end: soft tokens stand in front
+            behind = self.clip_length - cond.tokens.shape[1]
+            keep.rows = slice(-cond.tokens.shape[1], behind or None)
+        return mmdit_predict(self.denoiser, z_t, t, cond, keep)

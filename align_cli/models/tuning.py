@@ -57,13 +57,14 @@ class FullTuning:
                 if scale == 1 and untouched:
                     moved[name] = then.to(now.dtype)
                 else:
-                    moved[name] = (now.float() + scale * (then - self._origin(name, now))).to(now.dtype)
+                    wide = now.to(torch.promote_types(now.dtype, torch.float32))
+                    moved[name] = (wide + scale * (then - self._origin(name, wide))).to(now.dtype)
         with moved_weights(self.base, moved):
             yield
 
     def _origin(self, name: str, now: Tensor) -> Tensor:
-        """The module's own weight, whatever others that are at work have put in its place."""
-        return (own_weights(self.base) or {}).get(name, now).float()
+        """The module's own weight, whatever others that are at work have put in its place (`now`)."""
+        return (own_weights(self.base) or {}).get(name, now).to(now.dtype)
 
 
 def tuning_like(

@@ -35,6 +35,7 @@ class GivenModel:
     """A UNet with given texts."""
 
     family, model_id, vae_factor, latent_channels = "sd15", "given", 1, 4
+    denoiser_part = "unet"
     device = encoder_device = torch.device("cpu")
     dtype = torch.float32
 

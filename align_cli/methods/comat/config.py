@@ -12,7 +12,7 @@ from align_cli.settings import MethodConfig, TrainSettings, one_of, require
 
 ENTITIES = ("mended", "official")
 REAL = ("stored", "drawn")
-_LAYER = re.compile(r"(down|mid|up)_\d+")
+_LAYER = re.compile(r"(down|mid|up|joint)_\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,11 @@ class CoMatConfig(MethodConfig):
     """Adapter folder of CoMat whose LoRA training starts from; empty for none. The discriminator starts
     afresh."""
     lora_rank: int = 128
-    """Rank of the LoRA on to_q, to_k, to_v and to_out of every attention; alpha = rank. Source: both scripts
-    (argument default 32)."""
+    """Rank of the LoRA on to_q, to_k, to_v and to_out of every attention, of SD3 also on those of the text's
+    stream; alpha = rank. Source: both scripts (argument default 32)."""
 
     steps: int = 50
-    """T: sampling steps (DDPM) of a training picture. Source: --total_step of both scripts."""
+    """T: sampling steps (DDPM; Euler for SD3) of a training picture. Source: --total_step of both scripts."""
     grad_steps: int = 5
     """K: of these, equally spaced ones from a random start carry gradient. Source: --K."""
     guidance: float = 7.5
@@ -37,8 +37,8 @@ class CoMatConfig(MethodConfig):
     """Pixels of the square training picture; 0 takes the model's own size. Source: --resolution 512, for SDXL
     too."""
     detach_input: bool = False
-    """Cut the UNet's input from the path: gradient reaches earlier steps through the arithmetic of the steps
-    alone. The official code does so for SDXL, and not for SD1.5."""
+    """Cut the denoiser's input from the path: gradient reaches earlier steps through the arithmetic of the
+    steps alone. The official code does so for SDXL, and not for SD1.5."""
 
     rewards: dict[str, float] = field(default_factory=lambda: {"blip-caption": 1.0})
     """Concept matching: captioner -> weight; other differentiable rewards may stand beside it. Source:
@@ -65,8 +65,9 @@ class CoMatConfig(MethodConfig):
     """Gradient steps, drawn with replacement (at most grad_steps), whose attention is looked at. Source:
     --attrcon_train_steps of both scripts (argument default 5)."""
     attention_layers: tuple[str, ...] = ()
-    """Layers whose attention is looked at, place and side of the map: mid_8, up_16, ...; empty for all of the
-    middle and the way up. Source: mid_8, up_16, up_32, up_64 of SD1.5, mid_16, up_16, up_32 of SDXL."""
+    """Layers whose attention is looked at, place and side of the map: mid_8, up_16, ..., of SD3 joint_64 (all
+    blocks); empty for all of these but those of the way down. Source: mid_8, up_16, up_32, up_64 of SD1.5,
+    mid_16, up_16, up_32 of SDXL."""
     parser: str = "auto"
     """What finds nouns and their attributes: spacy, spacy:MODEL, shapes (the grammar of the shapes world),
     plain (word lists); auto takes spacy where it is installed, else plain, and for embedded models first
@@ -92,8 +93,8 @@ class CoMatConfig(MethodConfig):
     """Latents that the original model made of the same prompts: stored (t2ialign encode --for comat, or the
     official list as --data latents), or drawn in every step, which takes the time of a second picture."""
     discriminator: str = ""
-    """Model whose UNet, with a LoRA of its own, is the discriminator: alias, hub id or folder; empty for the
-    trained model's own UNet. Source: SD1.5, for SDXL too."""
+    """Model whose denoiser, with a LoRA of its own, is the discriminator: alias, hub id or folder; empty for
+    the trained model's own. Source: SD1.5, for SDXL too."""
     discriminator_rank: int = 0
     """Rank of its LoRA; 0 takes lora_rank."""
     lr_discriminator: float = 2e-5
@@ -141,8 +142,8 @@ class CoMatConfig(MethodConfig):
         for name in self.attention_layers:
             require(
                 _LAYER.fullmatch(name) is not None,
-                "comat.attention_layers must be places with the side of their maps, like mid_8 or up_16, got "
-                f"{name!r}",
+                "comat.attention_layers must be places with the side of their maps, like mid_8 or up_16 (of "
+                f"SD3 joint_64), got {name!r}",
             )
         require(
             bool(self.concept or self.concentration or self.fidelity_weight),

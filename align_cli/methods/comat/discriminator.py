@@ -1,4 +1,4 @@
-"""CoMat's discriminator of latents: a UNet with a LoRA of its own, and one linear layer over its channels.
+"""CoMat's discriminator of latents: a denoiser with its own LoRA, and one linear layer over its channels.
 
 Letters: B latents, C h w latent.
 """
@@ -12,22 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from align_cli.models.base import BaseModel, TextCond
-from align_cli.models.lora import unet_lora
+from align_cli.models.lora import attention_lora
 
 
 class LatentDiscriminator:
     """One logit for each position of a clean latent: did the original model make it?
 
-    It sees the latent without noise at the last timestep of the sampler, under the empty prompt. Its UNet may
-    be that of the model in training, since only one of both LoRAs is at work at a time.
+    It sees the latent without noise at the last timestep of the sampler, under the empty prompt. Its denoiser
+    may be that of the model in training, since only one of both LoRAs is at work at a time.
     Source: CoMat, training_utils/gan_sdxl.py, class D_sd.
     """
 
-    def __init__(self, model: BaseModel, *, rank: int, timestep: int, seed: int = 0) -> None:
-        """model: whose UNet it is, and whose encoding of the empty prompt. timestep: the sampler's last."""
+    def __init__(self, model: BaseModel, *, rank: int, timestep: float, seed: int = 0) -> None:
+        """model: whose denoiser it is, and whose encoding of the empty prompt. timestep: the sampler's last
+        one.
+        """
         self.model, self.timestep = model, timestep
         setting = "comat.discriminator_rank"
-        self.lora = unet_lora(model.denoiser, rank, seed=seed + 1, setting=setting, model=model.model_id)
+        self.lora = attention_lora(model.denoiser, rank, seed=seed + 1, setting=setting, model=model.model_id)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed + 1)
             head = nn.Linear(model.latent_channels, 1)

@@ -6,11 +6,11 @@ from safetensors.torch import save_file
 
 from align_cli.adapters import Adapter
 from align_cli.errors import UserError
-from align_cli.exporting import Job, Part, Report, Trained
+from align_cli.exporting import Job, Part, Report, Trained, other_formats
 from align_cli.exporting.compare import Largest, writing
 from align_cli.exporting.lora import cast
-from align_cli.methods.comat.method import LORA
 from align_cli.methods.comat.release import FILE, official_key, read_release
+from align_cli.models.sources import DENOISERS
 from align_cli.models.states import by_group
 
 FAMILIES = ("sd15", "sdxl")
@@ -18,11 +18,11 @@ FAMILIES = ("sd15", "sdxl")
 
 
 def trained(adapter: Adapter) -> Trained:
-    """The LoRA of the UNet. UserError if it holds none."""
-    groups = by_group(adapter.state)
-    if LORA not in groups:
-        raise UserError(f"adapter {adapter.path} is damaged: it holds no LoRA ({LORA}.*)")
-    return Trained([Part(LORA, groups[LORA], 1.0)], [])
+    """The LoRA of the denoiser. UserError if it holds none."""
+    parts = [Part(name, state, 1.0) for name, state in by_group(adapter.state).items() if name in DENOISERS]
+    if not parts:
+        raise UserError(f"adapter {adapter.path} is damaged: it holds no LoRA ({' or '.join(DENOISERS)}.*)")
+    return Trained(parts, [])
 
 
 def write_official(job: Job) -> Report:
@@ -34,7 +34,7 @@ def write_official(job: Job) -> Report:
     if job.adapter.info.family not in FAMILIES:
         raise UserError(
             f"the official code of CoMat knows Stable Diffusion 1.5 and XL; this adapter is for "
-            f"{job.adapter.info.family}: export it with --to diffusers, peft, kohya or comfyui"
+            f"{job.adapter.info.family}: export it with --to {other_formats(job.adapter.info.family)}"
         )
     (part,) = job.parts
     file, report, largest = job.folder / FILE, Report(), Largest()

@@ -6,9 +6,10 @@ Source: arXiv 2404.03653 and github.com/CaraJ7/CoMat (commit 5eadcce). Deviation
 - Exactly grad_steps steps carry gradient, also where their number does not divide that of all steps.
 - SDXL's rewards see pictures in [0, 1] (`official_range` restores the bug); nouns are found as a reader would
   (`entities` official restores the rest); SAM in place of FastSAM.
-- The discriminator may share the UNet in training, whose weights are frozen for both.
-- Also, beyond it: SD2.x, any UNet of its kind, more than one process with the loss of one (but for
-  `norm_grad`, whose norm is that of a process's own pictures, as there).
+- The discriminator may share the denoiser in training, whose weights are frozen for both.
+- Also, beyond it: SD2.x, any UNet of its kind, SD3 (whose path is Euler's, and whose maps are those of
+  `models.attention`), more than one process with the loss of one (but for `norm_grad`, whose norm is that of
+  a process's own pictures, as there).
 
 Letters: B prompts of this process, C h w latent, H W pixels.
 """
@@ -19,14 +20,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from align_cli import registry
 from align_cli.adapters import load_adapter_of
-from align_cli.diffusion.process import NoiseProcess
 from align_cli.diffusion.rollout import rollout
 from align_cli.errors import UserError
 from align_cli.grounding.entities import EntityReader
@@ -40,15 +40,12 @@ from align_cli.methods.comat.discriminator import LatentDiscriminator
 from align_cli.methods.comat.matching import CROPPED, ConceptMatching, Crop
 from align_cli.models.attention import AttentionMaps, check_layers, watched
 from align_cli.models.base import BaseModel, TextCond
-from align_cli.models.lora import unet_lora
+from align_cli.models.lora import attention_lora
 from align_cli.models.moving import moved_weights
 from align_cli.rewards.base import Reward
 from align_cli.rewards.weighted import WeightedRewards, load_rewards
 from align_cli.sampling import check_side
 from align_cli.settings import ModelSettings, TrainSettings
-
-LORA = "unet"
-"""Group of the trained tensors in an artefact."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,11 @@ class CoMat:
 
     name: ClassVar[str] = "comat"
     config_class: ClassVar[type] = CoMatConfig
-    families: ClassVar[frozenset[str]] = frozenset({"sd15", "sd21", "sdxl"})
+    families: ClassVar[frozenset[str]] = frozenset({"sd15", "sd21", "sdxl", "sd3"})
 
     def __init__(self, model: BaseModel, config: CoMatConfig, *, seed: int = 0) -> None:
         self.model, self.config, self.seed = model, config, seed
-        self.lora = unet_lora(
+        self.lora = attention_lora(
             model.denoiser, config.lora_rank, seed=seed, setting="comat.lora_rank", model=model.model_id
         )
         self.discriminator: LatentDiscriminator | None = None
@@ -136,9 +133,8 @@ class CoMat:
             )
         embedded = registry.is_embedded(model.model_id)
         parser = load_parser(c.parser, embedded=embedded)
-        # the first tokenizer, whose tokens the maps are of, also for SDXL
-        tokenizer = model.towers()[0].tokenizer
-        reader = EntityReader(parser, tokenizer, limit=model.token_limit, official=c.entities == "official")
+        tokenizer, limit = model.words()
+        reader = EntityReader(parser, tokenizer, limit=limit, official=c.entities == "official")
         name = ("shapes" if embedded else "grounded-sam") if c.masker == "auto" else c.masker
         request = MaskRequest(
             detector=c.detector,
@@ -165,10 +161,14 @@ class CoMat:
             other = load_model(ModelSettings(name=name, dtype=dtype, device=str(model.device)))
         except UserError as error:
             raise UserError(f"comat.discriminator: {error}") from error
-        if other.family not in self.families or other.latent_channels != model.latent_channels:
+        flow, other_flow = (m.process.prediction_type == "flow" for m in (model, other))
+        if flow != other_flow or other.latent_channels != model.latent_channels:
+            kind, kinds = "UNet", ", ".join(sorted(self.families - {"sd3"}))
+            if flow:
+                kind, kinds = "transformer", "sd3"
             raise UserError(
-                f"comat.discriminator {name}: it must be a UNet for latents of {model.latent_channels} "
-                f"channels (families {', '.join(sorted(self.families))}); it is {other.family} with "
+                f"comat.discriminator {name}: it must be a {kind} for latents of "
+                f"{model.latent_channels} channels (families {kinds}); it is {other.family} with "
                 f"{other.latent_channels}"
             )
         if settings.gradient_checkpointing:
@@ -177,12 +177,17 @@ class CoMat:
         return other
 
     def discriminate(self, model: BaseModel) -> None:
-        """Learn to tell latents apart with the UNet of `model`."""
+        """Learn to tell latents apart with the denoiser of `model`."""
         rank = self.config.discriminator_rank or self.config.lora_rank
-        last = int(self.model.process.timesteps(self.config.steps, "leading")[-1])
+        last = self.model.process.timesteps(self.config.steps, self.spacing)[-1].item()
         self.discriminator = LatentDiscriminator(model, rank=rank, timestep=last, seed=self.seed)
         if model is not self.model:
             model.offload_encoders()
+
+    @property
+    def spacing(self) -> str | None:
+        """Of the path of a training picture: leading, as there; None for a flow, which has its own."""
+        return None if self.model.process.prediction_type == "flow" else "leading"
 
     def _start_from(self, path: str) -> None:
         adapter = load_adapter_of(path, self.name, self.model.family, "comat.from_adapter")
@@ -282,7 +287,8 @@ class CoMat:
         *,
         original: bool = False,
     ) -> Drawn:
-        """The path from noise `start` (B, C, h, w) to clean latents, by DDPM.
+        """The path from noise `start` (B, C, h, w) to clean latents, by DDPM; of SD3 by Euler's steps, which
+        draw no noise.
 
         Args:
             noise: gives that of a step. plan: None for no gradient. original: without the LoRA.
@@ -308,8 +314,8 @@ class CoMat:
         """`draw` of encoded prompts, B rows each."""
         model, c, kept = self.model, self.config, list[AttentionMaps]()
         plan = plan or Plan(())
-        path = cast("NoiseProcess", model.process).timesteps(c.steps, "leading")
-        looked = {int(path[i]) for i in plan.attention} if words is not None and words.count else set()
+        path = model.process.timesteps(c.steps, self.spacing).tolist()
+        looked = {path[i] for i in plan.attention} if words is not None and words.count else set()
         # in float32 the LoRA is as good as merged where it needs no gradient, and costs nothing
         merged = self.lora.moved() if not original and model.dtype == torch.float32 else None
 
@@ -320,7 +326,7 @@ class CoMat:
                 with moved_weights(model.denoiser, merged) if merged else self.lora.attached():
                     return model.predict(z, t, text)
             with self.lora.attached():
-                if not looked or int(t) not in looked:
+                if not looked or t.item() not in looked:
                     return model.predict(z, t, text)
                 assert words is not None
                 keep = AttentionMaps(c.attention_layers, words.positions)
@@ -335,8 +341,8 @@ class CoMat:
             start,
             steps=c.steps,
             guidance=c.guidance,
-            spacing="leading",
-            sampler="ddpm",
+            spacing=self.spacing,
+            sampler="ddpm" if self.spacing else None,
             cond=cond,
             uncond=empty,
             grad_steps=frozenset(plan.gradient),
@@ -445,18 +451,19 @@ class CoMat:
     # ------------------------------------------------------------ the trained artefact
 
     def state(self) -> dict[str, Tensor]:
-        """unet.LAYER of the LoRA; the discriminator is in the checkpoints alone."""
-        return {f"{LORA}.{key}": value for key, value in self.lora.state().items()}
+        """unet.LAYER of the LoRA, of SD3 transformer.LAYER; the discriminator is in the checkpoints alone."""
+        return {f"{self.model.denoiser_part}.{key}": value for key, value in self.lora.state().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take trained tensors. ValueError naming missing, unused and wrongly shaped keys."""
-        stray = next((key for key in state if not key.startswith(f"{LORA}.")), None)
+        group = f"{self.model.denoiser_part}."
+        stray = next((key for key in state if not key.startswith(group)), None)
         if stray is not None:
             raise ValueError(f"unused {stray}")
-        self.lora.load_state({key.removeprefix(f"{LORA}."): value for key, value in state.items()})
+        self.lora.load_state({key.removeprefix(group): value for key, value in state.items()})
 
     @contextmanager
     def attach(self, model: BaseModel, scale: float = 1.0) -> Iterator[None]:
-        """The LoRA moves the UNet of `model` by `scale`."""
+        """The LoRA moves the denoiser of `model` by `scale`."""
         with self.lora.merged(scale):
             yield

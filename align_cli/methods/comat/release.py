@@ -21,7 +21,6 @@ from align_cli import config
 from align_cli.adapters import NOT_RECORDED, OFFICIAL, AdapterInfo, load_pickle, load_safetensors
 from align_cli.errors import UserError
 from align_cli.files import checkpoint_step, released_file
-from align_cli.methods.comat.method import LORA
 from align_cli.models.loading import model_id
 from align_cli.models.lora import UNET_ATTENTION, lora_layers
 from align_cli.models.parts import family_of, outline
@@ -31,6 +30,8 @@ FILE = "pytorch_lora_weights.safetensors"
 FILES = (FILE, "pytorch_lora_weights.bin")
 """Names in the folder of a checkpoint; the second is what diffusers writes without safetensors."""
 SUFFIXES = (".safetensors", ".bin")
+LORA = "unet"
+"""Group of the LoRA in an adapter."""
 BESIDE = "D_sd"
 """Folder of the discriminator in a checkpoint."""
 FAMILIES = ("sd15", "sd21", "sdxl")

@@ -9,13 +9,14 @@ from align_cli.errors import UserError
 from align_cli.settings import MethodConfig, one_of, require
 
 STAGES = ("probe", "tune")
-DISCRIMINATOR, LORA = "discriminator", "unet"
-"""Groups of the trained tensors: the discriminator, and the UNet's LoRA of stage tune."""
+DISCRIMINATOR = "discriminator"
+"""Group of the discriminator's tensors; those of the LoRA of stage tune are called as the denoiser is."""
 LOSSES = ("class", "box", "giou", "align", "i2t", "t2i", "denoise")
 """Terms of the loss. class, box, giou, align: where a phrase is in the picture. i2t, t2i: which text fits a
 picture, and which picture a text. denoise: of stage tune alone."""
 GROUNDING = LOSSES[:4]
 """Those of where a phrase is."""
+_BLOCK = re.compile(r"bottom\d|mid|up\d|block\d{1,2}")
 _FUSED = re.compile(r"all-(\d{1,4})-(\d{1,3})")
 
 
@@ -25,14 +26,15 @@ class DPTConfig(MethodConfig):
     train.lr."""
 
     stage: str = "probe"
-    """probe: a discriminator on the frozen model. tune: discriminator and LoRA of the UNet."""
+    """probe: a discriminator on the frozen model. tune: discriminator and LoRA of the denoiser."""
     from_adapter: str = ""
     """Adapter folder of DPT whose tensors training starts from; empty for a random discriminator. Source:
     --qformer_ckpt, of which logit_scale is restored here, too."""
     feature: str = ""
-    """What the discriminator sees: bottom0 ... (down blocks), mid, up0 ...; several joined by _ (of the same
-    size; concatenated); or all-C-S: all of them, resized to S x S, through a convolution to C channels each,
-    and summed. Empty: up1, or up0 where the UNet has fewer than four levels. Source: --unet_feature up1."""
+    """What the discriminator sees: bottom0 ... (down blocks), mid, up0 ...; of SD3 block0 ..., the picture's
+    stream; several joined by _ (of the same size; concatenated); or all-C-S: all of them, resized to S x S,
+    through a convolution to C channels each, and summed. Empty: up1, or up0 where the UNet has fewer than
+    four levels; of SD3 the block after two thirds of them. Source: --unet_feature up1."""
     hidden_dim: int = 256
     """Width of the discriminator."""
     num_heads: int = 8
@@ -74,15 +76,16 @@ class DPTConfig(MethodConfig):
     noise_offset: float = 0.0
     """Share of noise that is constant over a channel."""
     snr_gamma: float = 0.0
-    """min-SNR weight of the denoising loss; 0 for none. Source: --snr_gamma."""
+    """min-SNR weight of the denoising loss; 0 for none, and of SD3 always. Source: --snr_gamma."""
     lora_rank: int = 4
-    """Stage tune: rank of the LoRA on to_q, to_k, to_v and to_out of every attention; alpha = rank."""
+    """Stage tune: rank of the LoRA on to_q, to_k, to_v and to_out of every attention, of SD3 also on those of
+    the text's stream; alpha = rank."""
     only_lora: bool = False
     """Stage tune: leave the discriminator as it is, without dropout. Source: --only_train_lora."""
     detach_after: str = ""
-    """Stage tune: the denoising loss stops at this block (bottom0, ..., mid, up0, ...) on its way back, but
-    for skip connections, and at a block before the feature so do the other losses of the same pass, the true
-    picture under its caption; empty for none. Source: --detach_unet_feature."""
+    """Stage tune: the denoising loss stops at this block (bottom0, ..., mid, up0, ..., block0, ...) on its
+    way back, but for skip connections, and at a block before the feature so do the other losses of the same
+    pass, the true picture under its caption; empty for none. Source: --detach_unet_feature."""
     eval_timestep: int = 500
     """Noise level at which a probe is measured. Source: evaluation.py, --fix_timestep."""
     fixed_timestep: int = -1
@@ -153,7 +156,7 @@ class DPTConfig(MethodConfig):
             if self.weights.get("denoise"):
                 found["dpt.weights: denoise"] = "in stage probe"
             if gradient_checkpointing:
-                found["train.gradient_checkpointing"] = "in stage probe, whose UNet has no gradient"
+                found["train.gradient_checkpointing"] = "in stage probe, whose denoiser has no gradient"
         return found
 
 
@@ -167,11 +170,10 @@ def feature_names(feature: str) -> list[str]:
     if fused and min(fused) >= 1:
         return []
     names = feature.split("_")
-    each = len(set(names)) == len(names) and all(re.fullmatch(r"bottom\d|mid|up\d", name) for name in names)
-    if not each:
+    if len(set(names)) < len(names) or not all(map(_BLOCK.fullmatch, names)):
         raise UserError(
-            f"dpt.feature must be blocks like bottom0, mid, up1, several joined by _ (bottom1_up0), each "
-            f"once, or all-C-S (all-1280-8), C and S >= 1, got {feature!r}"
+            "dpt.feature must be blocks like bottom0, mid, up1, block15, several joined by _ (bottom1_up0), "
+            f"each once, or all-C-S (all-1280-8), C and S >= 1, got {feature!r}"
         )
     return names
 

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from align_cli import config
 from align_cli.adapters import Adapter
 from align_cli.errors import UserError
-from align_cli.exporting import Job, Part, Report, Trained
+from align_cli.exporting import Job, Part, Report, Trained, other_formats
 from align_cli.exporting.compare import Largest, writing
-from align_cli.methods.dpt.config import DISCRIMINATOR, LORA, DPTConfig
+from align_cli.methods.dpt.config import DISCRIMINATOR, DPTConfig
 from align_cli.methods.dpt.release import FAMILIES, FILE, MATCHING_QUERIES, official_state, read_state
+from align_cli.models.sources import DENOISERS
 from align_cli.models.states import by_group
 
 BESIDE = "discriminator.safetensors"
@@ -37,7 +38,7 @@ OPTIONS = {
 
 
 def trained(adapter: Adapter) -> Trained:
-    """The LoRA of the UNet, none of stage probe; the discriminator beside it.
+    """The LoRA of the denoiser, none of stage probe; the discriminator beside it.
 
     Raises:
         UserError: it holds no discriminator.
@@ -57,7 +58,7 @@ def trained(adapter: Adapter) -> Trained:
             ],
         )
 
-    parts = [Part(LORA, groups[LORA], 1.0)] if LORA in groups else []
+    parts = [Part(name, state, 1.0) for name, state in groups.items() if name in DENOISERS]
     return Trained(parts, [], whole=False, beside=beside, groups={DISCRIMINATOR: BESIDE})
 
 
@@ -71,7 +72,7 @@ def write_official(job: Job) -> Report:
     if info.family not in FAMILIES:
         raise UserError(
             f"the official code of DPT knows Stable Diffusion 1.x and 2.x; this adapter is for {info.family}"
-            ": export it with --to diffusers, peft, kohya or comfyui"
+            f": export it with --to {other_formats(info.family)}"
         )
     if job.rank:
         raise UserError("the LoRA of an official file has the rank that was trained; leave --rank out")

@@ -1,10 +1,12 @@
 """DPT: how well does the model tell pictures and texts apart (probe), and does it draw better for it (tune)?
 
 Source: arXiv 2403.04321 and github.com/LgQu/DPT-T2I. Deviations, each deliberate:
-- The six passes of a step are one call of the UNet, whose blocks beyond the feature see one pass alone.
+- The six passes of a step are one call of the denoiser, whose blocks beyond the feature see one pass alone.
 - Matching is computed in float32 (there, in float16). `logit_scale` is carried from stage to stage.
 - The random candidates are never the positive ones; see the datasets.
-- Also, beyond it: SDXL, any UNet of its kind, more than one process with the loss of one.
+- Also, beyond it: SDXL, any UNet of its kind, more than one process with the loss of one. SD3: the feature is
+  the picture's stream of its transformer on the grid of its patches, noise is on the straight path of flow
+  matching, and the denoising loss is that of the velocity.
 
 Letters: B examples of this process, P passes, R = B P rows in the order of the examples, C h w latent,
 Q queries, D width of the text's summary.
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from align_cli.adapters import load_adapter_of
 from align_cli.data.grounded import Grounded
+from align_cli.diffusion.flow import FlowProcess
 from align_cli.diffusion.process import NoiseProcess
 from align_cli.errors import UserError
 from align_cli.grounding.matching import Match, match
@@ -31,18 +34,26 @@ from align_cli.losses import (
     align_loss,
     box_losses,
     cardinality_error,
+    denoising_error,
     matching_logits,
     matching_loss,
     snr_weighted_error,
     soft_token_loss,
 )
 from align_cli.methods.base import Batch, StepContext
-from align_cli.methods.dpt.config import DISCRIMINATOR, GROUNDING, LORA, DPTConfig, feature_names
+from align_cli.methods.dpt.config import DISCRIMINATOR, GROUNDING, DPTConfig, feature_names
 from align_cli.methods.dpt.discriminator import Discriminator, Grounding
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.dropout import RowDropout
-from align_cli.models.features import alike_at_first, blocks, check_blocks, observe
-from align_cli.models.lora import LoraTuning, unet_lora
+from align_cli.models.features import (
+    alike_at_first,
+    block_channels,
+    blocks,
+    check_blocks,
+    observe,
+    own_feature,
+)
+from align_cli.models.lora import LoraTuning, attention_lora
 from align_cli.models.roberta import PhraseReader, load_roberta
 from align_cli.models.states import by_group, check_state
 from align_cli.settings import TrainSettings
@@ -58,12 +69,12 @@ ROBERTA_WIDTH = 768
 """Of roberta-base; the tensors of an adapter, or the encoder of a training, say otherwise."""
 PHRASES = "contrastive_align_projection_text.weight"
 HALF_SCALE = 2.0**10
-"""Factor that keeps gradients of a float16 UNet in range."""
+"""Factor that keeps gradients of a float16 denoiser in range."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One look of the discriminator: a picture, under a text as the UNet's condition."""
+    """One look of the discriminator: a picture, under a text as the denoiser's condition."""
 
     picture: str
     text: str
@@ -80,7 +91,7 @@ class DPT:
 
     name: ClassVar[str] = "dpt"
     config_class: ClassVar[type] = DPTConfig
-    families: ClassVar[frozenset[str]] = frozenset({"sd15", "sd21", "sdxl"})
+    families: ClassVar[frozenset[str]] = frozenset({"sd15", "sd21", "sdxl", "sd3"})
 
     def __init__(self, model: BaseModel, config: DPTConfig, *, seed: int = 0) -> None:
         self.model, self.config, self.seed = model, config, seed
@@ -105,7 +116,7 @@ class DPT:
         self.phrases: PhraseReader | None = None
         self.lora: LoraTuning | None = None
         if config.stage == "tune":
-            self.lora = unet_lora(
+            self.lora = attention_lora(
                 model.denoiser, config.lora_rank, seed=seed, setting="dpt.lora_rank", model=model.model_id
             )
         self.passes = self._passes()
@@ -140,6 +151,17 @@ class DPT:
                     f"dpt.{key} must be below the {most} timesteps of {self.model.model_id}, got "
                     f"{getattr(c, key)}"
                 )
+        if c.snr_gamma and isinstance(self.model.process, FlowProcess):
+            raise UserError(
+                f"dpt.snr_gamma is for noise schedules with alphas_cumprod; {self.model.model_id} is a flow: "
+                "give --set dpt.snr_gamma=0"
+            )
+        joint = self.model.denoiser_part == "transformer"
+        if joint and c.detach_after and c.stage == "tune" and settings.gradient_checkpointing:
+            raise UserError(
+                f"dpt.detach_after does not go with train.gradient_checkpointing on {self.model.model_id}, "
+                "whose blocks are computed again as a whole; give one of them up"
+            )
         for key, reason in c.idle(gradient_checkpointing=settings.gradient_checkpointing).items():
             warnings.warn(f"{key} has no effect {reason}", stacklevel=2)
         if c.stage == "tune" and not c.from_adapter:
@@ -167,7 +189,7 @@ class DPT:
         setting = "dpt.from_adapter"
         adapter = load_adapter_of(path, self.name, self.model.family, setting)
         where, groups = f"{setting} {path}", by_group(adapter.state)
-        if LORA in groups and self.lora is None:
+        if self.model.denoiser_part in groups and self.lora is None:
             raise UserError(
                 f"{where}: it holds LoRA, which stage probe has no use for; go on with --stage tune"
             )
@@ -242,7 +264,7 @@ class DPT:
             (B, C, h, w), shared by all three. cond: B times 4 rows, of expression, caption, hard and random
             caption. summaries: (B, 4, D) of these.
         """
-        count, process = len(told), cast("NoiseProcess", self.model.process)
+        count, process = len(told), self.model.process
         states, prediction = self.look(latents, t, eps, cond)
         terms: dict[str, Tensor] = {}
         found: dict[str, float] = {}
@@ -257,10 +279,13 @@ class DPT:
                 terms[name] = matching_loss(scores, self.discriminator.logit_scale)
                 found[f"probe/{name}"] = float((scores.argmax(1) == 0).float().mean())
         if prediction is not None:
-            abar = process.abar(t, eps).flatten()
-            snr = abar / (1 - abar)
             target = process.target(latents[:, 0], eps, t)
-            terms["denoise"] = snr_weighted_error(prediction, target, snr, self.config.snr_gamma)
+            if isinstance(process, FlowProcess):
+                terms["denoise"] = denoising_error(prediction, target).mean()
+            else:
+                abar = cast("NoiseProcess", process).abar(t, eps).flatten()
+                snr = abar / (1 - abar)
+                terms["denoise"] = snr_weighted_error(prediction, target, snr, self.config.snr_gamma)
         loss = torch.stack([self.config.weight(name) * term for name, term in terms.items()]).sum()
         ctx.backward(loss)
         return (
@@ -389,20 +414,22 @@ class DPT:
     # ------------------------------------------------------------ the trained artefact
 
     def state(self) -> dict[str, Tensor]:
-        """discriminator.KEY by the official names, and unet.LAYER of the LoRA of stage tune."""
+        """discriminator.KEY by the official names, and unet.LAYER, of SD3 transformer.LAYER, of the LoRA of
+        stage tune.
+        """
         found = {
             f"{DISCRIMINATOR}.{key}": value.detach().cpu().contiguous().clone()
             for key, value in self.discriminator.state_dict().items()
         }
         if self.lora is not None:
-            found |= {f"{LORA}.{key}": value for key, value in self.lora.state().items()}
+            found |= {f"{self.model.denoiser_part}.{key}": value for key, value in self.lora.state().items()}
         return found
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take trained tensors. ValueError naming missing, unused and wrongly shaped keys."""
         groups = by_group(state)
-        if self.lora is not None and LORA not in groups:
-            raise ValueError(f"missing {LORA}")
+        if self.lora is not None and self.model.denoiser_part not in groups:
+            raise ValueError(f"missing {self.model.denoiser_part}")
         self._take(groups)
 
     def _take(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -415,7 +442,7 @@ class DPT:
                         self._read_width(given.shape[-1])
                     check_state({key: x.shape for key, x in self.discriminator.state_dict().items()}, state)
                     self.discriminator.load_state_dict(dict(state))
-                elif name == LORA and self.lora is not None:
+                elif name == self.model.denoiser_part and self.lora is not None:
                     self.lora.load_state(state)
                 else:
                     raise ValueError("unused")
@@ -424,7 +451,7 @@ class DPT:
 
     @contextmanager
     def attach(self, model: BaseModel, scale: float = 1.0) -> Iterator[None]:
-        """At work on `model`: the LoRA of stage tune moves the UNet by `scale`; and the discriminator can
+        """At work on `model`: the LoRA of stage tune moves the denoiser by `scale`; and the discriminator can
         correct the path of a picture, where sample.self_correct asks for it. With scale 0 it is untouched.
         """
         if scale == 0:
@@ -458,19 +485,3 @@ class DPT:
 def _places(count: int, step: int, columns: list[int], device: torch.device) -> Tensor:
     """(count * len(columns),) places of these columns in `count` groups of `step` rows."""
     return (torch.arange(count)[:, None] * step + torch.tensor(columns)).flatten().to(device)
-
-
-def own_feature(unet: nn.Module) -> str:
-    """The block that a UNet is seen at where none is named, which gives half the latent's side: up1 of four
-    levels (the official choice), up0 of fewer (SDXL has three).
-    """
-    return "up1" if sum(name.startswith("up") for name in blocks(unet)) >= 4 else "up0"
-
-
-def block_channels(unet: nn.Module) -> dict[str, int]:
-    """Name -> channels of what each block gives."""
-    config: Any = unet.config
-    widths = list(config.block_out_channels)
-    found = {f"bottom{k}": width for k, width in enumerate(widths)}
-    found["mid"] = widths[-1]
-    return found | {f"up{k}": width for k, width in enumerate(reversed(widths))}

@@ -17,9 +17,9 @@ from align_cli import config, registry
 from align_cli.adapters import NOT_RECORDED, OFFICIAL, AdapterInfo, load_pickle, load_safetensors
 from align_cli.errors import UserError
 from align_cli.files import checkpoint_step, released_file
-from align_cli.methods.dpt.config import DISCRIMINATOR, LORA, DPTConfig, feature_names
+from align_cli.methods.dpt.config import DISCRIMINATOR, DPTConfig, feature_names
 from align_cli.methods.dpt.discriminator import Discriminator
-from align_cli.methods.dpt.method import block_channels, own_feature
+from align_cli.models.features import block_channels, own_feature
 from align_cli.models.loading import model_id
 from align_cli.models.lora import UNET_ATTENTION, lora_layers
 from align_cli.models.parts import family_of, outline
@@ -58,6 +58,8 @@ SIZES = {
 }  # fmt: skip
 """Tensors that tell sizes -> their dimensions."""
 _SIDES = {"down": LORA_A, "up": LORA_B}
+LORA = "unet"
+"""Group of the LoRA in an adapter."""
 
 
 def read_release(path: Path, model: str) -> tuple[AdapterInfo, dict[str, Tensor]]:
