@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 import align_cli
 from align_cli import config as configs
-from align_cli import index, registry
+from align_cli import registry
 from align_cli.errors import UserError
 from align_cli.files import clear_stale, file_errors
 
@@ -222,11 +222,15 @@ def read_adapter(path: Path | str) -> tuple[Path, AdapterInfo, bytes]:
         UserError: no such folder; no adapter; a newer format; a truncated or altered tensor file.
     """
     folder = Path(path).expanduser()
+    near = ""
     if not folder.exists():
+        from align_cli import index  # what fetches over the network costs time to import
+
+        near = index.names_near(str(path))
         folder = index.locate(str(path)) or folder
     if not folder.is_dir():
         what = "is a file; an adapter is a folder" if folder.exists() else "does not exist"
-        raise UserError(f"adapter {path} {what} ({INFO} and {TENSORS}){index.names_near(str(path))}")
+        raise UserError(f"adapter {path} {what} ({INFO} and {TENSORS}){near}")
     if not (folder / INFO).exists() and (folder / "adapter" / INFO).exists():
         folder = folder / "adapter"  # the folder of a training run
     info = _read_info(folder)

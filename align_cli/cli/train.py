@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from align_cli import publishing, registry
+from align_cli import registry
 from align_cli.cli import options, planned
 from align_cli.cli.launching import launched_several
 from align_cli.cli.sharding import with_sharding
 from align_cli.cli.train_data import check_data, lacking
 from align_cli.cli.train_plan import Layers, check_allowed, describe, method_flags
-from align_cli.cli.train_work import push, run
 from align_cli.cli.watching import check_guard
 from align_cli.errors import UserError
 from align_cli.files import only_writer
@@ -179,6 +178,9 @@ def train(
         if not no_costs:
             planned.say_train(resolved, folder, gpu, mfu, as_json=as_json)
         return
+    from align_cli import publishing
+    from align_cli.cli.train_work import push, run
+
     target = publishing.check(push_to_hub) if push_to_hub and is_main() else None
     try:
         with stopped_at_once(), only_writer(folder, main=is_main()):
