@@ -133,6 +133,7 @@ def test_coco_takes_the_first_caption_of_every_image(tiny_coco: DataSettings):
     assert load_set("coco", SetOptions(prompts=path)).fingerprint == found.fingerprint
 
 
+@pytest.mark.slow
 def test_shapes_are_the_prompts_of_before():
     from align_cli.evaluation.benchmarks import ShapesBenchmark
 

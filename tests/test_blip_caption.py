@@ -107,6 +107,7 @@ def test_another_model(tmp_path):
         load_reward("blip-caption", source=str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_tiny_blip(split):
     """It tells captions from hard negatives, and says so in its card; unmoved by a little noise."""

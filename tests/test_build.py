@@ -168,6 +168,7 @@ def test_stage_stopped_twice_ends_as_one_that_ran_through(tmp_path):
     assert torch.equal(whole["average"]["weight"], average)
 
 
+@pytest.mark.slow
 def test_the_captioner_starts_as_tiny_clip_and_learns(stages, tmp_path, monkeypatch):
     """Its image tower says about what tiny-clip's says; a few steps, and a folder that the reward opens."""
     tok = captioner.tokenizer()

@@ -276,6 +276,7 @@ def ok(*args: object):
     return result
 
 
+@pytest.mark.slow
 def test_encode_and_train(folder, tmp_path, tiny_sd15_folder):
     path = write(folder / "list.json")
     data = ["--model", tiny_sd15_folder, "--data", "captions", "--data-path", path, "--device", "cpu"]

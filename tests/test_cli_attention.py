@@ -34,6 +34,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_sample_shows_attention(family, tiny_sd15_folder, tiny_sdxl_folder, tmp_path):
     folder = {"sd15": tiny_sd15_folder, "sdxl": tiny_sdxl_folder}[family]
@@ -51,6 +52,7 @@ def test_sample_shows_attention(family, tiny_sd15_folder, tiny_sdxl_folder, tmp_
     assert np.ptp(sheet, -1).max() > 60
 
 
+@pytest.mark.slow
 def test_sample_compares_base_above_aligned(adapter, tmp_path):
     one = ("sample", "--adapter", adapter, *QUICK, "--prompt", TEXT, "--attention", "--parser", "shapes")
     ok(*one, "--out", "one")
@@ -79,6 +81,7 @@ def test_a_prompt_without_attributes_is_shown_word_by_word(tiny_sd15_folder, tmp
     assert (tmp_path / "a" / "002-the-attention.png").exists()
 
 
+@pytest.mark.slow
 def test_sample_refuses_what_cannot_be_shown(tiny_sd15_folder, tmp_path):
     asked = ("sample", *QUICK, "--prompt", TEXT, "--attention", "--out", "x")
     said = refused(*asked, "--model", tiny_sd15_folder, "--parser", "shapes", "--text", "segments")
@@ -90,6 +93,7 @@ def test_sample_refuses_what_cannot_be_shown(tiny_sd15_folder, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_eval_shows_attention_and_goes_on(adapter, tmp_path):
     plain = ("eval", "shapes", "--adapter", adapter, "--n", 12, *QUICK, "--out", "e")
     asked = (*plain, "--attention", 5, "--parser", "shapes")
@@ -160,6 +164,7 @@ def test_eval_refuses_what_cannot_be_shown(adapter, tiny_sd15_folder, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_maps_of_another_run_are_refused(adapter, tmp_path):
     asked = ("eval", "shapes", "--adapter", adapter, "--n", 3, *QUICK, "--attention", 2)
     ok(*asked, "--out", "a")

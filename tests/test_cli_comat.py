@@ -45,6 +45,7 @@ def options(tiny_sd15_folder) -> list[str]:
     return given(tiny_sd15_folder)
 
 
+@pytest.mark.slow
 def test_train_then_draw(options, tmp_path):
     ok("train", "comat", *options, "--steps", 2, "--out", tmp_path / "run")
     adapter = load_adapter(tmp_path / "run")
@@ -60,6 +61,7 @@ def test_train_then_draw(options, tmp_path):
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
     """Discriminator and its optimiser included."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -63,6 +63,7 @@ def pixels(folder: Path) -> list[bytes]:
     return [Image.open(path).tobytes() for path in sorted(folder.glob("0*.png"))]
 
 
+@pytest.mark.slow
 def test_probe_then_tune_then_pictures_that_correct_themselves(tuned, options, tmp_path):
     assert [load_adapter(tmp_path / s).info.stage for s in ("probe", "tune")] == ["probe", "tune"]
     groups = {key.partition(".")[0] for key in load_adapter(tuned).state}
@@ -104,6 +105,7 @@ def test_self_correction_is_an_arm_of_its_own(tuned, options, tmp_path):
     assert pictures["aligned"] != pictures["aligned-corrected"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     given = ["train", "dpt", *options, *SHAPES, "--stage", "tune", "--no-eval"]
@@ -115,6 +117,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
     assert all(torch.equal(one[k], two[k]) for k in one | two)
 
 
+@pytest.mark.slow
 def test_refcoco_trains(options, tmp_path):
     root = make_refcoco(tmp_path / "data")
     more = ["--data", "refcoco", "--data-path", root, "--set", "data.image_size=32", "--no-eval"]

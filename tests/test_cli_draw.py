@@ -51,6 +51,7 @@ def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "sampler"), [("tiny_sdxl_folder", "ddim"), ("tiny_sd3_folder", "euler")])
 def test_sample_draws_with_every_family(folder, sampler, tmp_path, request):
     folder = request.getfixturevalue(folder)
@@ -195,6 +196,7 @@ def test_sample_warns_of_a_cut_prompt(tiny_sd15_folder, tmp_path):
     assert "its end is not seen" in result.stderr
 
 
+@pytest.mark.slow
 def test_sample_bad_input(tiny_sd15_folder, adapter, tmp_path):
     empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
     empty.write_text("\n\n")
@@ -217,6 +219,7 @@ def test_sample_bad_input(tiny_sd15_folder, adapter, tmp_path):
     assert_one_line(call("sample", "--model", "tiny-sd51", "--prompt", "x"), "tiny-sd15")
 
 
+@pytest.mark.slow
 def test_a_folder_of_others_is_refused(tiny_sd15_folder, adapter, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     drawn = ("sample", "--model", tiny_sd15_folder, *QUICK, "--prompt", "a red circle", "--out")

@@ -94,6 +94,7 @@ def three(images) -> Path:
 # ---------------------------------------------------------------- what is written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "v", "sdxl", "sd3"])
 def test_without_an_image_the_model_draws_the_source(family, request, tmp_path):
     name = "tiny_v_folder" if family == "v" else f"tiny_{family}_folder"
@@ -159,6 +160,7 @@ def test_list(tiny_sd15_folder, three, tmp_path):
         assert np.abs(one - two).max() <= 1
 
 
+@pytest.mark.slow
 def test_sizes(tiny_sd15_folder, three, tmp_path):
     args = ("--list", three, "--model", tiny_sd15_folder, *QUICK)
     for number, (flags, wide) in enumerate([
@@ -171,6 +173,7 @@ def test_sizes(tiny_sd15_folder, three, tmp_path):
         assert next(out.glob("sheet.png"))
 
 
+@pytest.mark.slow
 def test_resume(tiny_sd15_folder, three, tmp_path, monkeypatch):
     args = ("--list", three, "--model", tiny_sd15_folder, *QUICK)
     assert call(*args, "--out", tmp_path / "whole").exit_code == 0
@@ -289,6 +292,7 @@ def test_where_settings_come_from(adapter, tmp_path):
         found("sd3", steps=4, n_start=5)
 
 
+@pytest.mark.slow
 def test_default_folder_and_seed(tiny_sd15_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = (*PROMPTS, "--model", tiny_sd15_folder, *QUICK)
@@ -299,6 +303,7 @@ def test_default_folder_and_seed(tiny_sd15_folder, tmp_path, monkeypatch):
     assert not np.array_equal(one, pixels(tmp_path / "edits-2" / EDITED.replace("42", "2")))
 
 
+@pytest.mark.slow
 def test_the_real_command_on_the_embedded_model(tmp_path):
     """The line of the issue: two prompts are enough."""
     out = tmp_path / "out"

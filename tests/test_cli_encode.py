@@ -386,6 +386,7 @@ def test_verify_of_what_is_whole(whole):
 # ------------------------------------------------------------------ bad input
 
 
+@pytest.mark.slow
 def test_foreign_encodings_are_refused_with_the_reason(
     options, copied, make_tiny_sd15, tmp_path, tiny_sd3_folder, tiny_sd15_folder, monkeypatch
 ):
@@ -425,6 +426,7 @@ def test_foreign_encodings_are_refused_with_the_reason(
     assert [n for n in names(copied) if n.startswith("captions")] == ["captions-00000.safetensors"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_encoded(tmp_path, options, coco, monkeypatch, tiny_sd3_folder):
     out = tmp_path / "c"
 

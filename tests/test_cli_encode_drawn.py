@@ -61,6 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------ the course of it
 
 
+@pytest.mark.slow
 def test_it_says_what_it_draws_and_how_to_train(tmp_path, options, tiny_sd15_folder):
     out = tmp_path / "c"
     result = ok("encode", *options, "--out", out)
@@ -78,6 +79,7 @@ def test_it_says_what_it_draws_and_how_to_train(tmp_path, options, tiny_sd15_fol
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_settings_that_are_not_said_are_the_official_ones(tmp_path, prompts):
     given = ("--data", "prompts", "--data-path", prompts, "--limit", 2, "--device", "cpu")
     ok("encode", "--for", "comat", *given, "--steps", 1, "--out", tmp_path / "c")

@@ -65,6 +65,7 @@ def words(tmp_path: Path, n: int = 5) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_shapes_alone(tiny_sd15_folder, tmp_path):
     args = ("shapes", "--model", tiny_sd15_folder, "--n", 12, *QUICK)
     result = ok(*args, "--out", "e")
@@ -87,6 +88,7 @@ def test_shapes_alone(tiny_sd15_folder, tmp_path):
     assert_one_line(call(*args, "--out", "e"), "already holds an evaluation", "--resume", "--overwrite")
 
 
+@pytest.mark.slow
 def test_without_out_the_same_command_goes_on(tiny_sd15_folder, tmp_path):
     args = ("shapes", "--model", tiny_sd15_folder, "--n", 4, *QUICK)
     first = json.loads(ok(*args, "--json").stdout)
@@ -103,6 +105,7 @@ def test_without_out_the_same_command_goes_on(tiny_sd15_folder, tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_base_and_aligned_on_shapes(adapter):
     result = ok("shapes", "--adapter", adapter, "--n", 12, *QUICK)
     lines = result.stdout.splitlines()
@@ -117,6 +120,7 @@ def test_base_and_aligned_on_shapes(adapter):
     assert "drawing aligned 12/12" in result.stderr
 
 
+@pytest.mark.slow
 def test_arms_of_a_file(adapter, tmp_path):
     args = (words(tmp_path), "--adapter", adapter, "--arm", f"half={adapter}@0.5", "--scorers", "tiny-clip")
     ok(*args, "--vs", "half", "--per-prompt", 2, "--trained-on", "clip", *QUICK, "--out", "e")
@@ -135,6 +139,7 @@ def test_arms_of_a_file(adapter, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_more_scorers_of_the_same_pictures(tiny_sd15_folder, tmp_path):
     args = ("shapes", "--model", tiny_sd15_folder, "--n", 4, *QUICK, "--out", "e")
     ok(*args, "--scorers", "none")
@@ -144,6 +149,7 @@ def test_more_scorers_of_the_same_pictures(tiny_sd15_folder, tmp_path):
     assert [s["name"] for s in read(tmp_path / "e")["scorers"]] == ["shapes", "tiny-clip"]
 
 
+@pytest.mark.slow
 def test_pictures_that_are_given(adapter, tmp_path):
     file = words(tmp_path)
     ok(file, "--adapter", adapter, "--scorers", "tiny-clip", *QUICK, "--out", "e")
@@ -167,6 +173,7 @@ def test_pictures_that_are_given(adapter, tmp_path):
     assert_one_line(call(file, "--allow-missing"), "--images")
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_damaged_is_drawn_again(tiny_sd15_folder, tmp_path):
     args = ("shapes", "--model", tiny_sd15_folder, "--n", 4, *QUICK, "--out", "e")
     ok(*args)
@@ -189,6 +196,7 @@ def test_other_weights_are_another_run(tiny_sd15_folder, tmp_path):
     assert_one_line(call(*args, "--resume"), "holds another evaluation", "weights.denoiser")
 
 
+@pytest.mark.slow
 def test_bad_input(tiny_sd15_folder, adapter, tmp_path):
     base = ("--model", tiny_sd15_folder, *QUICK)
     (tmp_path / "thesis.tex").write_text("")
@@ -229,6 +237,7 @@ def test_bad_input(tiny_sd15_folder, adapter, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_what_needs_no_model_is_refused_before_one_is_loaded(tiny_sd15_folder, adapter, tmp_path):
     args = (words(tmp_path), "--model", tiny_sd15_folder, "--scorers", "tiny-clip", *QUICK)
     ok(*args, "--out", "e")
@@ -264,6 +273,7 @@ def test_given_pictures_of_another_size_in_the_shapes_world(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_geneval_goes_to_its_evaluator_and_comes_back(tiny_sd15_folder, tmp_path):
     prompts = [("single_object", "a photo of a bench"), ("counting", "a photo of two cats")]
     records = [{"tag": tag, "include": [], "prompt": text} for tag, text in prompts]
@@ -291,6 +301,7 @@ def test_geneval_goes_to_its_evaluator_and_comes_back(tiny_sd15_folder, tmp_path
     assert refused.exit_code == 2 and "says nothing about" in refused.stderr
 
 
+@pytest.mark.slow
 def test_results_with_other_scorers_are_not_replaced_in_silence(tiny_sd15_folder, tmp_path):
     given = ["shapes", "--model", tiny_sd15_folder, "--n", 2, "--out", tmp_path / "r", *QUICK]
     ok(*given)

@@ -78,6 +78,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
 # ------------------------------------------------------------------ a guarded run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["softrepa", "textcraftor"])
 def test_a_guard_changes_nothing_of_a_real_training(tmp_path, options, method):
     scorer = "tiny-clip" if method == "softrepa" else "shapes"
@@ -100,6 +101,7 @@ def test_a_guard_changes_nothing_of_a_real_training(tmp_path, options, method):
         assert rows[1]["guard/reward/tiny-clip"] != rows[0]["guard/reward/tiny-clip"]
 
 
+@pytest.mark.slow
 def test_the_best_step_becomes_the_adapter(tmp_path, options):
     own = [*options, *settings_of("softrepa"), *GUARD, "--lr", "0.1"]
     ok(*own, "--no-eval", "--out", tmp_path / "last")
@@ -118,6 +120,7 @@ def test_the_best_step_becomes_the_adapter(tmp_path, options):
     assert again.info.step == best and again.info.sha256 == adapter.info.sha256
 
 
+@pytest.mark.slow
 def test_stop_and_resume_give_the_same_adapter(tmp_path, options, monkeypatch):
     own = [*options, *settings_of("softrepa"), *GUARD, "--lr", "0.1", "--keep", "best", "--no-eval"]
     ok(*own, "--out", tmp_path / "whole")
@@ -130,6 +133,7 @@ def test_stop_and_resume_give_the_same_adapter(tmp_path, options, monkeypatch):
     assert first.info.step == second.info.step and first.info.sha256 == second.info.sha256
 
 
+@pytest.mark.slow
 def test_real_hacking_is_cried_out(tmp_path, options, monkeypatch):
     """The denoiser learns to draw bright pictures; the held-out scorer wants dark ones."""
     monkeypatch.setitem(registry.REWARDS, "bright", f"{__name__}:bright")
@@ -172,6 +176,7 @@ def dark(request):
     return Brightness(request, -1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*have no caption")
 def test_a_guard_on_captions_of_coco(tmp_path, options):
     root = make_coco(tmp_path / "coco")
@@ -192,6 +197,7 @@ def test_a_guard_on_captions_of_coco(tmp_path, options):
 # ------------------------------------------------------------------ bad input
 
 
+@pytest.mark.slow
 def test_user_errors_leave_nothing_behind(tmp_path, options):
     out = tmp_path / "run"
 
@@ -258,6 +264,7 @@ def test_ctrl_c_in_the_last_step_leaves_the_evaluation_for_resume(tmp_path, opti
     assert trace(out) == before and "95 % CI" in result.stdout and (out / "adapter").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_in_the_closing_evaluation_gives_a_hint(tmp_path, options, monkeypatch, number, code):
     out = tmp_path / "run"

@@ -36,6 +36,7 @@ def options(tiny_sd15_folder) -> list[str]:
 REWARD = ["--reward", "tiny-clip=1", "--set", "longalign.reward_preprocessing=official"]
 
 
+@pytest.mark.slow
 def test_all_stages_one_after_the_other(options, tmp_path):
     """align, then reward, then lcm on it, then reward-lcm; the last one draws in two steps."""
     few = ["--set", "longalign.steps=4", "--set", "longalign.grad_stride=2"]
@@ -62,6 +63,7 @@ def test_all_stages_one_after_the_other(options, tmp_path):
     assert Image.open(path).size[0] > 0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
     """With dropout of captions, LoRA and text adapter."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -74,6 +76,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
     assert all(torch.equal(one[k], two[k]) for k in one | two)
 
 
+@pytest.mark.slow
 def test_what_lies_beyond_the_plain_encoder_changes_the_picture(options, tmp_path):
     """The last sentence of a long prompt is read, which the plain encoder cuts away."""
     more = ["--set", "longalign.token_length=400"]

@@ -106,6 +106,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_mistakes_are_found_before_torch_is_imported(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "other").touch()
@@ -118,6 +119,7 @@ def test_mistakes_are_found_before_torch_is_imported(tmp_path):
     assert all(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
 
 
+@pytest.mark.slow
 def test_help_is_quick():
     """Processor seconds: what a person waits on an idle machine, whatever else runs here."""
     used = []

@@ -85,6 +85,7 @@ def test_alone(adapters, tmp_path):
     assert "Floor (guessing: a coin for matching" in page and 'id="pictures-11"' in page
 
 
+@pytest.mark.slow
 def test_several_are_compared_on_the_same_items(adapters, tmp_path):
     given = [word for name in ("sd15", "tuned", "sdxl") for word in ("--adapter", adapters[name])]
     result = ok(*PROBE, *given, *QUICK, "--out", "e", "--json", "--interval", "bootstrap")
@@ -116,6 +117,7 @@ def test_refcoco(adapters, refcoco, tmp_path):
     assert raw["benchmark"]["settings"]["interpolation"] == "bilinear"
 
 
+@pytest.mark.slow
 def test_the_same_command_makes_it_anew(adapters, tmp_path):
     args = (*PROBE, "--adapter", adapters["sd15"], *QUICK)
     ok(*args)

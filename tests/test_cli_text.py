@@ -26,6 +26,7 @@ LONG = (
 )
 
 
+@pytest.mark.slow
 def test_sample(tiny_sd15_folder, tmp_path):
     one = ("sample", "--model", tiny_sd15_folder, *QUICK, "--prompt", LONG, "--prompt", "a red circle")
     plain = ok(*one, "--out", tmp_path / "a")
@@ -57,6 +58,7 @@ def test_refusals(tiny_sd3_folder, tiny_sd15_folder, tmp_path):
     assert "model.text must be one of plain, segments, got 'long'" in said
 
 
+@pytest.mark.slow
 def test_an_adapter_brings_its_way_of_reading(tiny_sd15_folder, tmp_path):
     folder = save_random_adapter(
         tmp_path / "run", tiny_sd15_folder, "model.text=segments", "model.segment_length=90"
@@ -113,6 +115,7 @@ def test_edit(tiny_sd15_folder, tmp_path):
     ok(*one, "--resume")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["softrepa", "textcraftor"])
 def test_train_and_resume(tiny_sd15_folder, tmp_path, method):
     sets = {"data.num_workers": 0, "data.num_examples": 16, "train.save_every": 1, "sample.steps": 2,

@@ -31,6 +31,7 @@ def options(tiny_sd15_folder) -> list[str]:
     return given + [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
 
 
+@pytest.mark.slow
 def test_stages_one_after_the_other(options, tmp_path):
     text, unet = tmp_path / "text", tmp_path / "unet"
     ok("train", "textcraftor", *options, "--steps", 2, "--out", text)
@@ -58,6 +59,7 @@ def test_captions_of_coco_without_its_pictures(options, tmp_path):
     assert trace(tmp_path / "whole") == trace(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     given = ["train", "textcraftor", *options, "--no-eval", "--set", "textcraftor.lora_rank=2"]
@@ -69,6 +71,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
     assert all(torch.equal(one[k], two[k]) for k in one | two)
 
 
+@pytest.mark.slow
 def test_drawing_with_the_switch(options, tmp_path):
     run = tmp_path / "run"
     ok("train", "textcraftor", *options, "--no-eval", "--steps", 2, "--out", run)

@@ -108,6 +108,7 @@ def test_checkpointed_run_has_the_same_trace(options, tmp_path, monkeypatch):
         assert json.loads(line + "}") == pytest.approx(json.loads(same + "}"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_train_evaluates_and_says_where_things_are(tmp_path, options):
     out = tmp_path / "run"
     result = ok(*options, "--out", out, "--set", "train.grid_every=3", "--set", "train.ema_decay=0.5")
@@ -144,6 +145,7 @@ def test_the_adapter_holds_what_was_trained(tmp_path, options, tiny_sd15_folder)
         pass
 
 
+@pytest.mark.slow
 def test_stop_and_resume_is_bit_identical(tmp_path, options, whole, monkeypatch):
     expected = whole_trace(whole, options)
     assert len(expected) == STEPS
@@ -165,6 +167,7 @@ def test_stop_and_resume_is_bit_identical(tmp_path, options, whole, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_real_command(tmp_path, options, whole):
     """The very process of `python -m align_cli`, stopped by a signal from outside, and gone on with."""
     out = tmp_path / "cut"
@@ -213,6 +216,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_checkpoint(tmp_path, options, whole):
     """The half-written checkpoint is not taken but the one before it; the trace is that of a whole run."""
     out = tmp_path / "cut"

@@ -395,6 +395,7 @@ def test_the_captioner_sees_the_crop(sd15):
     assert torch.equal(method.rewards.rewards["tiny-blip"].seen[0], images[:, :, 1:511, 2:512])
 
 
+@pytest.mark.slow
 def test_the_step_depends_on_its_seed_alone(sd15):
     first, again, other = run(make(sd15), seed=3), run(make(sd15), seed=3), run(make(sd15), seed=4)
     assert first == again and first != other

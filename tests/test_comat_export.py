@@ -39,6 +39,7 @@ def lora_at_work(model) -> torch.Tensor:
         return prediction(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_libraries_open_the_lora(tiny_models, family, tmp_path):
     model = tiny_models[family]

@@ -38,6 +38,7 @@ def assert_refused(message: str, path: Path, model: str) -> None:
     assert not (path.parent / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_lora_of_the_published_models_by_its_size():
     """The parameters that were counted in the official code, rank 128."""
     for unet, layers, count in (
@@ -122,6 +123,7 @@ def test_the_rules_of_sdxl(tiny_models, tmp_path):
     assert (c.discriminator, c.lr_discriminator) == ("sd15", 5e-5)
 
 
+@pytest.mark.slow
 def test_the_official_size(tmp_path, monkeypatch):
     """512 pixels where the model itself draws at least that."""
     unet = outline("sd15", "unet")
@@ -164,6 +166,7 @@ def test_other_spellings(model, tmp_path):
     assert read_state(tmp_path / "facts.safetensors").keys() == given.keys()
 
 
+@pytest.mark.slow
 def test_misfits(model, tiny_models, make_tiny_sd15, tmp_path):
     file, name, tuned = tmp_path / "x.safetensors", model.model_id, official(model.denoiser)
     save_file(tuned, file)

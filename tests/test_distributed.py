@@ -108,6 +108,7 @@ def test_softrepa_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_s
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
 
 
+@pytest.mark.slow
 def test_textcraftor_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_folder):
     """Also PickScore, whose mean goes over the prompts of both."""
     out, reports = two
@@ -136,6 +137,7 @@ def test_dpt_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_f
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
 
 
+@pytest.mark.slow
 def test_comat_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_folder):
     """With all three losses; in the first step the second process meets no noun."""
     out, reports = two
@@ -156,6 +158,7 @@ def test_comat_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", LONGALIGN)
 def test_longalign_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_folder, stage):
     """With every dropout; the reward's common direction goes over the captions of both."""

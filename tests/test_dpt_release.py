@@ -140,6 +140,7 @@ def test_features_that_the_width_tells(model, tmp_path):
     assert_refused("7 channels, which no block .* has; name", tmp_path / "x.bin", model.model_id)
 
 
+@pytest.mark.slow
 def test_misfits(model, tiny_models, make_tiny_sd15, tuned, tmp_path):
     file, name = tmp_path / "pytorch_model.bin", model.model_id
     first = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight"

@@ -97,6 +97,7 @@ def test_no_path_of_a_machine_in_any_configuration(name):
         assert "_name_or_path" not in text and '"/' not in text, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_pictures_follow_simple_captions(name):
     """A few pictures with the packaged settings score about what the card says."""

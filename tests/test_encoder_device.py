@@ -79,6 +79,7 @@ def make_fake(mode: FakeTensorMode, module: torch.nn.Module, device: torch.devic
 # ------------------------------------------------------------------ where things come back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "offload"), [("sd15", False), ("sdxl", False), ("sd3", False), ("sd3", True)]
 )

@@ -93,6 +93,7 @@ def test_a_whole_run(whole):
     assert json.loads((whole / "eval.json").read_text())["identity"]["weights"]["denoiser"]
 
 
+@pytest.mark.slow
 def test_kill_9_and_run_again(words, whole, tmp_path):
     """Killed while drawing, then while scoring; every picture is written once, and the bits are the same."""
     out = tmp_path / "e"
@@ -112,6 +113,7 @@ def test_kill_9_and_run_again(words, whole, tmp_path):
     assert_same(out, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_says_how_to_go_on(words, tmp_path, number):
     out = tmp_path / "e"
@@ -142,6 +144,7 @@ def two_processes(words: list[str], out: Path) -> tuple[list[int | None], list[t
     return [process.returncode for process in both], said
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(words, whole, tmp_path):
     codes, said = two_processes(words, tmp_path / "e")
     assert codes == [0, 0], said
@@ -149,6 +152,7 @@ def test_two_processes_share_the_work(words, whole, tmp_path):
     assert_same(tmp_path / "e", whole)
 
 
+@pytest.mark.slow
 def test_a_mistake_that_one_of_two_processes_meets_is_one_line_of_both(tiny_sd15_folder, tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("a red circle\n" * BATCH + "a photo of a bench\n")  # which the other process scores

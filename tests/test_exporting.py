@@ -169,6 +169,7 @@ def test_lora_of_peft(tiny_models, tmp_path):
         assert_close(outputs(model, denoiser=True), expected, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_lora_in_the_layout_of_kohya(tiny_models, tmp_path, family):
     model = tiny_models[family]
@@ -183,6 +184,7 @@ def test_lora_in_the_layout_of_kohya(tiny_models, tmp_path, family):
         assert_close(outputs(model, denoiser=True), expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_names_of_kohya(tiny_models, tmp_path):
     save_tuned(tmp_path / "sd15", tiny_models["sd15"], stage="joint", **LORA)
     export(tmp_path / "sd15", "kohya", tmp_path / "1", dtype="float16")
@@ -233,6 +235,7 @@ def test_every_layer_of_sdxl_has_its_name_of_the_original_code(tiny_models):
             sgm_path(name, 1)
 
 
+@pytest.mark.slow
 def test_all_weights_in_the_layout_of_kohya(tiny_models, tmp_path):
     for family in ("sd15", "sdxl"):
         save_tuned(tmp_path / family, tiny_models[family], stage="joint")

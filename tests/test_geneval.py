@@ -170,6 +170,7 @@ def reshaped(things: list[WorldThing]) -> list[WorldThing]:
     return [WorldThing(things[0].color, other[things[0].shape], 0, 0, 0), *things[1:]]
 
 
+@pytest.mark.slow
 def test_twin_judges_as_geneval_does():
     """True pictures are right in every task; wrong colours are wrong only where colours are asked, one shape
     that is wrong is wrong everywhere, and one object more only where it is counted.

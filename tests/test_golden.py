@@ -48,6 +48,7 @@ def one_case(tmp_path) -> Path:
     return tmp_path / "golden"
 
 
+@pytest.mark.slow
 def test_all():
     """In a process of its own: MKL must be told before its first use to compute alike on every processor."""
     command = [sys.executable, check_golden.__file__, str(GOLDEN)]

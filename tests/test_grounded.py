@@ -56,6 +56,7 @@ def test_examples_have_the_shapes_that_a_batch_needs(examples):
         assert len(g.spans) == len(g.boxes) and g.size == (32, 32)
 
 
+@pytest.mark.slow
 def test_captions_are_true_of_their_own_picture_and_false_of_the_others(examples):
     own, found = [e.pixels for e in examples], grounded_of(examples)
     prompts, hard = [e.prompt for e in examples], [g.hard_prompt for g in found]

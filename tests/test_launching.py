@@ -87,6 +87,7 @@ def test_a_mistake_of_all_is_told_once(tmp_path):
     assert (code, out, err) == (2, "", "error: no such thing\n")
 
 
+@pytest.mark.slow
 def test_the_first_failure_is_told_and_ends_the_others(tmp_path):
     """The second process fails; the first, which waits for it, only fails because of that."""
     body = """
@@ -101,6 +102,7 @@ time.sleep(100)
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_end_is_killed(tmp_path):
     body = """
 if rank == 1:
@@ -169,6 +171,7 @@ def test_one_process_is_this_one(monkeypatch):
     assert launching.launched_several(2) is False
 
 
+@pytest.mark.slow
 def test_options_that_do_not_fit(monkeypatch, tmp_path):
     monkeypatch.setattr(launching, "_Group", None)
     assert "--num-processes" in refused("train", "softrepa", "--num-processes", 0)

@@ -257,6 +257,7 @@ def test_a_reward_that_is_not_finite_stops(sd15, monkeypatch):
 # ---------------------------------------------------------------- stages that stand on others
 
 
+@pytest.mark.slow
 def test_every_stage_stands_on_the_ones_before(sd15, tmp_path):
     align = moved(make(sd15))
     run(align)

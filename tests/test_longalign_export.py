@@ -54,6 +54,7 @@ def stages_at_work(model, state) -> torch.Tensor:
         return prediction(model)
 
 
+@pytest.mark.slow
 def test_the_libraries_open_all_stages_as_one(model, tmp_path):
     state = save_longalign(tmp_path / "a", model, "reward-lcm", ("align", "lcm"))
     expected, plain = stages_at_work(model, state), prediction(model)
@@ -79,6 +80,7 @@ def test_the_libraries_open_all_stages_as_one(model, tmp_path):
     torch.testing.assert_close(prediction(model, opened.merge_and_unload()), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_text_adapter_lies_beside(model, tmp_path):
     save_longalign(tmp_path / "a", model)
     save_longalign(tmp_path / "clip", model, adapter=False)
@@ -103,6 +105,7 @@ def test_stacking_is_exact(model):
     assert both[f"x{LORA_A}"].shape == (3, 4, 3, 3) and both["x.lora_B.weight"].shape == (5, 3, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_official_files_and_back(model, tmp_path, stage):
     state = save_longalign(tmp_path / "a", model, stage, STAGES[stage])
@@ -128,6 +131,7 @@ def test_official_files_in_half_precision(model, tmp_path):
     assert report.notes == []
 
 
+@pytest.mark.slow
 def test_sdxl_in_the_layout_of_kohya(tiny_models, tmp_path):
     model = tiny_models["sdxl"]
     save_longalign(tmp_path / "a", model, "reward", ("align",), adapter=False)
@@ -137,6 +141,7 @@ def test_sdxl_in_the_layout_of_kohya(tiny_models, tmp_path):
     assert "lora_unet_middle_block_2_emb_layers_1.alpha" in tensors
 
 
+@pytest.mark.slow
 def test_refusals(model, tiny_models, tmp_path):
     save_longalign(tmp_path / "a", model)
     save_longalign(tmp_path / "clip", model, adapter=False)

@@ -93,6 +93,7 @@ def test_predict_fills_in_the_size(model):
 # ---------------------------------------------------------------- where it comes from
 
 
+@pytest.mark.slow
 def test_shards_and_half_precision(make_tiny_sdxl, tiny_sdxl_folder, tmp_path):
     full, z, t = load(tiny_sdxl_folder), field(0, 1, 4, 8, 8), torch.tensor(400)
     expected = full.predict(z, t, full.encode_text(PROMPTS[:1]))
@@ -124,6 +125,7 @@ def test_its_autoencoder_stays_float32_if_it_overflows(tiny_sdxl_folder, tmp_pat
     assert load(tiny_sdxl_folder, dtype="float16").vae.dtype == torch.float16
 
 
+@pytest.mark.slow
 def test_other_autoencoder(make_tiny_sdxl, tiny_sdxl_folder, tiny_sd3_no_t5_folder, tmp_path):
     other = make_tiny_sdxl(tmp_path / "other", seed=1)
     expected = load(other).vae.decoder.conv_in.weight
@@ -142,6 +144,7 @@ def test_other_autoencoder(make_tiny_sdxl, tiny_sdxl_folder, tiny_sd3_no_t5_fold
         load(tiny_sdxl_folder, vae=str(other / "unet"))
 
 
+@pytest.mark.slow
 def test_hub(make_tiny_sdxl, tmp_path, monkeypatch):
     root = tmp_path / "hub"
     make_tiny_sdxl(root / "org" / "xl", max_shard_size="30KB")
@@ -164,6 +167,7 @@ def test_hub(make_tiny_sdxl, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what does not fit
 
 
+@pytest.mark.slow
 def test_wrong_denoisers(tiny_sdxl_folder, tiny_sd15_folder, tiny_sd3_folder, make_tiny_sdxl, tmp_path):
     with pytest.raises(UserError, match="is not one of SDXL: it takes no pooled text"):
         load(tiny_sdxl_folder, unet=str(tiny_sd15_folder))

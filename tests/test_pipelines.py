@@ -100,6 +100,7 @@ def test_draws_what_sample_draws(saved, method, family):
     assert_close(stock.images, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "unipc", "lcm"])
 def test_schedulers_walk_our_paths(tiny_models, sampler):
     model = tiny_models["sd15"]
@@ -113,6 +114,7 @@ def test_schedulers_walk_our_paths(tiny_models, sampler):
         assert_close(theirs(loaded(model, [], **settings)), expected)
 
 
+@pytest.mark.slow
 def test_a_velocity_model_with_zero_terminal_snr(tiny_v_folder):
     model = load_model(ModelSettings(name=str(tiny_v_folder), device="cpu"))
     for sampler, spacing in (("ddim", "trailing"), ("ddpm", "trailing"), ("ddim", "lead")):
@@ -120,6 +122,7 @@ def test_a_velocity_model_with_zero_terminal_snr(tiny_v_folder):
         assert_close(theirs(loaded(model, [], **settings)), ours(model, [], **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:adapter")
 def test_a_stack_with_scales(saved):
     model, soft = saved("softrepa", "sd15")
@@ -130,6 +133,7 @@ def test_a_stack_with_scales(saved):
     assert_close(theirs(loaded(model, specs)), ours(model, specs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
 def test_from_step_and_guidance_off(saved, family):
     model, spec = saved("textcraftor", family, test_grad_steps=1)
@@ -140,6 +144,7 @@ def test_from_step_and_guidance_off(saved, family):
     assert (early - late).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:adapter")
 @pytest.mark.parametrize(("method", "family"), [("longalign", "sd15"), ("longalign", "sdxl"),
                                                ("textcraftor", "sdxl"), ("softrepa", "sd3")])  # fmt: skip
@@ -293,6 +298,7 @@ def test_a_recorded_self_correction_is_said_to_be_left_out(saved):
         align_cli.load_pipeline(model.model_id, spec, device="cpu")
 
 
+@pytest.mark.slow
 def test_importing_the_package_costs_no_torch():
     said = "import align_cli, sys; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", said + "; assert callable(align_cli.load_pipeline)"], check=True)

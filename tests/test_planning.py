@@ -145,6 +145,7 @@ def test_half_weights_compute_in_half():
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_dry_run_says_the_costs_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = ok("train", "softrepa", "--batch-size", 2, "--dry-run", "--gpu", "T4").stdout
@@ -154,12 +155,14 @@ def test_dry_run_says_the_costs_and_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_json_holds_settings_and_plan():
     found = json.loads(ok("train", "softrepa", "--batch-size", 2, "--dry-run", "--json").stdout)
     assert found["settings"]["train.batch_size"] == {"value": 2, "origin": "--batch-size"}
     assert found["plan"]["memory"]["peak"] > found["plan"]["memory"]["weights"] > 0
 
 
+@pytest.mark.slow
 def test_encode_and_eval_say_theirs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encode = ok("encode", "--limit", 8, "--dry-run").stdout

@@ -436,7 +436,7 @@ def test_lists_are_refused_before_a_model_is_loaded(tmp_path, no_model):
     train = ("train", "textcraftor", "--data", "prompts", "--out", out)
     assert "no list of prompts is named; --data-path of the prompts" in refused(*train)
     for name, content, message in [
-        ("none.csv", None, "no prompt file"),
+        ("none.csv", None, "(data.path) does not exist"),
         ("empty.txt", "\n", "holds no prompt"),
         ("p.yaml", "a", "the name does not tell the format"),
         ("p.csv", "prompt\na,b\n", "line 2: 2 cells but the header has 1"),

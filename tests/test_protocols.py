@@ -35,6 +35,7 @@ def test_one_generator_for_all_batches():
     assert torch.equal(next(start_noise(chosen, 10, (4, 8, 8), "cpu", skip=2)), whole[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("benchmark", "size", "num"), [("parti", 4, 5), ("hpsv2", 1, 2)])
 def test_pictures_are_those_of_a_diffusers_pipeline(tiny_sd15_folder, tiny_models, benchmark, size, num):
     """Batches of four, or of one, from one generator, 25 DDIM steps 999 ... 39, guidance 7.5."""

@@ -90,6 +90,7 @@ EULER = dataclasses.replace(QUICK, sampler="euler")
 FAMILIES = {"tiny_sdxl_folder": QUICK, "tiny_sd3_folder": EULER, "tiny_v_folder": QUICK}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FAMILIES)
 def test_batch_size_changes_pictures_of_no_family(folder, request):
     model = load_model(ModelSettings(name=str(request.getfixturevalue(folder)), device="cpu"))
@@ -121,6 +122,7 @@ class PlainLCM(LCMScheduler):
         return 0, 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "scheduler", "guidance"), [(LCM, PlainLCM, 0.0), (UNIPC, UniPCMultistepScheduler, 4.0)]
 )
@@ -144,6 +146,7 @@ def test_lcm_and_unipc_as_the_pipelines_of_diffusers(name, settings, scheduler, 
     torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [LCM, UNIPC])
 def test_batch_size_changes_no_picture_of_lcm_and_unipc(model, settings):
     together = sample(model, PROMPTS, dataclasses.replace(settings, batch_size=5), SEEDS)

@@ -181,6 +181,7 @@ def test_negatives_and_twins_of_training_scenes_hold_no_held_out_pair():
             assert world.scene_split(parse(text).objects) == "train"
 
 
+@pytest.mark.slow
 def test_counterfactual_is_true_of_its_own_picture_only(scenes, prompts):
     rng = np.random.default_rng(5)
     twins = [captions.counterfactual(s, p, rng) for s, p in zip(scenes, prompts, strict=True)]

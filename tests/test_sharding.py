@@ -48,6 +48,7 @@ def test_each_process_holds_its_part(two):
     assert sum(held) == two[1][0]["all"] and max(held) < 0.6 * sum(held)
 
 
+@pytest.mark.slow
 def test_what_needs_whole_weights_is_refused(monkeypatch):
     shard = ("--set", "train.shard=frozen")
     assert "LoRA is merged into the UNet" in refused("train", "comat", "--dry-run", *shard)
@@ -59,6 +60,7 @@ def test_what_needs_whole_weights_is_refused(monkeypatch):
     assert "train.shard must be one of none, frozen" in refused("train", "softrepa", "--set", "train.shard=x")
 
 
+@pytest.mark.slow
 def test_what_accelerate_asks_for(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with monkeypatch.context() as patch:

@@ -386,6 +386,7 @@ def test_learns_to_tell_captions_apart(model):
     assert losses[-1] < losses[0] - 1e-4
 
 
+@pytest.mark.slow
 def test_warns_once_of_flat_logits(model):
     method = make(model, temperature=0.02)
 

@@ -167,6 +167,7 @@ def clustered(rng: np.random.Generator) -> np.ndarray:
     return np.repeat(rng.normal(0.3, 1, 24), 3) + rng.normal(0, 1, 72)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("draw", "clusters"), [(normal, 12), (skewed, 60), (clustered, 24)])
 def test_the_bootstrap_covers_the_truth_95_percent_of_the_time(draw, clusters):
     """Of 12 normal numbers 4,000 simulations gave 94.8 % (t interval: 95.0 %), so 1,000 give 93 to 97 %."""

@@ -124,6 +124,7 @@ def test_an_encoder_that_is_not_there(sd15):
         make(sd15, encoders=("text_encoder_2",))
 
 
+@pytest.mark.slow
 def test_steps_of_the_optimiser_raise_the_reward(sd15):
     """Brighter pictures: the same prompts and noise, before and after thirty steps."""
     method = make(sd15, reward=Brightness(), stage="joint", rewards={"clip": 1.0})

@@ -472,6 +472,7 @@ def test_time_texts():
     assert [rate_text(s) for s in (0.0, 0.25, 12.345)] == ["", "4 s/step", "12.3 steps/s"]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_steps(tmp_path):
     import gc
 

@@ -11,7 +11,7 @@ from align_cli import registry
 from align_cli.cli import options, planned
 from align_cli.cli.launching import launched_several
 from align_cli.cli.sharding import with_sharding
-from align_cli.cli.train_data import check_data, lacking
+from align_cli.cli.train_data import check_data, check_places, lacking
 from align_cli.cli.train_plan import Layers, check_allowed, describe, method_flags
 from align_cli.cli.watching import check_guard
 from align_cli.errors import UserError
@@ -178,6 +178,7 @@ def train(
         if not no_costs:
             planned.say_train(resolved, folder, gpu, mfu, as_json=as_json)
         return
+    check_places(resolved)
     from align_cli import publishing
     from align_cli.cli.train_work import push, run
 

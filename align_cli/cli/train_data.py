@@ -19,14 +19,9 @@ if TYPE_CHECKING:
 
 def check_data(resolved: config.Resolved) -> None:
     """UserError for an unknown dataset, for captions alone where the method needs pictures, and for encodings
-    where it needs false pictures, too; for places that are not there.
+    where it needs false pictures, too.
     """
     _table(resolved)
-    for key, place in (("data.path", resolved.data.path), ("data.cache", resolved.data.cache)):
-        if place and not Path(place).expanduser().exists():
-            raise UserError(f"{config.flag_name(key)} {place} ({key}) does not exist")
-    if start := str(getattr(resolved.method_config, "from_adapter", "")):
-        read_adapter(start)
     if resolved.method_config.grounded and resolved.data.cache:
         raise UserError(
             f"{resolved.method} learns from false pictures and captions, too, and encodings hold none: leave "
@@ -34,6 +29,15 @@ def check_data(resolved: config.Resolved) -> None:
         )
     if resolved.method_config.pictures and resolved.data.name in registry.CAPTIONS_ONLY:
         raise registry.no_pictures(resolved.data.name, f"{resolved.method} trains on pictures with captions")
+
+
+def check_places(resolved: config.Resolved) -> None:
+    """UserError for data, encodings or an adapter to start from that are not there."""
+    for key, place in (("data.path", resolved.data.path), ("data.cache", resolved.data.cache)):
+        if place and not Path(place).expanduser().exists():
+            raise UserError(f"{config.flag_name(key)} {place} ({key}) does not exist")
+    if start := str(getattr(resolved.method_config, "from_adapter", "")):
+        read_adapter(start)
 
 
 def lacking(resolved: config.Resolved) -> str:

@@ -39,16 +39,20 @@ HEADS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """A paired difference to the base with its 95 % interval, and its verdict over all comparisons."""
+    """A paired difference to the base with its 95 % interval, which too few prompts have not got, and its
+    verdict over all comparisons.
+    """
 
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
     verdict: str
 
     def words(self) -> str:
         """+.012 [-.010, +.034]"""
+        if self.low is None or self.high is None:
+            return f"{signed(self.difference)} ({self.verdict})"
         return f"{signed(self.difference)} [{signed(self.low)}, {signed(self.high)}]"
 
 

@@ -32,7 +32,7 @@ class _Forest:
         self.font, self.small = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(NOTE_SIZE)
         rows = [row for family in found.families for row in family.rows]
         gains = [gain for row in rows for gain in (row.gain, row.long_gain)]
-        self.scale = Scale(x for gain in gains for x in (gain.low, gain.high))
+        self.scale = Scale(x for gain in gains for x in (gain.difference, gain.low, gain.high))
         self.width = 2 * MARGIN + LABEL + 2 * PANEL + GAP
         self.top = 2 * MARGIN + 2 * (NOTE_SIZE + 6) + FONT_SIZE
         self.bottom = self.top + ROW * (len(rows) + len(found.families))
@@ -83,8 +83,10 @@ class _Forest:
 
     def _gain(self, panel: int, y: int, gain: Gain) -> None:
         ink = {GAIN: GOOD, LOSS: BAD}.get(gain.verdict, FAINT)
-        x, low, high = (self._x(panel, value) for value in (gain.difference, gain.low, gain.high))
-        self.pen.line((low, y, high, y), ink, 2)
-        for end in (low, high):
-            self.pen.line((end, y - 4, end, y + 4), ink, 2)
+        x, ends = self._x(panel, gain.difference), [z for z in (gain.low, gain.high) if z is not None]
+        if len(ends) == 2:
+            low, high = (self._x(panel, value) for value in ends)
+            self.pen.line((low, y, high, y), ink, 2)
+            for end in (low, high):
+                self.pen.line((end, y - 4, end, y + 4), ink, 2)
         self.pen.ellipse((x - DOT, y - DOT, x + DOT, y + DOT), ink)
