@@ -2,8 +2,8 @@
 
     python benchmarks/tiny_adapters.py [--out FOLDER] [NAME ...]
 
-NAME: tiny-sd15/softrepa, ...; all of them if none is given. The runs lie in FOLDER (runs/tiny-adapters), go on
-where they stopped, and are not trained again once they are whole. One thread each, so that two can share two cores.
+NAME: tiny-sd15/softrepa, ...; all of them if none is given. The runs lie in FOLDER (runs/tiny-adapters), go
+on where they stopped, and are not trained again once they are whole. One thread each: two can share two cores.
 """
 
 from __future__ import annotations
