@@ -3,7 +3,7 @@
     python benchmarks/tiny_adapters.py [--out FOLDER] [NAME ...]
 
 NAME: tiny-sd15/softrepa, ...; all of them if none is given. The runs lie in FOLDER (runs/tiny-adapters), go
-on where they stopped, and are not trained again once they are whole. One thread each: two can share two cores.
+on where they stopped, and are not trained again once they are whole. One thread each.
 """
 
 from __future__ import annotations
