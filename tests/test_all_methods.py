@@ -137,8 +137,8 @@ def test_its_numbers_are_those_of_its_pictures(stored):
 
 @pytest.mark.slow
 def test_the_packaged_adapters_draw_what_the_table_says(stored):
-    """The first batch of pictures, drawn anew. Another kind of machine may round otherwise, and a picture that
-    is nearly right may fall on the other side: two of a batch may differ.
+    """The first batch of pictures, drawn anew. Another kind of machine may round otherwise, and a picture
+    that is nearly right may fall on the other side: two of a batch may differ.
     """
     prompts = load_set("shapes", SetOptions(num=stored.num, seed=stored.seed))
     for family in stored.families:
