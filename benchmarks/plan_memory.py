@@ -27,13 +27,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from align_cli import config, registry
-from align_cli.methods.base import Batch
 from align_cli.models.loading import load_model
 from align_cli.planning.batch import planned_batch
 from align_cli.planning.step import plan_step
 from align_cli.rewards.loading import forget_rewards
-from align_cli.training.loop import Run
-from align_cli.training.signals import StopSignals
+from align_cli.training.learner import Learner
 
 aten = torch.ops.aten
 CPU_ATTENTION = {
@@ -139,12 +137,11 @@ def measured(chosen: config.Resolved) -> tuple[int, int]:
     )
     method.check(chosen.train)
     batch = planned_batch(chosen, model)[0]
-    run = Run(method, [], chosen.train, Path(), {}, {}, "", 0, None, None, None)  # type: ignore[arg-type]
-    stream = cast("Iterator[Batch]", repeat(batch))
-    step: Callable[[], Any] = lambda: run.step(0, stream, StopSignals())  # noqa: E731
+    learner = Learner(method, chosen.train)
+    step: Callable[[], Any] = lambda: learner.step(0, repeat(batch))  # noqa: E731
     step()
-    states = [s for o in run.optimizers.values() for s in o.state.values()]
-    before = bytes_of(tensors_in([model, method, states, run.ema, batch], set()))
+    states = [s for o in learner.optimizers.values() for s in o.state.values()]
+    before = bytes_of(tensors_in([model, method, states, learner.ema, batch], set()))
     gc.collect()
     peak = before + peak_memory(step, torch.device("cpu"))
     if chosen.method == "comat":  # the hooks of torch's counter do not allow its nested gradients

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import repeat
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,15 +16,14 @@ from torch._subclasses.fake_tensor import (
 
 from align_cli import config, registry
 from align_cli.errors import UserError, first_line
-from align_cli.methods.base import Batch, Method
+from align_cli.methods.base import Method
 from align_cli.models.base import BaseModel
 from align_cli.models.empty import MODE, without_weights
 from align_cli.planning.batch import planned_batch
 from align_cli.planning.counting import Counting, WithoutNumbers
 from align_cli.planning.model import planned_model
 from align_cli.planning.stand_ins import give_stand_ins, hold_more
-from align_cli.training.loop import Run
-from align_cli.training.signals import StopSignals
+from align_cli.training.learner import Learner
 
 UNCOUNTABLE = (UnsupportedFakeTensorException, DynamicOutputShapeException, DataDependentOutputException)
 
@@ -78,22 +75,22 @@ def plan_step(resolved: config.Resolved, *, as_gpu: bool) -> StepPlan:
             batch, notes = planned_batch(resolved, model)
             uncounted += notes
         with counting:
-            run = Run(method, [], settings, Path(), {}, {}, "", 0, None, None, None)  # type: ignore[arg-type]
+            learner = Learner(method, settings)
             weights = counting.count.held
-            _warm(run, as_gpu)
+            _warm(learner, as_gpu)
             optimizer = counting.count.held - weights
             counting.count.peak = counting.count.held
             counting.count.flops.clear()
             try:
-                run.step(0, cast("Iterator[Batch]", repeat(batch)), StopSignals())
+                learner.step(0, repeat(batch))
             except UNCOUNTABLE as error:
                 uncounted.insert(0, f"the step, which needs numbers that are not there: {first_line(error)}")
-    groups = {name: sum(p.numel() for p in group) for name, group in run.groups.items()}
+    groups = {name: sum(p.numel() for p in group) for name, group in learner.groups.items()}
     return StepPlan(
         trained=groups,
-        frozen=_frozen(model, run.parameters),
+        frozen=_frozen(model, learner.parameters),
         weights=weights,
-        gradients=sum(p.nbytes for p in run.parameters),
+        gradients=sum(p.nbytes for p in learner.parameters),
         optimizer=optimizer,
         peak=counting.count.peak,
         flops=dict(counting.count.flops),
@@ -102,12 +99,12 @@ def plan_step(resolved: config.Resolved, *, as_gpu: bool) -> StepPlan:
     )
 
 
-def _warm(run: Run, as_gpu: bool) -> None:
+def _warm(learner: Learner, as_gpu: bool) -> None:
     """Optimiser states as they are from the second step on. On a GPU all tensors are updated at once."""
-    for name, optimizer in run.optimizers.items():
+    for name, optimizer in learner.optimizers.items():
         for group in optimizer.param_groups:
             group["foreach"] = as_gpu
-        for p in run.groups[name]:
+        for p in learner.groups[name]:
             p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,12 +1,12 @@
-"""The only training loop: steps, precision, gradients, optimisers, files, logs. A method owns its maths."""
+"""The only training loop: its course, files, logs, measurements. A step is in learner.py, a method owns its
+maths.
+"""
 
 from __future__ import annotations
 
-import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,28 +17,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from rich.console import Console
-from torch import Tensor, nn
 
 from align_cli.data.base import Dataset
 from align_cli.errors import UserError
 from align_cli.files import clear_parts, file_errors, write_text
-from align_cli.methods.base import Batch, Method, StepContext
+from align_cli.methods.base import Method
 from align_cli.settings import TrainSettings
 from align_cli.training import run_folder
 from align_cli.training.checkpoint import Checkpoint, clean, load_newest, save_checkpoint
-from align_cli.training.distributed import Ranks
-from align_cli.training.ema import Ema
 from align_cli.training.guard import Guard, Guarded, Keeper
-from align_cli.training.log import Display, Meter, MetricsFile, duration_text, is_loss, shown_loss
-from align_cli.training.order import SliceOrder, batches, step_seed
+from align_cli.training.learner import Learner
+from align_cli.training.log import Display, Meter, MetricsFile, duration_text, shown_loss
+from align_cli.training.order import SliceOrder, batches
 from align_cli.training.schedule import lr_at
 from align_cli.training.signals import StopSignals
 
 Grid = Callable[[int, Path], None]
 """Draws a sample grid: (finished steps, path of the PNG). Must not touch the method's parameters."""
-
-MIN_LOSS_SCALE = 2.0**-14
-"""fp16: below this scale the overflow is no longer a matter of scale."""
 
 
 @dataclass(frozen=True)
@@ -124,49 +119,21 @@ class Run:
         self.num_workers, self.grid = num_workers, grid
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
-        self.groups = method.trainables()
-        self.parameters = [p for group in self.groups.values() for p in group]
-        if not self.parameters:
-            raise UserError(f"{method.name} has nothing to train with these settings")
-        if wrong := {str(p.dtype) for p in self.parameters} - {"torch.float32"}:
-            raise ValueError(
-                f"trained tensors must be float32, {method.name} gave {', '.join(sorted(wrong))}"
-            )
-        self.options = method.group_options()
-        self.device = self.parameters[0].device
-        if settings.precision == "fp16" and self.device.type == "mps":
-            raise UserError("train.precision fp16 is not supported on mps; use bf16 or fp32")
-        if (
-            self.device.type == "cuda"
-        ):  # the same convolution kernels in every sitting; attention backward may still differ
-            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        self.ranks = Ranks(self.device)
+        self.learner = Learner(method, settings, self._last_good)
+        self.ranks = self.learner.ranks
         self.console = console if self.ranks.main else None
-        self.optimizers = {
-            name: torch.optim.AdamW(
-                group,
-                lr=settings.lr,
-                betas=(self._option(name, "adam_beta1"), settings.adam_beta2),
-                eps=settings.adam_eps,
-                weight_decay=self._option(name, "weight_decay"),
-            )
-            for name, group in self.groups.items()
-        }
-        self.scaler = torch.amp.GradScaler(self.device.type) if settings.precision == "fp16" else None
-        self.ema = Ema(self.parameters, settings.ema_decay) if settings.ema_decay else None
         self.meter = Meter()
         self.metrics_file = MetricsFile(out / run_folder.METRICS)
         self.seconds = 0.0
         self.saved: Path | None = None
         self.saved_step = -1
         self.last: dict[str, float] = {}
-        self.bad_loss = torch.zeros((), dtype=torch.bool, device=self.device)
         self.tracker: Accelerator | None = None
         self.keeper: Keeper | None = None
         if guard is not None:
             self.keeper = Keeper(
-                guard, out, self.groups, self.metrics_file, self.ranks,
-                averaged=self._averaged, say=self._say, track=self._track,
+                guard, out, self.learner.groups, self.metrics_file, self.ranks,
+                averaged=self.learner.averaged, say=self._say, track=self._track,
             )  # fmt: skip
 
     # ------------------------------------------------------------ the course of a run
@@ -218,12 +185,15 @@ class Run:
         """Train from step `start`; returns the number of finished steps."""
         s = self.settings
         stream = batches(
-            self.dataset, self._order(start), num_workers=self.num_workers, pin=self.device.type == "cuda"
+            self.dataset,
+            self._order(start),
+            num_workers=self.num_workers,
+            pin=self.learner.device.type == "cuda",
         )
         self._make_up_grid(start)
         for step in range(start, s.steps):
             began = time.perf_counter()
-            values, stop = self.step(step, stream, signals)
+            values, stop = self.learner.step(step, stream, lambda: signals.received > 0)
             self.meter.add(values)
             self.seconds += time.perf_counter() - began
             done = step + 1
@@ -241,114 +211,6 @@ class Run:
             if stop:
                 return done
         return max(start, s.steps)
-
-    def step(self, step: int, stream: Iterator[Batch], signals: StopSignals) -> tuple[dict[str, float], bool]:
-        """One optimiser step. Returns what the method reports, and whether any rank was asked to stop."""
-        s = self.settings
-        rate = lr_at(s, step)
-        slices = Meter()
-        for part in range(s.accumulation):
-            with self._told(step):
-                batch = next(stream).map(lambda x: x.to(self.device, non_blocking=True))
-            seed = step_seed(s.seed, step, part)
-            torch.manual_seed(seed)  # layers with randomness of their own (dropout) are resumable, too
-            ctx = StepContext(
-                step=step,
-                rng=torch.Generator().manual_seed(seed),
-                backward=self._backward,
-                gather=self.ranks.gather,
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
-                loss_scale=self.scaler.get_scale() if self.scaler is not None else 1.0,
-            )
-            with self._told(step), self._autocast():
-                slices.add(self.method.step(batch, ctx))
-        values = slices.means()
-        reported = any(not math.isfinite(v) for k, v in values.items() if is_loss(k))
-        flags = [float(reported or bool(self.bad_loss)), float(signals.received > 0)]
-        bad, stop = self.ranks.average_gradients(self.parameters, flags)
-        if bad:
-            raise self._not_finite("loss", step)
-        values |= self._update(step, rate)
-        return values, stop > 0
-
-    @contextmanager
-    def _told(self, step: int) -> Iterator[None]:
-        """What goes wrong inside, a picture that cannot be read, a reward that is not finite, is told with
-        what is kept.
-        """
-        try:
-            yield
-        except UserError as error:
-            raise UserError(f"{error}; stopped at step {step + 1}, {self._last_good()}") from error
-
-    def _autocast(self) -> torch.autocast | nullcontext[None]:
-        kinds = {"fp16": torch.float16, "bf16": torch.bfloat16}
-        if self.settings.precision not in kinds:
-            return nullcontext()
-        return torch.autocast(self.device.type, kinds[self.settings.precision])
-
-    def _backward(self, loss: Tensor, group: str | None = None, **options: Any) -> None:
-        """`StepContext.backward`: gradients of one loss, of one group only if it is named. A loss that is not
-        finite ends the run, with fp16 too: its scaler is for gradients that overflow.
-        """
-        if loss.ndim:
-            raise ValueError(f"ctx.backward wants a loss of shape (), got {tuple(loss.shape)}")
-        self.bad_loss |= ~torch.isfinite(loss.detach())
-        scaled = loss / self.settings.accumulation
-        if self.scaler is not None:
-            scaled = self.scaler.scale(scaled)
-        inputs = None if group is None else self.groups[group]
-        with torch.autocast(self.device.type, enabled=False):
-            torch.autograd.backward(scaled, inputs=inputs, **options)
-
-    def _update(self, step: int, rate: float) -> dict[str, float]:
-        """Clip and apply the gradients of every group. Returns the norms before clipping."""
-        s, norms, used = self.settings, {}, []
-        for name, optimizer in self.optimizers.items():
-            grads = [p.grad for p in self.groups[name] if p.grad is not None]
-            if not grads:
-                continue
-            for options in optimizer.param_groups:
-                options["lr"] = rate * self._option(name, "lr") / s.lr
-            if self.scaler is not None:
-                self.scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm(grads)
-            if most := self._option(name, "max_grad_norm"):
-                nn.utils.clip_grads_with_norm_(self.groups[name], most, norm)
-            norms["grad_norm" if len(self.groups) == 1 else f"{name}/grad_norm"] = float(norm)
-            used.append(optimizer)
-        if not used:
-            raise ValueError(f"{self.method.name}.step gave no gradient at step {step}")
-        finite = all(map(math.isfinite, norms.values()))
-        if not finite and self.scaler is None:
-            raise self._not_finite("gradient", step)
-        for optimizer in used:
-            if self.scaler is not None:
-                self.scaler.step(optimizer)
-            else:
-                optimizer.step()
-        if self.scaler is not None:
-            self.scaler.update()
-            norms["loss_scale"] = self.scaler.get_scale()
-            if norms["loss_scale"] < MIN_LOSS_SCALE:
-                raise self._not_finite("fp16 gradient", step)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None and finite:
-            self.ema.update()
-        return norms if finite else {"loss_scale": norms["loss_scale"]}
-
-    def _option(self, group: str, key: str) -> float:
-        """Setting `key` of the optimiser of a group: the method's own, else that of [train]."""
-        return self.options.get(group, {}).get(key, float(getattr(self.settings, key)))
-
-    def _not_finite(self, what: str, step: int) -> UserError:
-        return UserError(
-            f"the {what} is not finite at step {step + 1} of {self.settings.steps} ({self.method.name}, "
-            f"lr {lr_at(self.settings, step):g}, {self.settings.precision}); {self._last_good()}. Start a "
-            "new run with a lower --lr, --set train.max_grad_norm=1, or --set train.precision=fp32"
-        )
 
     def _last_good(self) -> str:
         return f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
@@ -402,28 +264,8 @@ class Run:
 
     def _restore(self, found: Checkpoint, changed: Sequence[str]) -> None:
         """Take over the state of a checkpoint; but for `changed` it is of the same settings."""
+        self.learner.load_state(found, changed)
         state = found.state
-        for name, group in self.groups.items():
-            values = state["trainables"].get(name, [])
-            if [v.shape for v in values] != [p.shape for p in group]:
-                why = f" with {', '.join(changed)} changed: leave --allow-change away" if changed else ""
-                raise UserError(
-                    f"checkpoint {found.path} does not fit the trained tensors of {self.method.name}{why}"
-                )
-            with torch.no_grad():
-                for p, value in zip(group, values, strict=True):
-                    p.copy_(value)
-            optimizer, own = self.optimizers[name], self.optimizers[name].param_groups
-            options = [{key: x for key, x in part.items() if key != "params"} for part in own]
-            optimizer.load_state_dict(state["optimizers"][name])
-            for part, chosen in zip(optimizer.param_groups, options, strict=True):
-                part.update(chosen)  # those of now, which may have been changed
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        if self.settings.ema_decay:  # an average that is new begins with the tensors of this step
-            self.ema = Ema(self.parameters, self.settings.ema_decay)
-            if state["ema"] is not None:
-                self.ema.load_state(state["ema"]["updates"], state["ema"]["average"])
         # Sums of all ranks lie in rank 0's meter from here on; the others count on from nothing.
         self.meter = Meter(state["window"] if self.ranks.main else None)
         self.seconds, self.saved, self.saved_step = state["seconds"], found.path, found.step
@@ -431,11 +273,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         windows = self.ranks.objects(self.meter.state())
-        state = {
-            "trainables": {name: [p.detach().cpu() for p in group] for name, group in self.groups.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "ema": self.ema.state() if self.ema is not None else None,
+        state = self.learner.state() | {
             "window": Meter.merged(windows).state(),
             "last": self.last,
             "seconds": self.seconds,
@@ -452,7 +290,7 @@ class Run:
         folder = self.out / run_folder.GRIDS
         with file_errors(f"cannot write to {folder}"):
             folder.mkdir(exist_ok=True)
-        with self._averaged():
+        with self.learner.averaged():
             grid(step, folder / f"step-{step:08d}.png")
 
     def _make_up_grid(self, start: int) -> None:
@@ -465,10 +303,6 @@ class Run:
         every = self.settings.grid_every
         if self.grid is not None and every and start and start % every == 0:
             self.ranks.on_main(partial(work, self.grid))
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        """Inside, the parameters are those that the run would give if it ended now."""
-        return nullcontext() if self.ema is None else self.ema.applied()
 
     def _track(self, values: Mapping[str, float], step: int) -> None:
         if self.tracker is not None:
@@ -495,8 +329,8 @@ class Run:
         """
         if any(self.ranks.objects(bool(self.meter.counts))):
             self._log(step, partial=True)
-        if self.ema is not None:
-            self.ema.copy_to_parameters()
+        if self.learner.ema is not None:
+            self.learner.ema.copy_to_parameters()
         return None if self.keeper is None else self.keeper.finish(step, self.seconds)
 
     # ------------------------------------------------------------ words
@@ -506,16 +340,16 @@ class Run:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _describe(self, start: int) -> None:
-        s, count = self.settings, sum(p.numel() for p in self.parameters)
+        s, count = self.settings, sum(p.numel() for p in self.learner.parameters)
         batch = f"batch {s.batch_size}" + (f" x {s.accumulation}" if s.accumulation > 1 else "")
         ranks = f", {self.ranks.world_size} processes" if self.ranks.world_size > 1 else ""
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        threads = f", {torch.get_num_threads()} threads" if self.learner.device.type == "cpu" else ""
         self._say(
             f"{self.method.name}: {count:,} trained numbers, {len(self.dataset):,} examples, {batch}, "
             f"{s.steps} steps, "
-            f"{s.precision} on {self.device}{threads}{ranks}"
+            f"{s.precision} on {self.learner.device}{threads}{ranks}"
         )
-        if s.precision == "fp16" and self.device.type == "cpu":
+        if s.precision == "fp16" and self.learner.device.type == "cpu":
             self._say("note: fp16 on a CPU is emulated and slow; --set train.precision=fp32 is faster here")
         if start:
             self._say(f"resumed at step {start} after {duration_text(self.seconds)}")
