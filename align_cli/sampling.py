@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align_cli.checks import require_multiple
 from align_cli.diffusion.rollout import rollout
 from align_cli.diffusion.samplers import samplers_of
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel, TextCond
 from align_cli.models.conditioning import StepText
 from align_cli.pictures import Note, contact_sheet, save_png
-from align_cli.settings import OWN_SPACING, SampleSettings, require_multiple
+from align_cli.settings import OWN_SPACING, SampleSettings
 
 __all__ = [
     "Note", "check_settings", "check_side", "contact_sheet", "draw_latents", "own_settings", "picture_seeds",

@@ -13,31 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from align_cli import registry
-from align_cli.errors import UserError
+from align_cli.checks import one_of, require, require_multiple
 from align_cli.sentences import SPLITTERS
 
 PROMPT_KINDS = ("single", "pair", "count", "triple", "long")
 """Of captions of the shapes world; see shapes/captions.py."""
-
-
-def require(ok: bool, message: str) -> None:
-    """Raise `UserError(message)` unless `ok`."""
-    if not ok:
-        raise UserError(message)
-
-
-def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise `UserError` unless `value` is one of `allowed`."""
-    require(value in allowed, f"{key} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def require_multiple(key: str, side: int, factor: int, model: str) -> None:
-    """Raise `UserError` unless `side` (pixels) is a multiple of `factor`, as `model` needs."""
-    near = max(1, round(side / factor)) * factor
-    require(
-        side % factor == 0,
-        f"{key} must be a multiple of {factor} pixels for {model}, got {side}; try {near}",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from align_cli.diffusion.process import NoiseProcess
+from align_cli.models.architectures import ARCHITECTURES
 from align_cli.models.attention import AttentionMaps
 from align_cli.models.base import TextCond
 from align_cli.models.unet import unet_predict
@@ -31,35 +32,26 @@ UNETS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 256,
         "attention_head_dim": 8,
     },
-    "real": {
-        "sample_size": 64,
-        "down_block_types": (DOWN, DOWN, DOWN, "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", UP, UP, UP),
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-    },
+    "real": ARCHITECTURES["sd15"].parts["unet"],
 }
-"""SD1.5's UNet; real is that of stable-diffusion-v1-5."""
+"""SD1.5's UNet; real is the published one."""
 XL: dict[str, dict[str, Any]] = {
-    "medium": {**UNETS["medium"], "cross_attention_dim": 512, "transformer_layers_per_block": (1, 2, 2)},
-    "real": {
-        "sample_size": 64,
-        "down_block_types": ("DownBlock2D", DOWN, DOWN),
-        "up_block_types": (UP, UP, "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "layers_per_block": 2,
-        "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
+    "medium": {
+        **UNETS["medium"],
+        "cross_attention_dim": 512,
+        "transformer_layers_per_block": (1, 2, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 256 + 6 * 256,
     },
+    "real": ARCHITECTURES["sdxl"].parts["unet"] | {"sample_size": 64},
 }
-POOLED = {"medium": 256, "real": 1280}
 MMDITS: dict[str, dict[str, Any]] = {
     "medium": {
         "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
         "num_layers": 8,
         "num_attention_heads": 4,
         "attention_head_dim": 64,
@@ -68,16 +60,7 @@ MMDITS: dict[str, dict[str, Any]] = {
         "pooled_projection_dim": 512,
         "pos_embed_max_size": 32,
     },
-    "real": {
-        "sample_size": 64,
-        "num_layers": 24,
-        "num_attention_heads": 24,
-        "attention_head_dim": 64,
-        "caption_projection_dim": 1536,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 192,
-    },
+    "real": ARCHITECTURES["sd3"].parts["transformer"] | {"sample_size": 64},
 }
 """SD3's transformer; real is that of stable-diffusion-3-medium, at the 512 pixels of training."""
 SMALL = {"sd15": components.unet, "sdxl": components.sdxl_unet, "sd3": components.transformer}
@@ -92,15 +75,8 @@ def denoiser(family: str, size: str) -> Any:
     if size == "small":
         return SMALL[family]()
     if family == "sd3":
-        channels = 16 if size == "real" else 4
-        return SD3Transformer2DModel(
-            patch_size=2, in_channels=channels, out_channels=channels, **MMDITS[size]
-        )
-    if family == "sd15":
-        return UNet2DConditionModel(**UNETS[size])
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-    width = POOLED[size] + 6 * 256
-    return UNet2DConditionModel(**XL[size], **added, projection_class_embeddings_input_dim=width)
+        return SD3Transformer2DModel(**MMDITS[size])
+    return UNet2DConditionModel(**(UNETS if family == "sd15" else XL)[size])
 
 
 class RandomModel:

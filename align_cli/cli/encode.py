@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_cli import config
+from align_cli.checks import one_of
 from align_cli.cli import options, planned
 from align_cli.cli.launching import launched_several
 from align_cli.errors import UserError
 from align_cli.launched import world_size
-from align_cli.settings import one_of
 
 if TYPE_CHECKING:
     from align_cli.data.encoding import Request

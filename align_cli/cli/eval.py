@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from align_cli import registry
+from align_cli.checks import one_of
 from align_cli.cli import options, planned
 from align_cli.cli.launching import launched_several
 from align_cli.errors import UserError
-from align_cli.settings import check_kinds, one_of
+from align_cli.settings import check_kinds
 
 
 def evaluate(

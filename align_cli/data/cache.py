@@ -33,10 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cli.checks import require_multiple
 from align_cli.data.shards import Field, Written, file_bytes
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel, TextCond
-from align_cli.settings import require_multiple
 
 FORMAT = 1
 MANIFEST, INDEX, LOCK = "manifest.json", "items.json", ".lock"

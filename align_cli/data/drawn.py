@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align_cli.checks import one_of
 from align_cli.data.base import Dataset
 from align_cli.data.cache import DRAWN, Index, Shapes, drawing_identity, known_shapes, reading
 from align_cli.data.encoding import Measured, Report, Request, describe, device_name
@@ -23,7 +24,7 @@ from align_cli.diffusion.samplers import samplers_of
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel
 from align_cli.sampling import check_settings, draw_latents, own_settings
-from align_cli.settings import SampleSettings, one_of
+from align_cli.settings import SampleSettings
 
 NOISE = 105
 """Third word of the seed of an item's noise; see training.order and data.encoding for others."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align_cli.checks import one_of, require
 from align_cli.data.base import Captioned, Dataset, draw_caption
 from align_cli.data.cache import (
     CAPTIONS,
@@ -33,7 +34,7 @@ from align_cli.data.cache import (
 from align_cli.data.shards import Field
 from align_cli.errors import UserError
 from align_cli.models.base import BaseModel, Posterior
-from align_cli.settings import DataSettings, ModelSettings, one_of, require
+from align_cli.settings import DataSettings, ModelSettings
 from align_cli.training.order import item_rng
 
 DRAW = 104

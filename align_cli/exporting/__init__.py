@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from align_cli import registry
 from align_cli.adapters import Adapter, load_adapter, refuse_existing
+from align_cli.checks import one_of
 from align_cli.config import Resolved
 from align_cli.errors import UserError
 from align_cli.files import new_folder
 from align_cli.models.states import LORA_A, LORA_B
-from align_cli.settings import ModelSettings, one_of
+from align_cli.settings import ModelSettings
 
 if TYPE_CHECKING:
     import torch

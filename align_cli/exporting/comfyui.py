@@ -23,7 +23,7 @@ from align_cli.exporting import Job, Part, Report
 from align_cli.exporting.compare import Largest, writing
 from align_cli.exporting.kohya import FILE, save_kohya
 from align_cli.exporting.lora import NAME, Modules, tried
-from align_cli.exporting.pipelines import filled
+from align_cli.exporting.pipelines import filled, write_parts
 from align_cli.models.parts import LEVEL, is_flat
 from align_cli.models.sources import TEXT_ENCODERS
 from align_cli.models.states import LORA_A, LORA_B
@@ -53,14 +53,11 @@ RESNET = {
 
 def write_comfyui(job: Job) -> Report:
     """LoRA (of all weights, too, if a rank is given) as one file, whole modules as one file each."""
-    report = Report()
-    as_lora = [part for part in job.parts if part.lora or job.rank]
-    for part in job.parts:
-        if part not in as_lora:
-            report.add(_write_whole(job, part))
-    if as_lora:
-        report.add(tried(job, as_lora, _save, _open, how="read as ComfyUI does"))
-    return report
+
+    def as_lora(parts: Sequence[Part]) -> Report:
+        return tried(job, parts, _save, _open, how="read as ComfyUI does")
+
+    return write_parts(job, _write_whole, as_lora)
 
 
 # ---------------------------------------------------------------- whole modules

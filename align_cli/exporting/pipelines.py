@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,13 +18,20 @@ from align_cli.models.states import check_state
 
 def write_diffusers(job: Job) -> Report:
     """What was trained as all weights as a folder each (of a rank: as LoRA), LoRA as one file."""
+    return write_parts(job, _write_whole, lambda parts: write_pipeline_lora(job, parts))
+
+
+def write_parts(
+    job: Job, whole: Callable[[Job, Part], Report], as_lora: Callable[[Sequence[Part]], Report]
+) -> Report:
+    """`whole` for every part that was trained as all weights, `as_lora` for LoRA, or all if of a rank."""
     report = Report()
-    as_lora = [part for part in job.parts if part.lora or job.rank]
+    lora = [part for part in job.parts if part.lora or job.rank]
     for part in job.parts:
-        if part not in as_lora:
-            report.add(_write_whole(job, part))
-    if as_lora:
-        report.add(write_pipeline_lora(job, as_lora))
+        if part not in lora:
+            report.add(whole(job, part))
+    if lora:
+        report.add(as_lora(lora))
     return report
 
 

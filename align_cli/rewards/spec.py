@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from align_cli import registry
+from align_cli.checks import require
 from align_cli.errors import UserError
-from align_cli.settings import require
 
 NO_GRADIENT = ("shapes",)
 """Registered scorers that say nothing about how to change a picture."""

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass, field
 
 from align_cli import registry
+from align_cli.checks import one_of, require
 from align_cli.grounding.parsing import PARSERS
 from align_cli.rewards.spec import check_weights
-from align_cli.settings import MethodConfig, TrainSettings, one_of, require
+from align_cli.settings import MethodConfig, TrainSettings
 
 ENTITIES = ("mended", "official")
 REAL = ("stored", "drawn")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from align_cli.checks import one_of, require
 from align_cli.errors import UserError
-from align_cli.settings import MethodConfig, one_of, require
+from align_cli.settings import MethodConfig
 
 STAGES = ("probe", "tune")
 DISCRIMINATOR = "discriminator"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from align_cli.checks import one_of, require
 from align_cli.errors import UserError
 from align_cli.rewards.spec import check_weights
-from align_cli.settings import MethodConfig, TrainSettings, one_of, require
+from align_cli.settings import MethodConfig, TrainSettings
 
 STANDS_ON: dict[str, tuple[str, ...]] = {
     "align": (), "reward": ("align",), "lcm": ("align", "reward"), "reward-lcm": ("lcm",),

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from align_cli.adapters import load_adapter_of
+from align_cli.checks import require
 from align_cli.diffusion.consistency import consistency
 from align_cli.diffusion.rollout import rollout
 from align_cli.errors import UserError
@@ -59,7 +60,7 @@ from align_cli.rewards.preprocess import LONGALIGN_CROP
 from align_cli.rewards.weighted import WeightedRewards, load_rewards
 from align_cli.sampling import check_side
 from align_cli.sentences import drop_captions
-from align_cli.settings import TrainSettings, require
+from align_cli.settings import TrainSettings
 
 
 class LongAlign:

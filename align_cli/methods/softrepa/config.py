@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from align_cli.settings import MethodConfig, TrainSettings, one_of, require
+from align_cli.checks import one_of, require
+from align_cli.settings import MethodConfig, TrainSettings
 
 TABLE_ROWS = 100
 """Rows of the table of timestep offsets; row = t // TABLE_STRIDE."""

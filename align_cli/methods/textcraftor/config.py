@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from align_cli.checks import one_of, require
 from align_cli.rewards.spec import check_weights
-from align_cli.settings import MethodConfig, one_of, require
+from align_cli.settings import MethodConfig
 
 STAGES = ("text", "unet", "joint")
 OFFICIAL_STEPS = 25
