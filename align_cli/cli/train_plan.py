@@ -7,6 +7,7 @@ import re
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from align_cli import config, registry
 from align_cli.cli.text import columns
@@ -71,8 +72,11 @@ class Layers:
         if self.preset or self.file:  # the same command as before, and --resume: it must come to the same
             return self.fresh()
         path = folder / run_folder.CONFIG
-        from_file = f"file {path}"
-        with warnings.catch_warnings():  # an idle setting was told when the run began
+        with TemporaryDirectory() as made, warnings.catch_warnings():
+            if not path.exists():  # the run was killed after its first file, run.json, which says the same
+                path = Path(made) / run_folder.CONFIG
+                path.write_text(old.to_toml(), encoding="utf-8")
+            from_file = f"file {path}"  # an idle setting was told when the run began
             warnings.filterwarnings("ignore", message=rf".*\(from {re.escape(from_file)}\)")
             now = config.resolve(
                 self.method, preset=config.NO_PRESET, config_file=path, sets=self.sets, flags=self.flags

@@ -123,6 +123,18 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def agreed(self, value: int, what: str) -> int:
+        """`value`, once all ranks have it. UserError where theirs differ, which a folder that they do not
+        share, or do not see alike yet, is the reason of.
+        """
+        values = self.objects(value)
+        if len(set(values)) > 1:
+            raise UserError(
+                f"the processes do not see the same {what} ({', '.join(map(str, values))}); --out has to be "
+                "a folder that all of them share; try again"
+            )
+        return value
+
     def on_main(self, work: Callable[[], None]) -> None:
         """Rank 0 does `work`, the others wait; a `UserError` of it is raised on all."""
         message: str | None = None

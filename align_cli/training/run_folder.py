@@ -54,6 +54,8 @@ FREE = frozenset(
 ALLOW, DATA = "--allow-change", "data"
 """The flag that lets settings differ, and its word for the content of the data."""
 FREE_SECTIONS = ("sample", "edit", "eval")
+WATCHED = ("sample.", "eval.kinds")
+"""Beginnings of free settings that the guard measures with: measurements of two settings are not compared."""
 
 
 def check(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -232,8 +234,10 @@ def check_same(
     found = []
     for key in sorted(before.keys() | after.keys()):
         whole_run = key == "train.steps" and after.get("train.lr_schedule") == "cosine"
+        watched = bool(after.get("guard.every")) and key.startswith(WATCHED) and key != "sample.batch_size"
         section = key.partition(".")[0]
-        if (key in FREE and not whole_run) or section in FREE_SECTIONS or section in sections:
+        free = (key in FREE and not whole_run) or (section in FREE_SECTIONS and not watched)
+        if free or section in sections:
             continue
         first = before.get(key, class_default(key))
         if first != after.get(key):
