@@ -13,7 +13,7 @@ from training_helpers import LinearMap, Points, settings, trace
 from align_cli.errors import UserError
 from align_cli.training.checkpoint import load_newest
 from align_cli.training.loop import train
-from align_cli.training.run_folder import check_same
+from align_cli.training.run_folder import check_allowed, check_same
 
 
 def run(out: Path, *, steps: int, dataset=None, method=None, **changes):
@@ -100,6 +100,16 @@ def test_what_a_guard_measures_with_stays(tmp_path):
     for changed, said in (({"steps": 4}, "sample.steps: 20 -> 4"), ({"kinds": ["long"]}, "eval.kinds: ")):
         with pytest.raises(UserError, match=said):
             check(5, **changed)
+
+
+def test_another_adapter_in_the_folder_that_a_run_started_from(tmp_path):
+    """Its name is the same; a run of a version that did not note it goes on."""
+    check_same({}, {"start": "b"}, "d", "d", tmp_path)
+    with pytest.raises(UserError, match=r"start \(sha256 of the adapter of --from\): 'a' -> 'b'; a resumed"):
+        check_same({"start": "a"}, {"start": "b"}, "d", "d", tmp_path)
+    found = check_same({"start": "a"}, {"start": "b"}, "d", "d", tmp_path, ["start"])
+    assert found == [("start", "a", "b")]
+    check_allowed(["start", "data"], {"train.lr"})
 
 
 def test_no_change_changes_nothing(tmp_path):

@@ -174,6 +174,28 @@ def test_encode_and_eval_say_theirs(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_encode_says_where_its_settings_come_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["encode", "--limit", 8, "--layout", "captions", "--dry-run", "--no-costs"]
+    text = ok(*words).stdout
+    for key, value, origin in (
+        ("model.name", '"tiny-sd15"', "default"),
+        ("data.num_examples", "8", "--limit"),
+        ("train.batch_size", "8", "preset softrepa/tiny-sd15"),
+        ("layout", '"captions"', "--layout"),
+        ("shard_items", "256", "default"),
+    ):
+        assert re.search(rf"^{re.escape(key)} +{re.escape(value)} +{origin}$", text, re.MULTILINE), key
+    drawn = ok("encode", "--for", "comat", "--guidance", 3, "--dry-run", "--no-costs").stdout
+    for key, value, origin in (
+        ("sample.guidance", "3.0", "--guidance"),
+        ("sample.steps", "50", "--for comat"),
+        ("train.batch_size", "8", "--for comat"),
+    ):
+        assert re.search(rf"^{re.escape(key)} +{re.escape(value)} +{origin}$", drawn, re.MULTILINE), key
+
+
 def figure(text: str, line: str) -> tuple[float, str]:
     """The number and the unit of a line of a plan."""
     found = re.search(rf"{line} +([\d.,]+) (\w+)", text)

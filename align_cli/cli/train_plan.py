@@ -64,7 +64,8 @@ class Layers:
     def _resumed(self, folder: Path) -> config.Resolved:
         saved = run_folder.read_run(folder)
         where = str(folder / run_folder.RUN)
-        old = config.Resolved.from_dict(saved["config"], saved.get("origin"), where=where)
+        settings = {key: part for key, part in saved["config"].items() if key != run_folder.START}
+        old = config.Resolved.from_dict(settings, saved.get("origin"), where=where)
         if old.method != self.method:
             raise UserError(
                 f"{folder} holds a run of {old.method}, not of {self.method}; choose another --out"

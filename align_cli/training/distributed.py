@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from align_cli.settings import ModelSettings
 
 BUCKET = 1 << 24
 """Gradient numbers per all-reduce (64 MiB): bounds the extra memory for large trained models."""
+PATIENCE = timedelta(days=1)
+"""So long the others wait while one measures, draws or saves; NCCL's own ten minutes would end the run."""
 
 
 def rank_device(device: str) -> str:
@@ -55,9 +58,10 @@ class Ranks:
             raise UserError(
                 f"--device {device} is one GPU, {world_size()} processes need one each; give --device cuda"
             )
-        if world_size() > 1 and device.type == "cpu":
-            PartialState(cpu=True)  # gloo, on a machine with GPUs too
-        state = PartialState()
+        several = {"timeout": PATIENCE} if world_size() > 1 else {}
+        if several and device.type == "cpu":
+            PartialState(cpu=True, **several)  # gloo, on a machine with GPUs too
+        state = PartialState(**several)
         self.device = device
         self.rank, self.world_size = int(state.process_index), int(state.num_processes)
         self.main = self.rank == 0
