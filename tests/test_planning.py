@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from cli_helpers import ok, refused
 
 from align_cli import config
-from align_cli.cli.planned import on_gpu, precision_of
+from align_cli.cli.planned import gpu_rows, on_gpu, precision_of
 from align_cli.models.empty import fake_tensor
 from align_cli.models.loading import load_model
 from align_cli.planning.counting import BACKWARD, OTHER, Counting, WithoutNumbers
@@ -129,6 +129,12 @@ def test_hours_by_hand():
     found = on_gpu(gpu, 312e12 * 3600, "fp16", 0.5, 10)
     assert found["hours"] == 2.0 and found["fits"]
     assert not on_gpu(gpu, 1, "fp16", 0.5, 80 * 2**30)["fits"]
+    rows = [gpu_rows(on_gpu(gpu, 1, "fp16", 0.5, n * 2**30))[1][1] for n in (71, 73, 81)]
+    assert [row.partition(": ")[2] for row in rows] == [
+        "fits",
+        "WARNING: tight, a tenth should stay free",
+        "WARNING: does not fit",
+    ]
 
 
 def test_gpus_by_other_spellings():

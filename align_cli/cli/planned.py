@@ -30,6 +30,8 @@ PNG, RESULT_BYTES = 1.6, 1500
 """Bytes per pixel of a PNG, and of a picture in results and report; about."""
 MFU = 0.35
 """Share of a GPU's peak that a run is assumed to reach. Kernels of this project reach .2 to .5."""
+SPARE = 0.1
+"""Share of a GPU's memory to be left free for what the count leaves out (and for ECC, where it is on)."""
 LEFT_OUT = (
     "memory is what the allocator is asked for: not in it are the CUDA context (about 0.5 GB), workspaces of "
     "cuDNN and cuBLAS, fragmentation, the drawing of grids and of the evaluation"
@@ -124,6 +126,7 @@ def on_gpu(gpu: Gpu, flops: float, precision: str, mfu: float, peak: int) -> dic
         "hours": flops / (tflops * 1e12 * mfu) / 3600,
         "memory": gpu.memory,
         "fits": peak < gpu.memory,
+        "tight": (1 - SPARE) * gpu.memory < peak < gpu.memory,
     }
 
 
@@ -185,6 +188,7 @@ def gpu_rows(gpu: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         f"{gpu['precision']})"
     )
     fits = "fits" if gpu["fits"] else "WARNING: does not fit"
+    fits = "WARNING: tight, a tenth should stay free" if gpu["tight"] else fits
     return [(f"  hours on one {gpu['name']}", said), ("  its memory", f"{size(gpu['memory'])}: {fits}")]
 
 
