@@ -13,6 +13,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,21 +152,23 @@ def survive_kills(
     poll: Callable[[int], int | None],
     folder: Path,
     *,
+    whole: Callable[[], None],
     kills: int,
     window: float,
     seed: int,
-) -> int:
-    """Run a command `kills` times and kill it each time, every third time while a file is being written.
+) -> None:
+    """Kill a command `kills` times, every third time while a file is being written. One that comes to its end
+    before its kill does not count: `whole` looks at what it wrote, and the next one starts anew.
 
     Args:
         command: its words, as a user would type them now. start: the processes of one run. window: seconds
         within which a run is killed, evenly. folder: in which it writes.
-    Returns:
-        how often it was killed before it came to its end.
     """
     rng = random.Random(seed)
-    hit = 0
-    for number in range(kills):
+    hit = number = 0
+    while hit < kills:
+        number += 1
+        assert number <= 5 * kills, f"only {hit} of {number} kills hit"
         pids = start(command())
         until = time.monotonic() + rng.uniform(0, window)
         while time.monotonic() < until:
@@ -178,8 +181,11 @@ def survive_kills(
                 os.kill(pid, signal.SIGKILL)
         codes = [_end(poll, pid) for pid in pids]
         assert all(code in (0, -signal.SIGKILL) for code in codes), codes
-        hit += -signal.SIGKILL in codes
-    return hit
+        if -signal.SIGKILL in codes:
+            hit += 1
+        else:
+            whole()
+            shutil.rmtree(folder)
 
 
 def _end(poll: Callable[[int], int | None], pid: int) -> int:

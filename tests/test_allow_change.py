@@ -13,6 +13,7 @@ from training_helpers import LinearMap, Points, settings, trace
 from align_cli.errors import UserError
 from align_cli.training.checkpoint import load_newest
 from align_cli.training.loop import train
+from align_cli.training.run_folder import check_allowed, check_same
 
 
 def run(out: Path, *, steps: int, dataset=None, method=None, **changes):
@@ -83,6 +84,34 @@ def test_other_data_an_average_and_a_scaler_that_are_new(tmp_path):
     torch.testing.assert_close(method.weight.detach(), state["ema"]["average"][0], rtol=0, atol=0)
 
 
+def test_what_a_guard_measures_with_stays(tmp_path):
+    """Measurements of two settings would be compared with each other; without a guard nothing hangs on it."""
+
+    def check(every: int, **now: object) -> None:
+        first = {"sample": {"steps": 20, "batch_size": 8}, "eval": {"kinds": ["pair"], "num_prompts": 8}}
+        second = {
+            part: {**first[part], **{k: v for k, v in now.items() if k in first[part]}} for part in first
+        }
+        saved, wanted = ({**c, "guard": {"every": every}} for c in (first, second))
+        check_same(saved, wanted, "d", "d", tmp_path)
+
+    check(5, batch_size=1, num_prompts=2)
+    check(0, steps=4, kinds=["long"])
+    for changed, said in (({"steps": 4}, "sample.steps: 20 -> 4"), ({"kinds": ["long"]}, "eval.kinds: ")):
+        with pytest.raises(UserError, match=said):
+            check(5, **changed)
+
+
+def test_another_adapter_in_the_folder_that_a_run_started_from(tmp_path):
+    """Its name is the same; a run of a version that did not note it goes on."""
+    check_same({}, {"start": "b"}, "d", "d", tmp_path)
+    with pytest.raises(UserError, match=r"start \(sha256 of the adapter of --from\): 'a' -> 'b'; a resumed"):
+        check_same({"start": "a"}, {"start": "b"}, "d", "d", tmp_path)
+    found = check_same({"start": "a"}, {"start": "b"}, "d", "d", tmp_path, ["start"])
+    assert found == [("start", "a", "b")]
+    check_allowed(["start", "data"], {"train.lr"})
+
+
 def test_no_change_changes_nothing(tmp_path):
     run(tmp_path / "a", steps=8)
     run(tmp_path / "b", steps=4)
@@ -131,3 +160,6 @@ def test_the_command(tmp_path, tiny_sd15_folder):
     ok(*on, "--steps", 6)
     info = json.loads((out / "adapter" / "adapter.json").read_text())
     assert info["config"]["train"]["lr"] == 0.5 and info["origin"]["train.lr"] == text
+    (out / "config.toml").unlink()  # killed between the two files that a run begins with
+    ok(*on, "--steps", 7)
+    assert f"lr = 0.5  # {text}" in (out / "config.toml").read_text()

@@ -197,7 +197,7 @@ def test_dry_run_needs_no_weights_and_touches_nothing(tmp_path, coco, monkeypatc
         "--model", "sd3", "--data", "coco", "--data-path", coco, "--dry-run", "--no-costs",
         "--posterior", "sample", "--layout", "captions",
     ).stdout  # fmt: skip
-    assert re.search("sample 16x64x64 float16 +131,072 ", small) and "t5" not in small
+    assert re.search("sample 16x64x64 float16 +131,072 ", small) and "t5 512" not in small
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cli_helpers import refused
 from training_helpers import LinearMap, Points, scripted, settings
-from two_processes import LONGALIGN, comat, dpt, longalign, softrepa, textcraftor
+from two_processes import GRADIENTS, LONGALIGN, comat, dpt, longalign, softrepa, textcraftor
 
 from align_cli.errors import UserError
 from align_cli.launched import is_main
@@ -53,6 +53,16 @@ def run_two(out: Path, *words: str) -> tuple[Path, list[dict]]:
     return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+def assert_same_gradients(one: Path, two: Path) -> None:
+    """Of every trained tensor, in the first step."""
+    first, second = (torch.load(folder / GRADIENTS) for folder in (one, two))
+    assert len(first) == len(second) > 0 and any(g is not None and bool(g.any()) for g in first)
+    for a, b in zip(first, second, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
+
+
 def test_gather_and_average_by_hand(two):
     for rank, report in enumerate(two[1]):
         assert report["world"] == 2 and report["main"] == (rank == 0)
@@ -64,6 +74,17 @@ def test_gather_and_average_by_hand(two):
 
 def test_an_error_of_the_main_process_is_one_of_all(two):
     assert [report["error"] for report in two[1]] == ["the disk is full"] * 2
+
+
+def test_processes_that_see_another_folder_say_so(two):
+    for report in two[1]:
+        assert "do not see the same step to go on from (0, 4); --out has to be" in report["agreed"]["differs"]
+        assert report["agreed"]["same"] == 7
+
+
+def test_a_tracker_leaves_the_processes_together(two):
+    """What comes after it in two_processes.py works, too: averages, the end."""
+    assert [report["tracked"] for report in two[1]] == [[1, 2, 3], []]
 
 
 def test_two_processes_give_the_result_of_one(two, tmp_path):
@@ -98,6 +119,7 @@ def test_softrepa_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_s
     out, reports = two
     alone = softrepa(str(tiny_sd15_folder), tmp_path / "one")
     one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / "softrepa"))
+    assert_same_gradients(tmp_path / "one", out / "softrepa")
     assert one[0]["step"] == 1
     for a, b in zip(one, both, strict=True):
         for key in ("softrepa/loss", "softrepa/err_own", "grad_norm"):
@@ -114,6 +136,7 @@ def test_textcraftor_on_two_processes_gives_the_result_of_one(two, tmp_path, tin
     out, reports = two
     alone = textcraftor(str(tiny_sd15_folder), tmp_path / "one")
     one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / "textcraftor"))
+    assert_same_gradients(tmp_path / "one", out / "textcraftor")
     for a, b in zip(one, both, strict=True):
         for key in ("loss", "reward/tiny-clip", "reward/pickscore"):
             assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] == 1 else 1e-4)
@@ -128,6 +151,7 @@ def test_dpt_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15_f
     out, reports = two
     alone = dpt(str(tiny_sd15_folder), tmp_path / "one")
     one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / "dpt"))
+    assert_same_gradients(tmp_path / "one", out / "dpt")
     for a, b in zip(one, both, strict=True):
         for key in ("loss/i2t", "loss/t2i", "loss/denoise"):
             assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] == 1 else 1e-3)
@@ -143,6 +167,7 @@ def test_comat_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_sd15
     out, reports = two
     alone = comat(str(tiny_sd15_folder), tmp_path / "one")
     one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / "comat"))
+    assert_same_gradients(tmp_path / "one", out / "comat")
     for a, b in zip(one, both, strict=True):
         for key in (
             "loss", "loss/token", "loss/pixel", "loss/fidelity", "words/nouns", "reward/tiny-blip",
@@ -165,6 +190,7 @@ def test_longalign_on_two_processes_gives_the_result_of_one(two, tmp_path, tiny_
     out, reports = two
     alone = longalign(str(tiny_sd15_folder), tmp_path / "one", stage)
     one, both = (read_metrics(p / "metrics.jsonl") for p in (tmp_path / "one", out / stage))
+    assert_same_gradients(tmp_path / "one", out / stage)
     assert len(one) == 3 and one[0]["grad_norm"] > 1e-4
     for a, b in zip(one, both, strict=True):
         assert a.keys() == b.keys()

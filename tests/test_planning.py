@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from cli_helpers import ok, refused
 
 from align_cli import config
-from align_cli.cli.planned import on_gpu, precision_of
+from align_cli.cli.planned import gpu_rows, on_gpu, precision_of
 from align_cli.models.empty import fake_tensor
 from align_cli.models.loading import load_model
 from align_cli.planning.counting import BACKWARD, OTHER, Counting, WithoutNumbers
@@ -129,6 +129,12 @@ def test_hours_by_hand():
     found = on_gpu(gpu, 312e12 * 3600, "fp16", 0.5, 10)
     assert found["hours"] == 2.0 and found["fits"]
     assert not on_gpu(gpu, 1, "fp16", 0.5, 80 * 2**30)["fits"]
+    rows = [gpu_rows(on_gpu(gpu, 1, "fp16", 0.5, n * 2**30))[1][1] for n in (71, 73, 81)]
+    assert [row.partition(": ")[2] for row in rows] == [
+        "fits",
+        "WARNING: tight, a tenth should stay free",
+        "WARNING: does not fit",
+    ]
 
 
 def test_gpus_by_other_spellings():
@@ -172,6 +178,73 @@ def test_encode_and_eval_say_theirs(tmp_path, monkeypatch):
     assert re.search(r"sample\.steps +2 +--steps\n", drawn)
     assert re.search(r"sample\.guidance +\S+ +preset softrepa/tiny-sd15\n", drawn)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_encode_says_where_its_settings_come_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["encode", "--limit", 8, "--layout", "captions", "--dry-run", "--no-costs"]
+    text = ok(*words).stdout
+    for key, value, origin in (
+        ("model.name", '"tiny-sd15"', "default"),
+        ("data.num_examples", "8", "--limit"),
+        ("train.batch_size", "8", "preset softrepa/tiny-sd15"),
+        ("layout", '"captions"', "--layout"),
+        ("shard_items", "256", "default"),
+    ):
+        assert re.search(rf"^{re.escape(key)} +{re.escape(value)} +{origin}$", text, re.MULTILINE), key
+    drawn = ok("encode", "--for", "comat", "--guidance", 3, "--dry-run", "--no-costs").stdout
+    for key, value, origin in (
+        ("sample.guidance", "3.0", "--guidance"),
+        ("sample.steps", "50", "--for comat"),
+        ("train.batch_size", "8", "--for comat"),
+    ):
+        assert re.search(rf"^{re.escape(key)} +{re.escape(value)} +{origin}$", drawn, re.MULTILINE), key
+
+
+def figure(text: str, line: str) -> tuple[float, str]:
+    """The number and the unit of a line of a plan."""
+    found = re.search(rf"{line} +([\d.,]+) (\w+)", text)
+    assert found is not None, text
+    return float(found[1]), found[2]
+
+
+@pytest.mark.slow
+def test_drawing_for_a_method_is_planned_at_the_size_and_with_the_sampler_that_it_has():
+    """The embedded models have four pixels a latent, SD3 draws with euler: both as in the real command."""
+    drawn = ok("encode", "--for", "comat", "--limit", 8, "--dry-run").stdout
+    drawing = ["--sampler", "ddpm", "--guidance", 7.5, "--batch-size", 8, "--steps", 50]
+    alike = ok("eval", "shapes", "--n", 8, *drawing, "--dry-run").stdout
+    assert "autoencoder" not in drawn and "autoencoder" in alike
+    assert re.search(r"denoiser ([\d.]+ GFLOP)", drawn)[1] == re.search(r"denoiser ([\d.]+ GFLOP)", alike)[1]
+    assert "plan of one process" in ok("encode", "--for", "comat", "--model", "tiny-sd3", "--dry-run").stdout
+
+
+@pytest.mark.slow
+def test_weights_that_rest_elsewhere_are_none_of_the_device():
+    words = ["eval", "shapes", "--n", 2, "--batch-size", 2, "--dry-run", "--gpu", "T4"]
+    here, away = (ok(*words, *more).stdout for more in ([], ["--encoder-device", "offload"]))
+    weights = "weights, trained and frozen"
+    frozen = here_parameters("vae") + here_parameters("encoder")
+    less = figure(here, weights)[0] - figure(away, weights)[0]
+    assert less == pytest.approx(frozen * 4 / 2**20, abs=0.05)
+
+
+def here_parameters(what: str) -> int:
+    model = load_model(ModelSettings(), empty=True)
+    modules = [model.vae] if what == "vae" else model.encoders
+    return sum(p.numel() for m in modules for p in m.parameters())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_has_the_planned_size(tmp_path):
+    sets = ["data.num_workers=0", "data.num_examples=8", "train.ema_decay=0.9", "train.save_every=1"]
+    words = ["--batch-size", 2, "--steps", 1, *(w for x in sets for w in ("--set", x))]
+    plan = json.loads(ok("train", "softrepa", *words, "--dry-run", "--json").stdout)["plan"]
+    ok("train", "softrepa", *words, "--no-eval", "--out", tmp_path / "run")
+    planned = next(count for name, count in plan["disk"].items() if name.startswith("checkpoints (1 of"))
+    size = (tmp_path / "run/checkpoints/step-00000001/state.pt").stat().st_size
+    assert planned == pytest.approx(size, rel=0.05)
 
 
 def test_refusals():

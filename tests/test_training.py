@@ -220,6 +220,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path):
     assert "step-00000009 is damaged" in console.file.getvalue()
 
 
+def test_a_damaged_checkpoint_never_outlives_a_whole_one(tmp_path):
+    """With one that is kept: the damaged one of step 8 is the newest by its name, that of step 2 is whole."""
+    run(tmp_path, changes={"steps": 8, "save_every": 8, "keep_checkpoints": 1})
+    (tmp_path / "checkpoints" / "step-00000008" / "state.pt").write_bytes(b"")
+    changes = {"steps": 8, "save_every": 2, "keep_checkpoints": 1}
+    method = LinearMap(hook=stop_at(2))
+    run(tmp_path, method=method, changes=changes, resume=True)
+    assert checkpoints(tmp_path) == ["step-00000003"]
+    _, result = run(tmp_path, changes=changes, resume=True)
+    assert result.resumed_from == 3 and result.step == 8
+
+
 def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(tmp_path, monkeypatch):
     real = checkpoint._HashingFile
 

@@ -16,6 +16,7 @@ from align_cli.training.distributed import Ranks, leave_group, rank_device
 from align_cli.training.loop import train
 
 CONFIG = {"method": "linear", "train": {"lr": 0.05}}
+GRADIENTS = "gradients.pt"
 SHARDED = "sharded"
 """Second word of the command line for runs whose frozen weights are spread over the processes."""
 
@@ -26,7 +27,20 @@ def fit(method, data, run, out: Path) -> None:
         from align_cli.models.sharding import shard_frozen
 
         shard_frozen(method.model)
-    train(method, data, run, out, config={"method": method.name})
+    average = Ranks.average_gradients
+
+    def noted(ranks, parameters, flags):
+        """The gradients of the first step, as the optimiser gets them, are kept."""
+        sums = average(ranks, parameters, flags)
+        if ranks.main and not (out / GRADIENTS).exists():
+            torch.save([None if p.grad is None else p.grad.clone() for p in parameters], out / GRADIENTS)
+        return sums
+
+    Ranks.average_gradients = noted
+    try:
+        train(method, data, run, out, config={"method": method.name})
+    finally:
+        Ranks.average_gradients = average
 
 
 def gathering(ranks: Ranks) -> dict[str, object]:
@@ -55,6 +69,40 @@ def failing(ranks: Ranks) -> str:
     except UserError as error:
         return str(error)
     return "no error"
+
+
+def disagreeing(ranks: Ranks) -> dict[str, object]:
+    """What is said where every process sees another number, and where they see the same."""
+    try:
+        ranks.agreed(4 * ranks.rank, "step to go on from")
+    except UserError as error:
+        return {"differs": str(error), "same": ranks.agreed(7, "step to go on from")}
+    return {}
+
+
+def tracked(out: Path) -> list[int]:
+    """The steps that a tracker of accelerate is told; the processes work together afterwards."""
+    import accelerate
+    from accelerate.tracking import GeneralTracker
+
+    from align_cli.training import loop
+
+    steps: list[int] = []
+
+    class Told(GeneralTracker):
+        name, requires_logging_directory, tracker = "told", False, None
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None, **options):
+            steps.append(step)
+
+    loop.tracker_available = lambda _name: None  # none is installed
+    loop.Accelerator = lambda **_options: accelerate.Accelerator(log_with=Told())
+    train(LinearMap(), Points(), settings(steps=3, tracker="tensorboard"), out, config=CONFIG)
+    loop.Accelerator = accelerate.Accelerator
+    return steps
 
 
 def guarded(out: Path) -> dict[str, object]:
@@ -260,6 +308,8 @@ def main(out: Path, model_folder: str) -> None:
         train(LinearMap(hook=bad), Points(), settings(), out / "bad", config=CONFIG)
     except UserError as error:
         found["bad"] = str(error)
+    found["tracked"] = tracked(out / "tracked")
+    found["agreed"] = disagreeing(ranks)
     found["guarded"] = guarded(out / "guarded")
     found["softrepa"] = softrepa(model_folder, out / "softrepa")
     found["textcraftor"] = textcraftor(model_folder, out / "textcraftor")

@@ -163,10 +163,11 @@ def encode(
     }  # fmt: skip
     given = {key: value for key, value in how.items() if value is not None}
     if not again or out is None or preset is not None or sets:
-        request = _request(wanted, preset, sets or [], flags, given)
-        folder = out or Path("encodings") / default_name(request)
+        request, origin = _request(wanted, preset, sets or [], flags, given)
+        folder, otherwise = out or Path("encodings") / default_name(request), "default"
     else:
         folder, request = out, _saved_request(out, wanted, flags, given)
+        origin, otherwise = _flags_in(flags, given), f"encodings in {out}"
     if verify and not resume:
         encode_work.verify(folder, request, samples)
         return
@@ -176,6 +177,7 @@ def encode(
         )
     check_folder(folder, resume=resume, overwrite=overwrite)
     if dry_run:
+        typer.echo(encode_work.settings_text(request, origin, otherwise))
         encode_work.dry_run(request, folder, gpu, mfu, costs=not no_costs)
         return
     encode_work.fill(request, folder, resume=resume, overwrite=overwrite, content=verify)
@@ -198,8 +200,8 @@ def _check_options(wanted: str, drawn: dict[str, Any], how: dict[str, Any]) -> N
 
 def _request(
     wanted: str, preset: str | None, sets: list[str], flags: dict[str, Any], given: dict[str, Any]
-) -> Request:
-    """What to encode or to draw, from the preset of the model, --set and flags."""
+) -> tuple[Request, dict[str, str]]:
+    """What to encode or to draw, from the preset of the model, --set and flags; setting -> its origin."""
     from align_cli.data.drawn import PURPOSES, DrawRequest
     from align_cli.data.encoding import Request
     from align_cli.settings import ModelSettings
@@ -207,14 +209,16 @@ def _request(
     chosen = preset or own_preset(flags["model.name"] or ModelSettings().name, wanted)
     method = chosen.partition("/")[0] if "/" in chosen else METHOD
     found = config.resolve(method, preset=chosen, sets=sets, flags=flags)
+    origin = found.origin | _flags_in(flags, given)
     if wanted == PICTURES:
-        return Request(
+        request = Request(
             model=found.model,
             data=found.data,
             seed=found.train.seed,
             batch_size=found.train.batch_size,
             **given,
         )
+        return request, origin
     said = {key: value for key, value, origin in found.values() if origin.startswith("--")}
     drawing: dict[str, Any] = {
         f.name: said[key] for f in fields(found.sample) if (key := f"sample.{f.name}") in said
@@ -223,7 +227,12 @@ def _request(
     data = found.data
     if data.name != "shapes" and "data.num_examples" not in said:
         data = replace(data, num_examples=0)  # a preset means its own data by it, and a list is drawn whole
-    return DrawRequest(
+        origin["data.num_examples"] = f"--for {wanted}"
+    chosen_here = {f"sample.{f.name}" for f in fields(found.sample)} - said.keys()
+    origin |= dict.fromkeys(chosen_here, f"--for {wanted}")
+    if not flags["train.batch_size"]:
+        origin["train.batch_size"] = origin["sample.batch_size"]
+    request = DrawRequest(
         model=found.model,
         data=data,
         seed=found.train.seed,
@@ -234,6 +243,13 @@ def _request(
         own_sampler="sampler" not in drawing,
         **given,
     )
+    return request, origin
+
+
+def _flags_in(flags: dict[str, Any], given: dict[str, Any]) -> dict[str, str]:
+    """Setting -> the flag that says it, of those that were given."""
+    said = {key: value for key, value in (flags | given).items() if value is not None}
+    return {key: "--limit" if key == "data.num_examples" else config.flag_name(key) for key in said}
 
 
 def own_preset(model: str, method: str = "") -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,6 +57,21 @@ def work_of(request: Request) -> Work:
 
 
 # ---------------------------------------------------------------- what will be written
+
+
+def settings_text(request: Request, origin: Mapping[str, str], otherwise: str) -> str:
+    """Every setting with its value and its origin, in columns. otherwise: the origin of those without one."""
+    from align_cli.cli.text import columns
+
+    held = {key: value for key, value in asdict(request).items() if not key.startswith("own_")}
+    values: dict[str, Any] = {}
+    for key, value in held.items():
+        section = {"seed": "train.", "batch_size": "train."}.get(key, "")
+        own = {f"{key}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {}
+        values |= own or {f"{section}{key}": value}
+    values.pop("sample.batch_size", None)  # the same as train.batch_size
+    rows = [(key, json.dumps(value), origin.get(key, otherwise)) for key, value in values.items()]
+    return columns([("setting", "value", "origin"), *rows]) + "\n"
 
 
 def plan_text(work: Work, shapes: Shapes, index: Index, items: int) -> str:

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,8 @@ PNG, RESULT_BYTES = 1.6, 1500
 """Bytes per pixel of a PNG, and of a picture in results and report; about."""
 MFU = 0.35
 """Share of a GPU's peak that a run is assumed to reach. Kernels of this project reach .2 to .5."""
+SPARE = 0.1
+"""Share of a GPU's memory to be left free for what the count leaves out (and for ECC, where it is on)."""
 LEFT_OUT = (
     "memory is what the allocator is asked for: not in it are the CUDA context (about 0.5 GB), workspaces of "
     "cuDNN and cuBLAS, fragmentation, the drawing of grids and of the evaluation"
@@ -123,6 +126,7 @@ def on_gpu(gpu: Gpu, flops: float, precision: str, mfu: float, peak: int) -> dic
         "hours": flops / (tflops * 1e12 * mfu) / 3600,
         "memory": gpu.memory,
         "fits": peak < gpu.memory,
+        "tight": (1 - SPARE) * gpu.memory < peak < gpu.memory,
     }
 
 
@@ -184,6 +188,7 @@ def gpu_rows(gpu: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         f"{gpu['precision']})"
     )
     fits = "fits" if gpu["fits"] else "WARNING: does not fit"
+    fits = "WARNING: tight, a tenth should stay free" if gpu["tight"] else fits
     return [(f"  hours on one {gpu['name']}", said), ("  its memory", f"{size(gpu['memory'])}: {fits}")]
 
 
@@ -230,12 +235,15 @@ def say_eval(asked: Asked, decided: Decided, gpu: str | None, mfu: float | None)
     if plan is None:
         raise UserError("--dry-run plans drawing, and --images gives pictures that are drawn already")
     from align_cli.planning.drawing import plan_drawing
+    from align_cli.sampling import own_settings
 
     pictures = len(decided.prompts) * decided.per_prompt * len(decided.arms)
     side = plan.sample.image_size
     drawing = replace(plan.sample, batch_size=min(plan.sample.batch_size, pictures))
     names = [choice.name for choice in decided.scorers if choice.name not in NO_GRADIENT]
-    work = plan_drawing(plan.model, drawing, names, plan.open_keys, as_gpu=_as_gpu(plan.model.device, gpu))
+    as_gpu = _as_gpu(plan.model.device, gpu)
+    settled = partial(own_settings, settings=drawing, open_keys=plan.open_keys)
+    work = plan_drawing(plan.model, drawing.batch_size, settled, names, as_gpu=as_gpu)
     typer.echo(columns([("setting", "value", "origin"), *_sampling_rows(asked, plan)]))
     rows = [("", ""), ("plan of one process", f"{pictures:,} pictures: {len(decided.prompts):,} prompts")]
     rows[-1] = (rows[-1][0], f"{rows[-1][1]} x {decided.per_prompt} x {len(decided.arms)} arms")
@@ -270,9 +278,8 @@ def say_encode(
 
     as_gpu = _as_gpu(request.model.device, gpu)
     if isinstance(request, DrawRequest):
-        drawing = replace(request.sample, batch_size=request.batch_size, image_size=8 * shapes.latent[1])
-        open_keys = frozenset({"spacing"} if request.own_spacing else ())
-        work = plan_drawing(request.model, drawing, [], open_keys, as_gpu=as_gpu)
+        drawing, size = request.drawing, request.batch_size
+        work = plan_drawing(request.model, size, drawing, [], as_gpu=as_gpu, latents=True)
     else:
         text = request.layout != "captions"
         work = plan_encoding(request.model, request.batch_size, shapes.latent, text=text, as_gpu=as_gpu)

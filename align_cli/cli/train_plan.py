@@ -7,6 +7,7 @@ import re
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from align_cli import config, registry
 from align_cli.cli.text import columns
@@ -63,7 +64,8 @@ class Layers:
     def _resumed(self, folder: Path) -> config.Resolved:
         saved = run_folder.read_run(folder)
         where = str(folder / run_folder.RUN)
-        old = config.Resolved.from_dict(saved["config"], saved.get("origin"), where=where)
+        settings = {key: part for key, part in saved["config"].items() if key != run_folder.START}
+        old = config.Resolved.from_dict(settings, saved.get("origin"), where=where)
         if old.method != self.method:
             raise UserError(
                 f"{folder} holds a run of {old.method}, not of {self.method}; choose another --out"
@@ -71,8 +73,11 @@ class Layers:
         if self.preset or self.file:  # the same command as before, and --resume: it must come to the same
             return self.fresh()
         path = folder / run_folder.CONFIG
-        from_file = f"file {path}"
-        with warnings.catch_warnings():  # an idle setting was told when the run began
+        with TemporaryDirectory() as made, warnings.catch_warnings():
+            if not path.exists():  # the run was killed after its first file, run.json, which says the same
+                path = Path(made) / run_folder.CONFIG
+                path.write_text(old.to_toml(), encoding="utf-8")
+            from_file = f"file {path}"  # an idle setting was told when the run began
             warnings.filterwarnings("ignore", message=rf".*\(from {re.escape(from_file)}\)")
             now = config.resolve(
                 self.method, preset=config.NO_PRESET, config_file=path, sets=self.sets, flags=self.flags

@@ -73,7 +73,7 @@ def run(
         dataset,
         resolved.train,
         folder,
-        config=resolved.to_dict(),
+        config=resolved.to_dict() | _start(resolved),
         origin=resolved.origin,
         config_text=lambda origin: replace(resolved, origin=dict(origin)).to_toml(),
         resume=resume,
@@ -94,6 +94,14 @@ def run(
     if sharded:  # this process holds a part of it, and evaluates alone
         model = load_model(on_rank(resolved.model))
     conclude(resolved, folder, model, method, dataset, result)
+
+
+def _start(resolved: config.Resolved) -> dict[str, str]:
+    """Which adapter of --from the run stands on, for run.json: the name of its folder does not say."""
+    from align_cli.adapters import read_adapter
+
+    start = str(getattr(resolved.method_config, "from_adapter", ""))
+    return {run_folder.START: read_adapter(start)[1].sha256} if start else {}
 
 
 def push(folder: Path, target: publishing.Target) -> None:

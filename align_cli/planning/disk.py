@@ -17,7 +17,8 @@ def run_bytes(resolved: config.Resolved, plan: StepPlan, image_size: int) -> dic
     """What -> bytes, of a whole run. image_size: pixels of a drawn picture."""
     train = resolved.train
     trained = plan.gradients
-    checkpoint = trained + plan.optimizer
+    average = trained if train.ema_decay else 0
+    checkpoint = trained + average + plan.optimizer
     count = min(train.keep_checkpoints, -(-train.steps // train.save_every))
     found = {
         f"checkpoints ({count} of {checkpoint:,} bytes)": count * checkpoint,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,13 +13,15 @@ from align_cli.planning.batch import PROMPT
 from align_cli.planning.counting import Counting, WithoutNumbers
 from align_cli.planning.model import planned_model
 from align_cli.planning.stand_ins import stand_in_rewards
-from align_cli.sampling import own_settings, sample
+from align_cli.sampling import draw_latents, sample
 from align_cli.settings import ModelSettings, SampleSettings
 
 
 @dataclass(frozen=True)
 class WorkPlan:
-    """One batch of `batch` pictures of `side` pixels. weights, peak: bytes. flops: by part."""
+    """One batch of `batch` pictures of `side` pixels. weights, peak: bytes; of weights those on the device
+    all the time. flops: by part.
+    """
 
     batch: int
     side: int
@@ -33,26 +35,31 @@ class WorkPlan:
 
 def plan_drawing(
     model: ModelSettings,
-    drawing: SampleSettings,
+    batch: int,
+    drawing: Callable[[BaseModel], SampleSettings],
     scorers: list[str],
-    open_keys: Collection[str],
     *,
     as_gpu: bool,
+    latents: bool = False,
 ) -> WorkPlan:
-    """Drawing one batch and scoring it. open_keys: settings that the model chooses itself."""
+    """Drawing one batch and scoring it. drawing: the settings with nothing left open. latents: nothing is
+    decoded.
+    """
 
     def work(made: BaseModel, counting: Counting) -> list[str]:
         weights = dict.fromkeys(scorers, 1.0)
         rewards, unknown = stand_in_rewards(weights, {}, "official", torch.float32, counting)
-        count = drawing.batch_size
-        settings = own_settings(made, drawing, open_keys)
-        pictures = sample(made, [PROMPT] * count, settings, list(range(count)))
+        given = made, [PROMPT] * batch, drawing(made), list(range(batch))
+        if latents:
+            list(draw_latents(*given))
+            return []
+        pictures = sample(*given)
         with torch.no_grad():
             for reward in rewards.values():
-                reward.score(pictures, [PROMPT] * count)
+                reward.score(pictures, [PROMPT] * batch)
         return [f"the scorer {name}" for name in unknown]
 
-    return _planned(model, drawing.batch_size, work, as_gpu=as_gpu)
+    return _planned(model, batch, work, as_gpu=as_gpu)
 
 
 def plan_encoding(
@@ -83,6 +90,7 @@ def _planned(
     with WithoutNumbers(as_gpu=as_gpu), without_weights():
         with MODE, counting:
             made = planned_model(model, counting, as_gpu=as_gpu, denoiser=denoiser)
+        weights = counting.count.held
         with counting:
             uncounted = work(made, counting)
     modules = {"denoiser": made.denoiser, "vae": made.vae}
@@ -93,7 +101,7 @@ def _planned(
         side=made.image_size,
         as_gpu=as_gpu,
         frozen={name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m in held},
-        weights=sum(x.nbytes for m in held for x in m.parameters()),
+        weights=weights,
         peak=counting.count.peak,
         flops=dict(counting.count.flops),
         uncounted=uncounted,

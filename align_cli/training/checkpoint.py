@@ -138,9 +138,12 @@ def newest_name(folder: Path) -> str:
     return next(reversed(names(folder)), "")
 
 
-def clean(folder: Path, keep: int) -> None:
-    """Remove what a crash left unfinished, and all but the newest `keep` checkpoints."""
-    keep_only(folder, steps_in(folder)[-keep:])
+def clean(folder: Path, keep: int, *, upto: int | None = None) -> None:
+    """Remove what a crash left unfinished, and all but the newest `keep` checkpoints. upto: the step that a
+    run goes on from; later ones, which are damaged, count no more and go.
+    """
+    steps = [step for step in steps_in(folder) if upto is None or step <= upto]
+    keep_only(folder, steps[-keep:])
 
 
 def keep_only(folder: Path, steps: Collection[int]) -> None:

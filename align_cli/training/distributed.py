@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from align_cli.settings import ModelSettings
 
 BUCKET = 1 << 24
 """Gradient numbers per all-reduce (64 MiB): bounds the extra memory for large trained models."""
+PATIENCE = timedelta(days=1)
+"""So long the others wait while one measures, draws or saves; NCCL's own ten minutes would end the run."""
 
 
 def rank_device(device: str) -> str:
@@ -55,9 +58,10 @@ class Ranks:
             raise UserError(
                 f"--device {device} is one GPU, {world_size()} processes need one each; give --device cuda"
             )
-        if world_size() > 1 and device.type == "cpu":
-            PartialState(cpu=True)  # gloo, on a machine with GPUs too
-        state = PartialState()
+        several = {"timeout": PATIENCE} if world_size() > 1 else {}
+        if several and device.type == "cpu":
+            PartialState(cpu=True, **several)  # gloo, on a machine with GPUs too
+        state = PartialState(**several)
         self.device = device
         self.rank, self.world_size = int(state.process_index), int(state.num_processes)
         self.main = self.rank == 0
@@ -122,6 +126,18 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def agreed(self, value: int, what: str) -> int:
+        """`value`, once all ranks have it. UserError where theirs differ, which a folder that they do not
+        share, or do not see alike yet, is the reason of.
+        """
+        values = self.objects(value)
+        if len(set(values)) > 1:
+            raise UserError(
+                f"the processes do not see the same {what} ({', '.join(map(str, values))}); --out has to be "
+                "a folder that all of them share; try again"
+            )
+        return value
 
     def on_main(self, work: Callable[[], None]) -> None:
         """Rank 0 does `work`, the others wait; a `UserError` of it is raised on all."""

@@ -143,7 +143,7 @@ class Run:
         tracker_available(s.tracker)
         self._order(0)  # too few examples or an impossible batch: before anything is written
         self.ranks.on_main(lambda: run_folder.check(self.out, resume=resume, overwrite=overwrite))
-        start = self._load(allow_change) if resume else 0
+        start = self.ranks.agreed(self._load(allow_change) if resume else 0, "step to go on from")
         if self.keeper is not None:
             self.keeper.look_at_base(start, s.steps)
         self.ranks.on_main(lambda: self._prepare(start, overwrite))
@@ -158,7 +158,8 @@ class Run:
         signal = max(self.ranks.objects(signals.received))
         guarded = None if signal else self._finish(step)
         if self.tracker is not None:
-            self.tracker.end_training()
+            for tracker in self.tracker.trackers:  # end_training would leave the group on this rank alone
+                tracker.finish()
         return TrainResult(
             step=step,
             seconds=self.seconds,
@@ -234,7 +235,7 @@ class Run:
             write_text(self.out / run_folder.RUN, text)
             write_text(self.out / run_folder.CONFIG, self.config_text(origin) if self.config_text else "")
             clear_parts(self.out)
-            clean(self.out / run_folder.CHECKPOINTS, self.settings.keep_checkpoints)
+            clean(self.out / run_folder.CHECKPOINTS, self.settings.keep_checkpoints, upto=start)
         self.metrics_file.cut(start)
 
     def _load(self, allowed: Sequence[str]) -> int:

@@ -51,9 +51,11 @@ FREE = frozenset(
     }
 )
 """Settings that may differ when a run goes on; data of another path or cache need the same fingerprint."""
-ALLOW, DATA = "--allow-change", "data"
-"""The flag that lets settings differ, and its word for the content of the data."""
+ALLOW, DATA, START = "--allow-change", "data", "start"
+"""The flag that lets settings differ, its words for the content of the data and of the adapter of --from."""
 FREE_SECTIONS = ("sample", "edit", "eval")
+WATCHED = ("sample.", "eval.kinds")
+"""Beginnings of free settings that the guard measures with: measurements of two settings are not compared."""
 
 
 def check(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -202,11 +204,11 @@ def changes_in(raw: Mapping[str, Any], start: int) -> list[Change]:
 def check_allowed(allowed: Sequence[str], known: Collection[str]) -> None:
     """UserError for a KEY of --allow-change that is no setting, with the nearest one."""
     for key in allowed:
-        if key not in known and key != DATA:
+        if key not in known and key not in (DATA, START):
             ends = sorted(k for k in known if k.rpartition(".")[2] == key)
             if ends:
                 raise UserError(f"{ALLOW}: unknown key {key!r}; did you mean {' or '.join(map(repr, ends))}?")
-            raise unknown("key", key, [*known, DATA], where=ALLOW)
+            raise unknown("key", key, [*known, DATA, START], where=ALLOW)
 
 
 def check_same(
@@ -232,8 +234,10 @@ def check_same(
     found = []
     for key in sorted(before.keys() | after.keys()):
         whole_run = key == "train.steps" and after.get("train.lr_schedule") == "cosine"
+        watched = bool(after.get("guard.every")) and key.startswith(WATCHED) and key != "sample.batch_size"
         section = key.partition(".")[0]
-        if (key in FREE and not whole_run) or section in FREE_SECTIONS or section in sections:
+        free = (key in FREE and not whole_run) or (section in FREE_SECTIONS and not watched)
+        if free or section in sections or (key == START and key not in before):
             continue
         first = before.get(key, class_default(key))
         if first != after.get(key):
@@ -251,7 +255,8 @@ def check_same(
 
 
 def _word(key: str) -> str:
-    return "data (fingerprint of its content)" if key == DATA else key
+    words = {DATA: "data (fingerprint of its content)", START: "start (sha256 of the adapter of --from)"}
+    return words.get(key, key)
 
 
 def resume_command(method: str, out: Path) -> str:
