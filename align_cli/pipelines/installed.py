@@ -132,11 +132,15 @@ class Installed:
         now = self._where()
         if now == self.where:
             return
+        before, self.where = self.where, now
         self._leave()
-        self.where = now
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said once, when it was loaded
-            self._enter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said once, when it was loaded
+                self._enter()
+        except BaseException:
+            self.where = before  # the next call tries again, and never draws without adapters
+            raise
 
     # ------------------------------------------------------------ text
 
