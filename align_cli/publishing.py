@@ -33,7 +33,7 @@ PAPERS = {
 LOCAL = ("model.device", "model.encoder_device", "data.path", "data.cache", "data.num_workers")
 """Settings that say something of the machine alone."""
 _PLACE = re.compile(r"(?<![^\s=:,;'\"(\[{])(?:~[^\s/]*|\.{1,2})?/(?!/)[^\s,;'\")\]}]+")
-"""A path inside a text that starts at the root, at a home, or at the working folder; no address of the web."""
+"""A path inside a text, from the root, a home or the working folder on; no address of the web."""
 
 
 # ---------------------------------------------------------------- the card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from align_cli.evaluation.all_methods import (
     Row,
     cells_of,
     duration,
+    judged,
     markdown,
     read,
     signed,
@@ -29,7 +31,7 @@ from align_cli.evaluation.benchmarks import ShapesBenchmark
 from align_cli.evaluation.forest import save_forest
 from align_cli.evaluation.report_charts import Scale
 from align_cli.evaluation.sets import SetOptions, load_set
-from align_cli.evaluation.stats import GAIN, NO_CHANGE
+from align_cli.evaluation.stats import GAIN, LOSS, NO_CHANGE, TOO_FEW
 from align_cli.evaluation.store import make_items
 from align_cli.models.loading import load_model
 from align_cli.packaged import packaged_adapters
@@ -78,6 +80,35 @@ def test_words():
     ]  # fmt: skip
     assert "**" not in "".join(cells_of(comparison())[1])
     assert markdown(comparison()).count("\n") == 4
+
+
+def test_verdicts_are_corrected_over_all_models():
+    """Worked out by hand: 0.02 and 0.03 of two models are 0.04 and 0.04 by Holm, 0.026 and 0.03 are 0.052."""
+
+    def verdicts(*p: float) -> list[str]:
+        gain = comparison().families[0].rows[0].gain
+        row = comparison().families[0].rows[0]
+        found = judged(
+            [
+                replace(comparison().families[0], rows=[replace(row, gain=replace(gain, p=x, verdict=GAIN))])
+                for x in p
+            ]
+        )
+        return [family.rows[0].gain.verdict for family in found]
+
+    assert verdicts(0.02, 0.03) == [GAIN, GAIN]
+    assert verdicts(0.026, 0.03) == [NO_CHANGE, NO_CHANGE]
+    assert verdicts(0.03) == [GAIN]
+    few = replace(comparison().families[0].rows[0].gain, p=0.01, verdict=TOO_FEW)
+    loss = replace(few, difference=-0.2, low=-0.3, high=-0.1, verdict=GAIN, p=0.02)
+    row = replace(comparison().families[0].rows[0], gain=few, long_gain=loss)
+    (family,) = judged([replace(comparison().families[0], rows=[row])])
+    assert (family.rows[0].gain.verdict, family.rows[0].long_gain.verdict) == (TOO_FEW, LOSS)
+
+
+def test_a_skill_that_no_prompt_asks_for():
+    family = replace(comparison().families[0], base=SKILLS | {"relation": None})
+    assert cells_of(replace(comparison(), families=[family]))[0].count("-") == 1
 
 
 def test_it_is_read_as_it_was_written(tmp_path):
@@ -191,5 +222,8 @@ def test_what_the_table_fixes_is_refused(tmp_path):
     assert "t2ialign eval shapes --all-methods" in refused("eval", "parti", "--all-methods", *out)
     assert "there are some of tiny-sd15" in refused(
         "eval", "shapes", "--all-methods", "--model", "sdxl", *out
+    )
+    assert "no long caption among so few prompts" in refused(
+        "eval", "shapes", "--all-methods", "--n", "1", *out
     )
     assert not (tmp_path / "t").exists()

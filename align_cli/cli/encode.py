@@ -238,7 +238,7 @@ def _request(
 
 def own_preset(model: str, method: str = "") -> str:
     """The preset made for a model, of this method if it has one; or the name of no preset."""
-    from align_cli.cli.drawing import preset_of
+    from align_cli.drawing import preset_of
 
     return preset_of(model, method) or config.NO_PRESET
 

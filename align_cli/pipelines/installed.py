@@ -132,6 +132,11 @@ class Installed:
         now = self._where()
         if now == self.where:
             return
+        if any(getattr(module, "peft_config", None) for module in self.modules):
+            raise UserError(
+                "the pipeline has moved to another device or dtype since LoRA was loaded on top of the "
+                "adapters; move it before load_lora_weights, or call unload_lora_weights"
+            )
         before, self.where = self.where, now
         self._leave()
         try:
