@@ -21,6 +21,7 @@ from align_cli.evaluation.all_methods import (
     Row,
     cells_of,
     duration,
+    footnote,
     judged,
     markdown,
     read,
@@ -104,6 +105,14 @@ def test_verdicts_are_corrected_over_all_models():
     row = replace(comparison().families[0].rows[0], gain=few, long_gain=loss)
     (family,) = judged([replace(comparison().families[0], rows=[row])])
     assert (family.rows[0].gain.verdict, family.rows[0].long_gain.verdict) == (TOO_FEW, LOSS)
+
+
+def test_the_footnote_says_how_every_model_draws():
+    one = comparison().families[0]
+    assert "for all, ddim, 20 steps, guidance 4; one training run" in footnote(comparison())
+    other = replace(one, model="tiny-sd3", sample={"sampler": "euler", "steps": 20, "guidance": 3.0})
+    said = footnote(replace(comparison(), families=[one, other]))
+    assert "tiny-sd15: ddim, 20 steps, guidance 4; tiny-sd3: euler, 20 steps, guidance 3; one" in said
 
 
 def test_a_skill_that_no_prompt_asks_for():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,8 @@ from align_cli import sampling
 from align_cli.adapters import attach
 from align_cli.errors import UserError
 from align_cli.exporting import export
+from align_cli.methods.comat.method import CoMat
+from align_cli.models.base import BaseModel
 from align_cli.models.loading import load_model
 from align_cli.pipelines import installed
 from align_cli.settings import ModelSettings, SampleSettings
@@ -262,6 +266,24 @@ def test_off_again_nothing_is_left(saved):
     for call in (align_cli.remove_adapters, align_cli.call_options):
         with pytest.raises(UserError, match="has no adapters of t2ialign"):
             call(pipe)
+
+
+def test_a_method_that_moves_the_text_itself(saved, monkeypatch):
+    """As that of docs/adding-a-method.md, beside a text encoder that begins to work later."""
+    model, moved = saved("comat", "sd15")
+    _, text = saved("textcraftor", "sd15", test_grad_steps=2)
+
+    @contextmanager
+    def attach(_: CoMat, model: BaseModel, scale: float = 1.0) -> Iterator[None]:
+        def move(_module, args, kwargs):
+            return args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"] + 0.5 * scale}
+
+        handle = model.denoiser.register_forward_pre_hook(move, with_kwargs=True)
+        yield
+        handle.remove()
+
+    monkeypatch.setattr(CoMat, "attach", attach)
+    assert_close(theirs(loaded(model, [moved, text])), ours(model, [moved, text]))
 
 
 def test_lora_that_diffusers_loads_on_top(saved, tmp_path):

@@ -244,14 +244,25 @@ def title(row: Row) -> str:
 
 def footnote(found: Comparison) -> str:
     """What the table is of, and how to read it."""
-    sample = found.families[0].sample
     return (
-        f"{found.num} prompts of {found.prompts}, the same prompts and noise for all, {sample['sampler']}, "
-        f"{sample['steps']} steps, guidance {sample['guidance']:g}; one training run each. "
+        f"{found.num} prompts of {found.prompts}, the same prompts and noise for all, "
+        f"{_drawn(found.families)}; one training run each. "
         "all: all that is asked for is there, and no object more; object: colour and shape on one thing. "
         "Differences are paired, with intervals clustered by composition; bold: beyond chance, corrected for "
         "the number of comparisons (Holm). drawing: time as a multiple of the base's."
     )
+
+
+def _drawn(families: Sequence[Family]) -> str:
+    """ddim, 20 steps, guidance 4; of each model where they differ."""
+    words = {
+        family.model: f"{family.sample['sampler']}, {family.sample['steps']} steps, guidance "
+        f"{family.sample['guidance']:g}"
+        for family in families
+    }
+    if len(set(words.values())) == 1:
+        return words[families[0].model]
+    return "; ".join(f"{model}: {said}" for model, said in words.items())
 
 
 def _means(skills: Mapping[str, float | None]) -> list[str]:

@@ -77,8 +77,8 @@ class Installed:
     def install(self) -> None:
         """Put everything to work. UserError for an adapter that does not fit."""
         self._enter()
-        hook = self.denoiser.register_forward_pre_hook(self._tell, with_kwargs=True)
-        self.hook = hook
+        # before the hooks of methods, which may change the text that it knows the call by
+        self.hook = self.denoiser.register_forward_pre_hook(self._tell, prepend=True, with_kwargs=True)
         self.pipe.encode_prompt = self.encode
         setattr(self.pipe, HELD, self)
 
