@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from cli_helpers import ok, refused
 from PIL import Image
 
 from align_cli.adapters import attach, read_adapter
-from align_cli.evaluation import forest
+from align_cli.evaluation import forest, overhead
 from align_cli.evaluation.all_methods import (
     Comparison,
     Family,
@@ -28,6 +30,7 @@ from align_cli.evaluation.all_methods import (
     signed,
     to_text,
 )
+from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.benchmarks import ShapesBenchmark
 from align_cli.evaluation.forest import save_forest
 from align_cli.evaluation.report_charts import Scale
@@ -113,6 +116,30 @@ def test_the_footnote_says_how_every_model_draws():
     other = replace(one, model="tiny-sd3", sample={"sampler": "euler", "steps": 20, "guidance": 3.0})
     said = footnote(replace(comparison(), families=[one, other]))
     assert "tiny-sd15: ddim, 20 steps, guidance 4; tiny-sd3: euler, 20 steps, guidance 3; one" in said
+
+
+def test_the_overhead_is_that_of_the_shortest_times(monkeypatch):
+    """The arms take turns; by hand: base 5, 2, 4 and the adapter 3, 8, 6 seconds are 3 / 2."""
+    now, order = [0.0], []
+    lasts = {"base": [5.0, 2.0, 4.0], "a": [3.0, 8.0, 6.0]}
+
+    class Taken(Arm):
+        def at_work(self, model):
+            order.append(self.name)
+            return nullcontext()
+
+        def drawing(self, settings):
+            return self.name
+
+    def drawn(_model, texts, name, _seeds):
+        assert texts == ["x"] * overhead.PICTURES
+        now[0] += lasts[name].pop(0)
+
+    monkeypatch.setattr(overhead, "sample", drawn)
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: now[0])
+    items = [SimpleNamespace(row=SimpleNamespace(text="x"), seed=1)] * 40
+    found = overhead.overheads(None, [Taken("base"), Taken("a")], items, SampleSettings())
+    assert found == {"base": 1.0, "a": 1.5} and order == ["base", "a"] * 3
 
 
 def test_a_skill_that_no_prompt_asks_for():

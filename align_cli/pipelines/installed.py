@@ -68,7 +68,7 @@ class Installed:
         self.names = TEXT_ENCODERS[: len(model.encoders)]
         self.stock = pipe.encode_prompt
         self.parameters = signature(self.stock)
-        self.stack = ExitStack()
+        self.stack, self.at_work = ExitStack(), False
         self.told: Told | None = None
         self.where = self._where()
 
@@ -109,10 +109,12 @@ class Installed:
             for method, scale in methods:
                 stack.enter_context(method.attach(self.model, scale))
             self.stack = stack.pop_all()
+        self.at_work = True
 
     def _leave(self) -> None:
         """Adapters off. The modules' own weights come back where the moved ones are now."""
         places = [(p, p.device, p.dtype) for module in self.modules for p in module.parameters()]
+        self.at_work = False
         self.stack.close()
         for p, device, dtype in places:
             p.data = p.data.to(device, dtype)
@@ -130,22 +132,18 @@ class Installed:
     def _follow(self) -> None:
         """Adapters to where the pipeline is now, and to its dtype."""
         now = self._where()
-        if now == self.where:
+        if now == self.where and self.at_work:  # if not, it failed before, and must not draw without them
             return
         if any(getattr(module, "peft_config", None) for module in self.modules):
             raise UserError(
                 "the pipeline has moved to another device or dtype since LoRA was loaded on top of the "
                 "adapters; move it before load_lora_weights, or call unload_lora_weights"
             )
-        before, self.where = self.where, now
         self._leave()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # said once, when it was loaded
-                self._enter()
-        except BaseException:
-            self.where = before  # the next call tries again, and never draws without adapters
-            raise
+        self.where = now
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said once, when it was loaded
+            self._enter()
 
     # ------------------------------------------------------------ text
 
