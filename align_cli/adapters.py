@@ -227,7 +227,8 @@ def read_adapter(path: Path | str) -> tuple[Path, AdapterInfo, bytes]:
         from align_cli import index  # what fetches over the network costs time to import
 
         near = index.names_near(str(path))
-        folder = index.locate(str(path)) or folder
+        if located := index.locate(str(path)):
+            folder, path = located, f"{path} ({located})"
     if not folder.is_dir():
         what = "is a file; an adapter is a folder" if folder.exists() else "does not exist"
         raise UserError(f"adapter {path} {what} ({INFO} and {TENSORS}){near}")

@@ -33,7 +33,7 @@ def download(url: str, path: Path, *, size: int, digest: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if part.exists() and part.stat().st_size > size:
             part.unlink()
-    reason = ""
+    reason, resumed = "", part.exists()
     for _ in range(ATTEMPTS):
         before = _held(part)
         reason = _transfer(url, part, size) if before < size else ""
@@ -44,7 +44,13 @@ def download(url: str, path: Path, *, size: int, digest: str) -> None:
             f"cannot fetch {url}: {reason}, {_held(part):,} of {size:,} bytes are there; the same command "
             "goes on from there"
         )
-    check(part, size=size, digest=digest, label=url, remove=True)
+    try:
+        check(part, size=size, digest=digest, label=url, remove=True)
+    except UserError:
+        if not resumed:
+            raise
+        download(url, path, size=size, digest=digest)  # what was there was of another file
+        return
     with file_errors(f"cannot write {path}"):
         part.replace(path)
 

@@ -32,6 +32,12 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def tell(text: str) -> None:
+    """A line on stderr, by the first process alone."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
 def again() -> str:
     """What to add to a command that goes on with this run: " --num-processes N", or nothing."""
     return f" --num-processes {world_size()}" if FOLDER in os.environ else ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from align_cli import registry
 from align_cli.adapters import INFO, TENSORS, AdapterInfo, read_adapter
 from align_cli.errors import UserError, first_line
+from align_cli.files import write_text
 from align_cli.training import run_folder
 
 README = "README.md"
@@ -30,6 +32,8 @@ PAPERS = {
 """Method -> title of its paper, and its number on arXiv."""
 LOCAL = ("model.device", "model.encoder_device", "data.path", "data.cache", "data.num_workers")
 """Settings that say something of the machine alone."""
+_PLACE = re.compile(r"(?<![^\s=:,;'\"(\[{])(?:~[^\s/]*|\.{1,2})?/(?!/)[^\s,;'\")\]}]+")
+"""A path inside a text, from the root, a home or the working folder on; no address of the web."""
 
 
 # ---------------------------------------------------------------- the card
@@ -45,7 +49,7 @@ def card(path: Path | str, *, licence: str = "") -> str:
     from huggingface_hub import ModelCardData
 
     folder, info, content = read_adapter(path)
-    result = _result(folder)
+    info, result = _public_info(info), public(_result(folder, info))
     hub = _hub_id(info.model_id)
     tags = ["t2ialign", info.method, "text-to-image", "diffusion"]
     rows = _rows(result)
@@ -60,11 +64,11 @@ def card(path: Path | str, *, licence: str = "") -> str:
     stage = f", stage {info.stage}" if info.stage else ""
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {info.method}{stage} for {_shown(info.model_id)}",
+        f"# {info.method}{stage} for {info.model_id}",
         f"An adapter of [t2ialign](https://pypi.org/project/t2ialign/) that was made with {info.method}"
         f"{stage}; it works on models of the family {info.family}.",
         _use(info, hub),
-        _facts(info, len(content), result),
+        _facts(info, len(content)),
         _settings(info),
         _evaluation(result, rows),
         _citation(info.method),
@@ -72,8 +76,10 @@ def card(path: Path | str, *, licence: str = "") -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    """result.json of the run that an adapter lies in; empty if it lies in none."""
+def _result(folder: Path, info: AdapterInfo) -> dict[str, Any]:
+    """result.json of the run that an adapter lies in; empty if it lies in none, without an evaluation if that
+    is of another adapter.
+    """
     path = folder.parent / run_folder.RESULT
     if not path.is_file():
         return {}
@@ -83,7 +89,10 @@ def _result(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is no JSON object")
-    return found if found.get("adapter") == folder.name else {}
+    if found.get("adapter") != folder.name:
+        return {}
+    arms = (found.get("evaluation") or {}).get("arms", [])
+    return found if any(info.sha256 in arm["hashes"] for arm in arms) else found | {"evaluation": None}
 
 
 def _hub_id(model: str) -> str:
@@ -93,10 +102,34 @@ def _hub_id(model: str) -> str:
     return "" if local or name.count("/") != 1 else name
 
 
+def public(value: Any) -> Any:
+    """The same, lists and tables to their ends, with the last word alone of every place on this machine."""
+    if isinstance(value, Mapping):
+        return {public(name): public(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    kind, _, rest = value.partition(" ")
+    if kind == "file" and "/" in rest:  # the origin of a setting; the name may hold blanks
+        return f"{kind} {Path(rest).name}"
+    if value.startswith(("/", "~", "./", "../")):
+        return Path(value).name
+    return _PLACE.sub(lambda found: Path(found[0]).name, value)
+
+
+def _public_info(info: AdapterInfo) -> AdapterInfo:
+    """What adapter.json says to others: also without the settings that say something of the machine alone."""
+    facts = public(asdict(info))
+    for key in LOCAL:
+        section, _, name = key.partition(".")
+        facts["config"].get(section, {}).pop(name, None)
+        facts["origin"].pop(key, None)
+    return AdapterInfo(**facts)
+
+
 def _shown(value: object) -> str:
-    """A value in a public text: of places on this machine the last word alone."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f".../{Path(text).name}" if text.startswith(("/", "~")) else text
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _use(info: AdapterInfo, hub: str) -> str:
@@ -109,16 +142,16 @@ def _use(info: AdapterInfo, hub: str) -> str:
     )
 
 
-def _facts(info: AdapterInfo, size: int, result: Mapping[str, Any]) -> str:
+def _facts(info: AdapterInfo, size: int) -> str:
     numbers = sum(_product(shape) for shape in info.shapes.values())
     data = info.config.get("data", {})
     rows = {
-        "base model": _shown(info.model_id),
+        "base model": info.model_id,
         "trained values": f"{numbers:,} in {len(info.shapes)} tensors, {size:,} bytes",
         "data": _shown(data["name"]) if "name" in data else "",
         "steps": str(info.step or ""),
         "seed": str(info.seed),
-        "training": f"{result['train_seconds']:,.0f} s" if result.get("train_seconds") else "",
+        "training": f"{info.seconds:,.0f} s" if info.seconds else "",
         "source": info.source,
         "versions": ", ".join(f"{name} {version}" for name, version in info.versions.items() if version),
         "sha256": f"`{info.sha256}`",
@@ -140,8 +173,8 @@ def _settings(info: AdapterInfo) -> str:
     for key, origin in info.origin.items():
         section, _, name = key.partition(".")
         chosen = not origin.startswith(("default", "preset", "the model", "official"))
-        if chosen and key not in LOCAL and name in info.config.get(section, {}):
-            lines.append(f"| `{key}` | {_shown(info.config[section][name])} | {_shown(origin)} |")
+        if chosen and name in info.config.get(section, {}):
+            lines.append(f"| `{key}` | {_shown(info.config[section][name])} | {origin} |")
     presets = sorted({origin for origin in info.origin.values() if origin.startswith("preset")})
     base = f"On top of {', '.join(presets)}" if presets else "On top of the defaults"
     if not info.origin:
@@ -225,7 +258,8 @@ def check(repo: str) -> Target:
 
 
 def push(path: Path | str, target: Target, *, public: bool = False, licence: str = "") -> str:
-    """Upload an adapter with its card; returns the address of the commit. The folder stays as it is.
+    """Upload an adapter with its card; returns the address of the commit. The folder stays as it is; of
+    adapter.json goes what `public` leaves of it.
 
     public: of a repository that does not exist yet; it is private otherwise.
     Raises:
@@ -237,10 +271,10 @@ def push(path: Path | str, target: Target, *, public: bool = False, licence: str
     text = card(path, licence=licence)
     api = HfApi(token=target.token)
     with TemporaryDirectory() as place:
-        for name in (INFO, TENSORS):
-            shutil.copyfile(folder / name, Path(place) / name)
+        shutil.copyfile(folder / TENSORS, Path(place) / TENSORS)
+        write_text(Path(place) / INFO, json.dumps(asdict(_public_info(info)), indent=2) + "\n")
         picture = folder.parent / run_folder.PICTURE
-        if _result(folder) and picture.is_file():
+        if _of_public_things(_result(folder, info)) and picture.is_file():
             shutil.copyfile(picture, Path(place) / picture.name)
         (Path(place) / README).write_text(text.replace("THIS/REPOSITORY", target.name), encoding="utf-8")
         with _told(f"cannot push {path} to {target.name}"):
@@ -249,6 +283,15 @@ def push(path: Path | str, target: Target, *, public: bool = False, licence: str
                 repo_id=target.name, folder_path=place, commit_message=f"{info.method} for {info.family}"
             )
     return str(commit.commit_url)
+
+
+def _of_public_things(result: Mapping[str, Any]) -> bool:
+    """Whether the run's picture is of this adapter, and its title names no place on this machine."""
+    found = result.get("evaluation")
+    if not found:
+        return False
+    named = [result.get("model", ""), found["benchmark"]["source"]]
+    return bool(public(named) == named)
 
 
 @contextmanager

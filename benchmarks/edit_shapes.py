@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from align_cli.adapters import attach
-from align_cli.cli.drawing import make_plan
 from align_cli.cli.edit import edit_settings
 from align_cli.cli.progress import DrawingProgress
+from align_cli.drawing import make_plan
 from align_cli.evaluation.edits import EDIT_METRICS, EditCase, edit_cases, edit_pictures, judge_edits
 from align_cli.evaluation.stats import paired, rate
 from align_cli.pictures import Note, contact_sheet

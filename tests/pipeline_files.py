@@ -20,8 +20,8 @@ CASES = [
     ("softrepa", "sd15"), ("softrepa", "sdxl"), ("softrepa", "sd3"),
     ("textcraftor", "sd15"), ("textcraftor", "sdxl"), ("textcraftor", "sd3"),
     ("longalign", "sd15"), ("longalign", "sdxl"),
-    ("dpt", "sd15"), ("dpt", "sdxl"),
-    ("comat", "sd15"), ("comat", "sdxl"),
+    ("dpt", "sd15"), ("dpt", "sdxl"), ("dpt", "sd3"),
+    ("comat", "sd15"), ("comat", "sdxl"), ("comat", "sd3"),
 ]  # fmt: skip
 """Methods and the families that they are for."""
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from cli_helpers import ok, refused
 from PIL import Image
 
 from align_cli.adapters import attach, read_adapter
-from align_cli.evaluation import forest
+from align_cli.evaluation import forest, overhead
 from align_cli.evaluation.all_methods import (
     Comparison,
     Family,
@@ -20,16 +23,19 @@ from align_cli.evaluation.all_methods import (
     Row,
     cells_of,
     duration,
+    footnote,
+    judged,
     markdown,
     read,
     signed,
     to_text,
 )
+from align_cli.evaluation.arms import Arm
 from align_cli.evaluation.benchmarks import ShapesBenchmark
 from align_cli.evaluation.forest import save_forest
 from align_cli.evaluation.report_charts import Scale
 from align_cli.evaluation.sets import SetOptions, load_set
-from align_cli.evaluation.stats import GAIN, NO_CHANGE
+from align_cli.evaluation.stats import GAIN, LOSS, NO_CHANGE, TOO_FEW
 from align_cli.evaluation.store import make_items
 from align_cli.models.loading import load_model
 from align_cli.packaged import packaged_adapters
@@ -78,6 +84,67 @@ def test_words():
     ]  # fmt: skip
     assert "**" not in "".join(cells_of(comparison())[1])
     assert markdown(comparison()).count("\n") == 4
+
+
+def test_verdicts_are_corrected_over_all_models():
+    """Worked out by hand: 0.02 and 0.03 of two models are 0.04 and 0.04 by Holm, 0.026 and 0.03 are 0.052."""
+
+    def verdicts(*p: float) -> list[str]:
+        gain = comparison().families[0].rows[0].gain
+        row = comparison().families[0].rows[0]
+        found = judged(
+            [
+                replace(comparison().families[0], rows=[replace(row, gain=replace(gain, p=x, verdict=GAIN))])
+                for x in p
+            ]
+        )
+        return [family.rows[0].gain.verdict for family in found]
+
+    assert verdicts(0.02, 0.03) == [GAIN, GAIN]
+    assert verdicts(0.026, 0.03) == [NO_CHANGE, NO_CHANGE]
+    assert verdicts(0.03) == [GAIN]
+    few = replace(comparison().families[0].rows[0].gain, p=0.01, verdict=TOO_FEW)
+    loss = replace(few, difference=-0.2, low=-0.3, high=-0.1, verdict=GAIN, p=0.02)
+    row = replace(comparison().families[0].rows[0], gain=few, long_gain=loss)
+    (family,) = judged([replace(comparison().families[0], rows=[row])])
+    assert (family.rows[0].gain.verdict, family.rows[0].long_gain.verdict) == (TOO_FEW, LOSS)
+
+
+def test_the_footnote_says_how_every_model_draws():
+    one = comparison().families[0]
+    assert "for all, ddim, 20 steps, guidance 4; one training run" in footnote(comparison())
+    other = replace(one, model="tiny-sd3", sample={"sampler": "euler", "steps": 20, "guidance": 3.0})
+    said = footnote(replace(comparison(), families=[one, other]))
+    assert "tiny-sd15: ddim, 20 steps, guidance 4; tiny-sd3: euler, 20 steps, guidance 3; one" in said
+
+
+def test_the_overhead_is_that_of_the_shortest_times(monkeypatch):
+    """The arms take turns; by hand: base 5, 2, 4 and the adapter 3, 8, 6 seconds are 3 / 2."""
+    now, order = [0.0], []
+    lasts = {"base": [5.0, 2.0, 4.0], "a": [3.0, 8.0, 6.0]}
+
+    class Taken(Arm):
+        def at_work(self, model):
+            order.append(self.name)
+            return nullcontext()
+
+        def drawing(self, settings):
+            return self.name
+
+    def drawn(_model, texts, name, _seeds):
+        assert texts == ["x"] * overhead.PICTURES
+        now[0] += lasts[name].pop(0)
+
+    monkeypatch.setattr(overhead, "sample", drawn)
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: now[0])
+    items = [SimpleNamespace(row=SimpleNamespace(text="x"), seed=1)] * 40
+    found = overhead.overheads(None, [Taken("base"), Taken("a")], items, SampleSettings())
+    assert found == {"base": 1.0, "a": 1.5} and order == ["base", "a"] * 3
+
+
+def test_a_skill_that_no_prompt_asks_for():
+    family = replace(comparison().families[0], base=SKILLS | {"relation": None})
+    assert cells_of(replace(comparison(), families=[family]))[0].count("-") == 1
 
 
 def test_it_is_read_as_it_was_written(tmp_path):
@@ -191,5 +258,8 @@ def test_what_the_table_fixes_is_refused(tmp_path):
     assert "t2ialign eval shapes --all-methods" in refused("eval", "parti", "--all-methods", *out)
     assert "there are some of tiny-sd15" in refused(
         "eval", "shapes", "--all-methods", "--model", "sdxl", *out
+    )
+    assert "no long caption among so few prompts" in refused(
+        "eval", "shapes", "--all-methods", "--n", "1", *out
     )
     assert not (tmp_path / "t").exists()

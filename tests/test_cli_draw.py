@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from align_cli import config
 from align_cli.adapters import save_adapter
-from align_cli.cli.drawing import make_plan
 from align_cli.cli.main import app
 from align_cli.cli.train_work import with_own_sampling
+from align_cli.drawing import make_plan
 from align_cli.methods.softrepa.method import SoftREPA
 from align_cli.models.loading import load_model
 from align_cli.pictures import read_metadata

@@ -18,10 +18,10 @@ from softrepa_helpers import save_random_adapter
 from typer.testing import CliRunner
 
 from align_cli import editing
-from align_cli.cli.drawing import make_plan
 from align_cli.cli.edit import edit_settings
 from align_cli.cli.main import app
 from align_cli.data.edits import fitted_size, open_picture, read_list
+from align_cli.drawing import make_plan
 from align_cli.errors import UserError
 from align_cli.pictures import read_metadata
 from align_cli.settings import EditSettings

@@ -51,7 +51,7 @@ def test_every_key_is_accounted_for(tiny_models, tiny_sd3_folder, tmp_path, meth
     assert report.used.keys() == keys and not report.unused
     names = {"official files"} if form == "official" else {key.partition(".")[0] for key in keys}
     if form != "official" and method == "dpt":
-        names = {"unet", "discriminator.safetensors"}
+        names = {model.denoiser_part, "discriminator.safetensors"}
     if form != "official" and method == "longalign":
         names = {"unet"} | ({"adapter/"} if family == "sd15" else set())
     assert set(report.used.values()) == names
@@ -61,13 +61,14 @@ def test_every_key_is_accounted_for(tiny_models, tiny_sd3_folder, tmp_path, meth
 
 @pytest.mark.filterwarnings("ignore:adapter")
 @pytest.mark.parametrize(("method", "family"), [case for case in EXPORTED if case[0] in ("comat", "dpt")])
-def test_the_lora_of_a_unet_comes_back(tiny_models, tmp_path, method, family):
+def test_the_lora_of_a_denoiser_comes_back(tiny_models, tmp_path, method, family):
     model = tiny_models[family]
     spec = save_any(tmp_path / "a", method, model, "")
     report = export(spec, "comfyui", tmp_path / "out")
     assert "read as ComfyUI does" in report.check[0] and "models/loras" in report.written[FILE]
-    state = {key.removeprefix("unet."): x for key, x in load_adapter(spec).state.items()}
-    found = written(tmp_path / "out", family, "unet", model.denoiser)
+    part = model.denoiser_part
+    state = {key.removeprefix(f"{part}."): x for key, x in load_adapter(spec).state.items()}
+    found = written(tmp_path / "out", family, part, model.denoiser)
     layers = [key.removesuffix(LORA_A) for key in state if key.endswith(LORA_A)]
     assert sorted(found) == sorted(layers)
     for layer in layers:

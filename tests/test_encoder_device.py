@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 from typer.testing import CliRunner
 
 from align_cli import config
-from align_cli.cli.drawing import make_plan
 from align_cli.cli.main import app
 from align_cli.cli.train_work import with_idle_encoders
 from align_cli.data.cached import CachedDataset
 from align_cli.data.encoding import Request
+from align_cli.drawing import make_plan
 from align_cli.errors import UserError
 from align_cli.models import loading
 from align_cli.models.loading import load_model

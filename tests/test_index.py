@@ -170,6 +170,23 @@ def test_a_cut_transfer_goes_on_at_once_and_later(server):
     assert [r for _, r in server.log[before:]] == ["", "bytes=3000-", "bytes=3000-"]
 
 
+def test_what_is_left_of_another_file_is_fetched_anew(server):
+    part = part_path(entry().downloads / "dc_tokens.pth")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 3000)
+    assert len(read_adapter(NAME)[2]) > 0
+    assert [r for name, r in server.log if name == "dc_tokens.pth"] == ["bytes=3000-", ""]
+
+
+def test_a_damaged_one_says_where_it_lies(server):
+    read_adapter(NAME)
+    file = entry().folder / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="truncated or altered") as caught:
+        read_adapter(NAME)
+    assert f"adapter {NAME} ({entry().folder}) is damaged" in str(caught.value)
+
+
 def test_a_server_without_ranges_begins_anew(server):
     server.ranges, server.cut = False, [5000]
     assert len(read_adapter(NAME)[2]) > 0

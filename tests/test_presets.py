@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from align_cli import config, packaged, registry
-from align_cli.cli.drawing import preset_of
+from align_cli.drawing import preset_of
 from align_cli.errors import UserError
 
 PRESETS = packaged.list_presets()

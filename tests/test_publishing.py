@@ -13,8 +13,8 @@ from hub import Uploads, take_uploads
 from huggingface_hub import ModelCardData, constants
 from softrepa_helpers import save_random_adapter
 
-from align_cli.adapters import INFO, TENSORS, AdapterInfo, write_adapter
-from align_cli.publishing import PAPERS, card
+from align_cli.adapters import INFO, TENSORS, AdapterInfo, load_adapter, write_adapter
+from align_cli.publishing import PAPERS, card, public
 from align_cli.registry import METHODS
 
 ROW = {"arm": "a", "metric": "all", "group": None, "base": 0.316, "aligned": 0.332, "difference": 0.016,
@@ -28,7 +28,9 @@ def run(tmp_path) -> Path:
     sets = ["softrepa.num_tokens=3", "train.lr=0.002"]
     save_random_adapter(folder / "adapter", Path("tiny-sd15"), *sets)
     trained = {**ROW, "metric": "clip", "verdict": "no difference", "held_out": False}
+    sha256 = json.loads((folder / "adapter" / INFO).read_text())["sha256"]
     evaluation = {
+        "arms": [{"name": "a", "hashes": [sha256]}],
         "benchmark": {"name": "shapes", "source": "the shapes world, test split", "prompts": 512},
         "seed": 0,
         "comparisons": [ROW, trained, {**ROW, "group": ["Kind", "two"]}],
@@ -78,9 +80,63 @@ def test_a_model_of_the_hub_and_places_of_this_machine(tmp_path):
     write_adapter(tmp_path / "a", info, {"dc_tokens": torch.zeros(2, 4, 8)})
     said = card(tmp_path / "a")
     assert "base_model: stabilityai/stable-diffusion-3-medium-diffusers" in said
-    assert "/home/me" not in said and "| `model.unet` | .../unet | --unet |" in said
+    assert "/home/me" not in said and "| `model.unet` | unet | --unet |" in said
     assert "64 in 1 tensors" in said and "None was recorded" in said and "| steps | 7 |" in said
     assert ModelCardData(library_name="t2ialign").to_yaml() in said
+
+
+def test_numbers_of_another_adapter_are_not_shown(run, hub):
+    """As a run leaves them that went on, and was stopped before its new adapter was measured."""
+    file = run / "result.json"
+    result = json.loads(file.read_text())
+    result["evaluation"]["arms"][0]["hashes"] = ["0" * 64]
+    file.write_text(json.dumps(result))
+    assert "None was recorded" in ok("adapters", "card", run).stdout
+    ok("adapters", "push", run, "someone/red")
+    assert set(hub.files["someone/red"]) == {"README.md", INFO, TENSORS}
+
+
+def test_no_place_on_this_machine_is_pushed(tmp_path, hub):
+    """In values, lists, tables and origins; what is left still loads."""
+    info = AdapterInfo(
+        method="softrepa", model_id="/home/me/models/red", family="sd15", source="imported from ~/old/x.pth",
+        config={"method": "softrepa", "data": {"name": "coco", "path": "/home/me/coco", "cache": "../me/c"},
+                "softrepa": {"num_tokens": 3}, "model": {"name": "/home/me/models/red", "device": "cuda:3"},
+                "eval": {"scorers": ["clip", "clip=/home/me/clip"]}, "train": {"tracker": "", "steps": 5}},
+        origin={"data.path": "--data-path", "train.steps": "file /home/me/my runs/x.toml",
+                "model.device": "--device", "softrepa.num_tokens": "preset softrepa/sd15"},
+    )  # fmt: skip
+    write_adapter(tmp_path / "a", info, {"dc_tokens": torch.zeros(3, 8)})
+    ok("adapters", "push", tmp_path / "a", "someone/red")
+    files = hub.files["someone/red"]
+    for name in ("README.md", INFO):
+        text = files[name].decode()
+        assert not any(word in text for word in ("/home", "/me", "my runs", "~/", "cuda:3")), text
+    said = json.loads(files[INFO])
+    assert said["model_id"] == said["config"]["model"]["name"] == "red"
+    assert said["config"]["eval"]["scorers"] == ["clip", "clip=clip"]
+    assert said["config"]["softrepa"] == {"num_tokens": 3} and said["origin"]["train.steps"] == "file x.toml"
+    assert said["source"] == "imported from x.pth" and "path" not in said["config"]["data"]
+    for name, content in files.items():
+        (tmp_path / "b").mkdir(exist_ok=True)
+        (tmp_path / "b" / name).write_bytes(content)
+    assert load_adapter(tmp_path / "b").info.sha256 == said["sha256"]
+
+
+def test_a_picture_whose_title_names_a_place_stays_here(run, hub):
+    file = run / "result.json"
+    result = json.loads(file.read_text())
+    result["evaluation"]["benchmark"]["source"] = "/home/me/prompts.txt"
+    file.write_text(json.dumps(result))
+    ok("adapters", "push", run, "someone/red")
+    files = hub.files["someone/red"]
+    assert "before-after.png" not in files and b"/home" not in files["README.md"]
+    assert b"prompts.txt: base and aligned model drew" in files["README.md"]
+
+
+def test_addresses_are_no_places():
+    kept = ["https://host.org/a/b", "someone/red", "a 1/2 b", "preset softrepa/sd15", "embedded:tiny-t5", 3]
+    assert public(kept) == kept
 
 
 def test_every_method_has_its_paper():

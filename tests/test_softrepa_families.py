@@ -18,9 +18,9 @@ from torch import nn
 
 from align_cli import config, packaged
 from align_cli.adapters import attach, import_official, load_adapter, save_adapter
-from align_cli.cli.drawing import make_plan
 from align_cli.cli.edit import edit_settings
 from align_cli.diffusion.rollout import rollout
+from align_cli.drawing import make_plan
 from align_cli.errors import UserError
 from align_cli.methods.base import Batch, StepContext
 from align_cli.methods.softrepa.method import SoftREPA

@@ -18,8 +18,8 @@ from align_cli.launched import world_size
 from align_cli.settings import EditSettings
 
 if TYPE_CHECKING:
-    from align_cli.cli.drawing import Plan
     from align_cli.data.edits import EditRequest
+    from align_cli.drawing import Plan
 
 FOLDER = "edits"
 
@@ -112,8 +112,9 @@ def edit(
     the preset of the model; flags go above them. Official values on SD3 without SoftREPA's tokens:
     --n-start 33 --tgt-guidance 13.5.
     """
-    from align_cli.cli.drawing import choose_folder, make_folder, make_plan, note_long_prompts
+    from align_cli.cli.drawing import choose_folder, make_folder, note_long_prompts
     from align_cli.cli.edit_work import Job, Work, describe
+    from align_cli.drawing import make_plan
 
     if world_size() > 1:
         raise UserError("edit runs in one process; start it without torchrun and accelerate")
@@ -165,7 +166,7 @@ def edit_settings(plan: Plan, flags: Mapping[str, Any]) -> tuple[EditSettings, s
     Raises:
         UserError: an impossible value.
     """
-    from align_cli.cli.drawing import DEFAULTS, preset_of
+    from align_cli.drawing import DEFAULTS, preset_of
 
     info = plan.infos[0] if plan.infos else None
     preset = preset_of(plan.model.name)

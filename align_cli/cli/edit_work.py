@@ -21,8 +21,8 @@ from align_cli.settings import EditSettings
 if TYPE_CHECKING:
     import numpy as np
 
-    from align_cli.cli.drawing import Plan
     from align_cli.data.edits import EditRequest
+    from align_cli.drawing import Plan
     from align_cli.models.base import BaseModel
     from align_cli.pictures import Note
 

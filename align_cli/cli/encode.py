@@ -254,7 +254,7 @@ def _flags_in(flags: dict[str, Any], given: dict[str, Any]) -> dict[str, str]:
 
 def own_preset(model: str, method: str = "") -> str:
     """The preset made for a model, of this method if it has one; or the name of no preset."""
-    from align_cli.cli.drawing import preset_of
+    from align_cli.drawing import preset_of
 
     return preset_of(model, method) or config.NO_PRESET
 

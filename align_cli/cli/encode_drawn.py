@@ -67,7 +67,7 @@ class DrawnWork:
 
     def train_command(self, folder: Path) -> str:
         """What to type to train from the latents."""
-        from align_cli.cli.drawing import preset_of
+        from align_cli.drawing import preset_of
 
         request = self.request
         words = ["t2ialign", "train", request.purpose, "--model", request.model.name]

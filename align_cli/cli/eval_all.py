@@ -39,6 +39,7 @@ def evaluate(asked: Asked) -> None:
     """
     _check(asked)
     models = _models(asked)
+    _check_prompts(asked)
     folder = asked.out or Path("runs") / "eval-all-methods"
     families = [_measure(asked, model, adapters, folder) for model, adapters in models.items()]
     from align_cli.launched import is_main
@@ -63,6 +64,18 @@ def _check(asked: Asked) -> None:
                 f"--{flag} does not go with --all-methods, which compares the packaged adapters as they are; "
                 "measure your own with --adapter or --arm"
             )
+
+
+def _check_prompts(asked: Asked) -> None:
+    """UserError, before anything is drawn, for so few prompts that the table has an empty column."""
+    from align_cli.evaluation.all_methods import LONG
+
+    name, kind = LONG
+    if all(row.groups.get(name) != kind for row in eval_plan.prompts_of(asked).rows):
+        raise UserError(
+            f"there is no {kind} caption among so few prompts, and the table has a column of them; give a "
+            "greater --n, or --limit"
+        )
 
 
 def _models(asked: Asked) -> dict[str, dict[str, Path]]:
@@ -121,7 +134,7 @@ def _conclude(asked: Asked, families: list[Family], folder: Path) -> None:
     from importlib.metadata import version
 
     import align_cli
-    from align_cli.evaluation.all_methods import Comparison, footnote, markdown, to_text
+    from align_cli.evaluation.all_methods import Comparison, footnote, judged, markdown, to_text
     from align_cli.evaluation.forest import save_forest
     from align_cli.evaluation.outcome import PACKAGES
     from align_cli.files import file_errors, write_text
@@ -134,7 +147,7 @@ def _conclude(asked: Asked, families: list[Family], folder: Path) -> None:
         prompts=prompts.source,
         num=len(prompts),
         seed=asked.seed,
-        families=families,
+        families=judged(families),
     )
     with file_errors(f"cannot write to {folder}", "make room, then give the same command again"):
         write_text(folder / TABLE, to_text(found))

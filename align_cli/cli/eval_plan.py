@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_cli import registry
-from align_cli.cli.drawing import Plan, make_plan
+from align_cli.drawing import Plan, make_plan
 from align_cli.errors import UserError
 from align_cli.evaluation import arms as arming
 from align_cli.evaluation import folders

@@ -19,9 +19,9 @@ import typer
 
 from align_cli import config, registry
 from align_cli.adapters import AdapterInfo, load_adapter, parse_spec, restore
-from align_cli.cli.drawing import Plan, make_plan
 from align_cli.cli.eval_plan import Asked, default_name
 from align_cli.cli.text import say_loading
+from align_cli.drawing import Plan, make_plan
 from align_cli.errors import UserError
 from align_cli.evaluation.arms import check_name
 from align_cli.evaluation.store import ABOUT, REPORT, RESULTS, Store, check_folder

@@ -18,10 +18,10 @@ from align_cli.errors import UserError
 from align_cli.rewards.spec import NO_GRADIENT
 
 if TYPE_CHECKING:
-    from align_cli.cli.drawing import Plan
     from align_cli.cli.eval_plan import Asked, Decided
     from align_cli.data.cache import Shapes
     from align_cli.data.encoding import Request
+    from align_cli.drawing import Plan
     from align_cli.planning.drawing import WorkPlan
     from align_cli.planning.gpus import Gpu
     from align_cli.planning.step import StepPlan

@@ -21,8 +21,8 @@ from align_cli.launched import is_main
 if TYPE_CHECKING:
     import numpy as np
 
-    from align_cli.cli.drawing import Plan
     from align_cli.cli.progress import DrawingProgress
+    from align_cli.drawing import Plan
     from align_cli.evaluation.attention import Attention
     from align_cli.grounding.entities import Entity
     from align_cli.models.base import BaseModel
@@ -88,7 +88,8 @@ def sample(
     The same prompt, seed and settings give the same picture. Sampling settings come from the adapter,
     else from the preset of the model; flags go above them.
     """
-    from align_cli.cli.drawing import choose_folder, make_folder, make_plan
+    from align_cli.cli.drawing import choose_folder, make_folder
+    from align_cli.drawing import make_plan
 
     if launched_several(num_processes):
         return

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import typer
-
-from align_cli.launched import is_main
+from align_cli.launched import tell
 
 LARGE_FILE = 100_000_000
 """Bytes above which reading a file takes seconds."""
@@ -30,8 +28,7 @@ def columns(rows: Iterable[Sequence[str]], gap: int = 2) -> str:
 
 def say_loading(model: str) -> None:
     """Tell on stderr what takes the first seconds: to be called before torch is imported."""
-    if is_main():
-        typer.echo(f"loading {model} ...", err=True)
+    tell(f"loading {model} ...")
 
 
 def say_reading(path: str) -> None:
@@ -40,5 +37,5 @@ def say_reading(path: str) -> None:
 
     file = Path(path).expanduser()
     size = file.stat().st_size if file.is_file() else 0
-    if size >= LARGE_FILE and is_main():
-        typer.echo(f"reading {path} ({size_text(size)}) ...", err=True)
+    if size >= LARGE_FILE:
+        tell(f"reading {path} ({size_text(size)}) ...")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from align_cli.adapters import AdapterInfo
 from align_cli.errors import UserError
 from align_cli.evaluation.arms import BASE
 from align_cli.evaluation.outcome import plain
-from align_cli.evaluation.stats import GAIN, LOSS
+from align_cli.evaluation.stats import ALPHA, GAIN, LOSS, NO_CHANGE, TOO_FEW, holm
 
 FORMAT = 1
 HEADLINE = "shapes/all"
@@ -39,8 +39,8 @@ HEADS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """A paired difference to the base with its 95 % interval, which too few prompts have not got, and its
-    verdict over all comparisons.
+    """A paired difference to the base with its 95 % interval, which too few prompts have not got, its verdict
+    (see `judged`), and its p before any correction.
     """
 
     difference: float
@@ -48,6 +48,7 @@ class Gain:
     high: float | None
     n: int
     verdict: str
+    p: float | None = None
 
     def words(self) -> str:
         """+.012 [-.010, +.034]"""
@@ -59,16 +60,16 @@ class Gain:
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One method on one model. adapter: name of the packaged adapter; sha256: of its tensors. skills: metric
-    -> mean. gain: in HEADLINE; long_gain: of long captions alone. trained: numbers.
-    seconds: of training. overhead: time of drawing as a multiple of the base's. right: per prompt, whether
-    all of it was drawn.
+    -> mean, None where no prompt asks for it. gain: in HEADLINE; long_gain: of long captions alone. trained:
+    numbers. seconds: of training. overhead: time of drawing as a multiple of the base's. right: per prompt,
+    whether all of it was drawn.
     """
 
     method: str
     stage: str
     adapter: str
     sha256: str
-    skills: dict[str, float]
+    skills: dict[str, float | None]
     gain: Gain
     long_gain: Gain
     trained: int
@@ -82,7 +83,7 @@ class Family:
     """All methods on one model. base: as `Row.skills`; right: as `Row.right`, of the base."""
 
     model: str
-    base: dict[str, float]
+    base: dict[str, float | None]
     right: str
     sample: dict[str, Any]
     rows: list[Row]
@@ -144,7 +145,7 @@ def _count(shape: Sequence[int]) -> int:
     return total
 
 
-def _skills(results: Mapping[str, Any], arm: str) -> dict[str, float]:
+def _skills(results: Mapping[str, Any], arm: str) -> dict[str, float | None]:
     rows = {row["metric"]: row["mean"] for row in results["means"] if row["arm"] == arm and not row["group"]}
     return {name: rows[f"shapes/{name}"] for name in SKILLS}
 
@@ -155,7 +156,29 @@ def _gain(results: Mapping[str, Any], arm: str, group: list[str] | None) -> Gain
         for row in results["comparisons"]
         if (row["arm"], row["metric"], row["group"]) == (arm, HEADLINE, group)
     )
-    return Gain(**{key: row[key] for key in ("difference", "low", "high", "n", "verdict")})
+    return Gain(**{key: row[key] for key in ("difference", "low", "high", "n", "verdict", "p")})
+
+
+def judged(families: Sequence[Family]) -> list[Family]:
+    """The same with verdicts over the whole table: the p of a column's differences, of all methods on all
+    models, are corrected together by Holm's method.
+    """
+    rows = [row for family in families for row in family.rows]
+    gains, long_gains = _judged([row.gain for row in rows]), _judged([row.long_gain for row in rows])
+    told = iter([replace(row, gain=one, long_gain=two)
+                 for row, one, two in zip(rows, gains, long_gains, strict=True)])  # fmt: skip
+    return [replace(family, rows=[next(told) for _ in family.rows]) for family in families]
+
+
+def _judged(gains: Sequence[Gain]) -> list[Gain]:
+    known = {i: gain.p for i, gain in enumerate(gains) if gain.verdict != TOO_FEW and gain.p is not None}
+    found = list(gains)
+    for i, p in zip(known, holm(list(known.values())), strict=True):
+        low, high = gains[i].low, gains[i].high
+        beyond = p <= ALPHA and low is not None and high is not None and not low <= 0 <= high
+        verdict = (GAIN if gains[i].difference > 0 else LOSS) if beyond else NO_CHANGE
+        found[i] = replace(gains[i], verdict=verdict)
+    return found
 
 
 def _right(results: Mapping[str, Any], arm: str) -> str:
@@ -221,18 +244,30 @@ def title(row: Row) -> str:
 
 def footnote(found: Comparison) -> str:
     """What the table is of, and how to read it."""
-    sample = found.families[0].sample
     return (
-        f"{found.num} prompts of {found.prompts}, the same prompts and noise for all, {sample['sampler']}, "
-        f"{sample['steps']} steps, guidance {sample['guidance']:g}; one training run each. "
+        f"{found.num} prompts of {found.prompts}, the same prompts and noise for all, "
+        f"{_drawn(found.families)}; one training run each. "
         "all: all that is asked for is there, and no object more; object: colour and shape on one thing. "
         "Differences are paired, with intervals clustered by composition; bold: beyond chance, corrected for "
         "the number of comparisons (Holm). drawing: time as a multiple of the base's."
     )
 
 
-def _means(skills: Mapping[str, float]) -> list[str]:
-    return [f"{skills[name]:.3f}".lstrip("0") for name in SKILLS if name != "facts"]
+def _drawn(families: Sequence[Family]) -> str:
+    """ddim, 20 steps, guidance 4; of each model where they differ."""
+    words = {
+        family.model: f"{family.sample['sampler']}, {family.sample['steps']} steps, guidance "
+        f"{family.sample['guidance']:g}"
+        for family in families
+    }
+    if len(set(words.values())) == 1:
+        return words[families[0].model]
+    return "; ".join(f"{model}: {said}" for model, said in words.items())
+
+
+def _means(skills: Mapping[str, float | None]) -> list[str]:
+    found = [skills[name] for name in SKILLS if name != "facts"]
+    return ["-" if mean is None else f"{mean:.3f}".lstrip("0") for mean in found]
 
 
 def _marked(gain: Gain, bold: bool) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align_cli.adapters import AdapterInfo, parse_spec, read_adapter
+from align_cli.drawing import CRITIC
 from align_cli.errors import UserError, unknown
 from align_cli.settings import SampleSettings
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 BASE, ALIGNED = "base", "aligned"
 """The arm without adapters, and the name of the stack that `--adapter` gives."""
-CRITIC = "dpt"
-"""The method whose adapters can correct a picture in the making."""
 CORRECTED = "-corrected"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 

@@ -15,6 +15,8 @@ from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 INTERVALS = ("t", "bootstrap")
 MIN_CLUSTERS = 10
 """With fewer prompts than this no difference is called a gain or a loss: the interval cannot be trusted."""
+ALPHA = 0.05
+"""A corrected p above this says nothing."""
 RESAMPLES = 4000
 """Bootstrap resamples."""
 

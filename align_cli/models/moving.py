@@ -17,15 +17,17 @@ def moved_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[
 
     weights: parameter -> value of the same shape, dtype and device.
     """
-    held = {name: p.data for name, p in module.named_parameters()}
+    # the parameters themselves: another library may wrap their layers, and so rename them, meanwhile
+    parameters = dict(module.named_parameters())
+    held = {name: p.data for name, p in parameters.items()}
     untouched = own_weights(module) is None
     try:
-        _put(module, weights)
+        _put(parameters, weights)
         if untouched:
             setattr(module, _MOVED, held)
         yield
     finally:
-        _put(module, held)
+        _put(parameters, held)
         if untouched:
             delattr(module, _MOVED)
 
@@ -35,7 +37,7 @@ def own_weights(module: nn.Module) -> Mapping[str, Tensor] | None:
     return getattr(module, _MOVED, None)
 
 
-def _put(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, p in module.named_parameters():
+def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, p in parameters.items():
         if name in values:
             p.data = values[name]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from align_cli.adapters import load_adapter, parse_spec
-from align_cli.cli.drawing import make_plan
+from align_cli.drawing import make_plan
 from align_cli.errors import UserError, unknown
 from align_cli.exporting.compare import silent
 from align_cli.models.sources import find, read_json

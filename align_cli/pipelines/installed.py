@@ -68,7 +68,7 @@ class Installed:
         self.names = TEXT_ENCODERS[: len(model.encoders)]
         self.stock = pipe.encode_prompt
         self.parameters = signature(self.stock)
-        self.stack = ExitStack()
+        self.stack, self.at_work = ExitStack(), False
         self.told: Told | None = None
         self.where = self._where()
 
@@ -77,8 +77,8 @@ class Installed:
     def install(self) -> None:
         """Put everything to work. UserError for an adapter that does not fit."""
         self._enter()
-        hook = self.denoiser.register_forward_pre_hook(self._tell, with_kwargs=True)
-        self.hook = hook
+        # before the hooks of methods, which may change the text that it knows the call by
+        self.hook = self.denoiser.register_forward_pre_hook(self._tell, prepend=True, with_kwargs=True)
         self.pipe.encode_prompt = self.encode
         setattr(self.pipe, HELD, self)
 
@@ -109,10 +109,12 @@ class Installed:
             for method, scale in methods:
                 stack.enter_context(method.attach(self.model, scale))
             self.stack = stack.pop_all()
+        self.at_work = True
 
     def _leave(self) -> None:
         """Adapters off. The modules' own weights come back where the moved ones are now."""
         places = [(p, p.device, p.dtype) for module in self.modules for p in module.parameters()]
+        self.at_work = False
         self.stack.close()
         for p, device, dtype in places:
             p.data = p.data.to(device, dtype)
@@ -130,8 +132,13 @@ class Installed:
     def _follow(self) -> None:
         """Adapters to where the pipeline is now, and to its dtype."""
         now = self._where()
-        if now == self.where:
+        if now == self.where and self.at_work:  # if not, it failed before, and must not draw without them
             return
+        if any(getattr(module, "peft_config", None) for module in self.modules):
+            raise UserError(
+                "the pipeline has moved to another device or dtype since LoRA was loaded on top of the "
+                "adapters; move it before load_lora_weights, or call unload_lora_weights"
+            )
         self._leave()
         self.where = now
         with warnings.catch_warnings():

@@ -56,7 +56,8 @@ def scheduler_for(process: Process, config: Mapping[str, Any], settings: SampleS
     if (spacing in SPACINGS and settings.sampler != "lcm") or spacing == settings.sampler:
         own = cls
     else:
-        own = type(f"OwnPath{cls.__name__}", (_OwnPath, cls), {})
+        # by the name of the stock class, which is what opens a pipeline that is saved with it
+        own = type(cls.__name__, (_OwnPath, cls), {"__module__": cls.__module__})
     known = signature(cls.__init__).parameters
     scheduler = own(**{key: value for key, value in facts.items() if key in known})
     if own is not cls:
