@@ -16,10 +16,10 @@ from cli_helpers import call, ok, refused
 
 from align_cli import config
 from align_cli.cli.encode_drawn import DrawnWork
-from align_cli.cli.train_data import open_data
 from align_cli.data import filling
 from align_cli.data.cache import Cache
 from align_cli.data.drawn import Drawer, DrawRequest
+from align_cli.data.training import open_data
 from align_cli.methods.textcraftor.config import TextCraftorConfig
 from align_cli.settings import DataSettings, ModelSettings
 

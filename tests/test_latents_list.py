@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from align_cli import config
-from align_cli.cli.train_data import check_data, open_data
 from align_cli.data.base import Fitted, collate
 from align_cli.data.latents import DrawnLatents
+from align_cli.data.training import check_data, open_data
 from align_cli.errors import UserError
 from align_cli.methods.textcraftor.config import TextCraftorConfig
 from align_cli.settings import DataSettings

@@ -18,9 +18,9 @@ import pytest
 from typer.testing import CliRunner
 
 from align_cli import config
-from align_cli.cli import text as cli_text
 from align_cli.cli.main import app
 from align_cli.data import records
+from align_cli.data import training as training_data
 from align_cli.data.base import collate
 from align_cli.data.prompt_lists import PromptDataset
 from align_cli.errors import UserError
@@ -367,12 +367,12 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 def test_a_large_file_is_announced(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "p.txt", "a\n" * 600)
     for size, said in ((1201, ""), (1200, f"reading {path} (1.2 kB) ...\n")):
-        monkeypatch.setattr(cli_text, "LARGE_FILE", size)
-        cli_text.say_reading(str(path))
+        monkeypatch.setattr(training_data, "LARGE_FILE", size)
+        training_data.say_reading(str(path))
         assert capsys.readouterr().err == said
     monkeypatch.setenv("RANK", "1")
     for name in (str(path), str(tmp_path), "", "none.txt"):
-        cli_text.say_reading(name)
+        training_data.say_reading(name)
     assert capsys.readouterr().err == ""
 
 

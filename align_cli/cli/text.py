@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from align_cli.launched import tell
-
-LARGE_FILE = 100_000_000
-"""Bytes above which reading a file takes seconds."""
 
 
 def columns(rows: Iterable[Sequence[str]], gap: int = 2) -> str:
@@ -29,13 +25,3 @@ def columns(rows: Iterable[Sequence[str]], gap: int = 2) -> str:
 def say_loading(model: str) -> None:
     """Tell on stderr what takes the first seconds: to be called before torch is imported."""
     tell(f"loading {model} ...")
-
-
-def say_reading(path: str) -> None:
-    """Tell on stderr that a large file is about to be read; says nothing of any other path."""
-    from align_cli.data.filling import size_text
-
-    file = Path(path).expanduser()
-    size = file.stat().st_size if file.is_file() else 0
-    if size >= LARGE_FILE:
-        tell(f"reading {path} ({size_text(size)}) ...")

@@ -11,9 +11,9 @@ from align_cli import registry
 from align_cli.cli import options, planned
 from align_cli.cli.launching import launched_several
 from align_cli.cli.sharding import with_sharding
-from align_cli.cli.train_data import check_data, check_places, lacking
 from align_cli.cli.train_plan import Layers, check_allowed, describe, method_flags
 from align_cli.cli.watching import check_guard
+from align_cli.data.training import check_data, check_places, lacking
 from align_cli.errors import UserError
 from align_cli.files import only_writer
 from align_cli.launched import is_main

@@ -10,9 +10,9 @@ import typer
 
 from align_cli import config, publishing, registry
 from align_cli.cli.text import say_loading
-from align_cli.cli.train_data import open_data
 from align_cli.cli.train_outcome import conclude
 from align_cli.cli.watching import make_grid, make_guard
+from align_cli.data.training import open_data
 from align_cli.errors import UserError
 from align_cli.launched import is_main, world_size
 from align_cli.settings import OWN_SPACING

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from align_cli import config
-from align_cli.cli.train_data import open_data
 from align_cli.data.base import collate
 from align_cli.data.grounded import Grounded
+from align_cli.data.training import open_data
 from align_cli.errors import UserError
 from align_cli.methods.base import Batch
 from align_cli.models.base import BaseModel, Posterior

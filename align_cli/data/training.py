@@ -1,20 +1,21 @@
-"""What `t2ialign train` trains on: a dataset, or a folder of `t2ialign encode`. No torch at import."""
+"""What a run trains on: a dataset, or a folder of `t2ialign encode`. No torch at import."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from align_cli import config, registry
 from align_cli.adapters import read_adapter
-from align_cli.cli.text import say_reading
 from align_cli.errors import UserError
-from align_cli.launched import is_main
+from align_cli.launched import tell
 
 if TYPE_CHECKING:
     from align_cli.data.base import Dataset
+
+
+LARGE_FILE = 100_000_000
+"""Bytes above which reading a file takes seconds."""
 
 
 def check_data(resolved: config.Resolved) -> None:
@@ -75,11 +76,10 @@ def open_data(resolved: config.Resolved) -> Dataset:
     dataset: Dataset = kind(resolved.data, seed=resolved.train.seed, split="train", pictures=wanted)
     if isinstance(dataset, CachedDataset):
         _check_drawn(resolved, dataset.drawn)
-    elif stored and not wanted and is_main():
-        typer.echo(
+    elif stored and not wanted:
+        tell(
             f"note: {resolved.method} reads the prompts of {resolved.data.path} alone with these settings, "
-            "not its latents",
-            err=True,
+            "not its latents"
         )
     return dataset
 
@@ -101,9 +101,18 @@ def _check_drawn(resolved: config.Resolved, drawn: bool) -> None:
             f"{resolved.method} does not; encode pictures with t2ialign encode, or leave --cache "
             "(data.cache) away"
         )
-    if chosen.latents and not chosen.pictures and not drawn and is_main():
-        typer.echo(
+    if chosen.latents and not chosen.pictures and not drawn:
+        tell(
             f"note: {cache} holds encodings of pictures; {resolved.method} takes them for what the original "
-            "model draws (t2ialign encode --for draws such)",
-            err=True,
+            "model draws (t2ialign encode --for draws such)"
         )
+
+
+def say_reading(path: str) -> None:
+    """Tell on stderr that a large file is about to be read; says nothing of any other path."""
+    from align_cli.data.filling import size_text
+
+    file = Path(path).expanduser()
+    size = file.stat().st_size if file.is_file() else 0
+    if size >= LARGE_FILE:
+        tell(f"reading {path} ({size_text(size)}) ...")
