@@ -186,7 +186,7 @@ def test_encode_says_where_its_settings_come_from(tmp_path, monkeypatch):
     words = ["encode", "--limit", 8, "--layout", "captions", "--dry-run", "--no-costs"]
     text = ok(*words).stdout
     for key, value, origin in (
-        ("model.name", '"tiny-sd15"', "default"),
+        ("model.name", '"tiny-sd15"', "preset softrepa/tiny-sd15"),
         ("data.num_examples", "8", "--limit"),
         ("train.batch_size", "8", "preset softrepa/tiny-sd15"),
         ("layout", '"captions"', "--layout"),
