@@ -46,6 +46,7 @@ from align_cli.settings import ModelSettings, SampleSettings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import all_methods as script  # noqa: E402
+import tiny_adapters  # noqa: E402
 
 SKILLS = dict.fromkeys(("object", "color", "shape", "count", "relation", "background", "facts", "all"), 0.5)
 
@@ -173,6 +174,10 @@ def test_readme_shows_the_stored_table(stored):
     assert script.written(text, stored) == text
     for name in ("all-methods.png", f"all-methods_{stored.families[0].model}.png"):
         assert (script.STORED.parent / name).is_file()
+
+
+def test_every_method_on_every_embedded_model_is_packaged():
+    assert sorted(packaged_adapters()) == sorted(tiny_adapters.names())
 
 
 def test_the_table_is_of_the_packaged_adapters(stored):
