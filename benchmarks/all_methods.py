@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
 
-from align_cli.cli.eval_all import CHART, TABLE
-from align_cli.evaluation.all_methods import Comparison, footnote, markdown, read
+from align_cli.cli.eval_all import TABLE
+from align_cli.evaluation.all_methods import Comparison, footnote, markdown, read, to_text
+from align_cli.evaluation.forest import save_forest
 
 ROOT = Path(__file__).resolve().parent.parent
 README, STORED = ROOT / "README.md", Path(__file__).with_name("all-methods.json")
@@ -39,11 +41,12 @@ def written(text: str, found: Comparison) -> str:
 
 
 def main(folder: Path) -> None:
-    command = [sys.executable, "-m", "align_cli", "eval", "shapes", "--all-methods", "--out", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT)
-    found = read(folder / TABLE)
-    copyfile(folder / TABLE, STORED)
-    copyfile(folder / CHART, STORED.with_suffix(".png"))
+    """Measure, then write what README shows."""
+    words = ["eval", "shapes", "--all-methods"]
+    subprocess.run([sys.executable, "-m", "align_cli", *words, "--out", str(folder)], check=True, cwd=ROOT)
+    found = replace(read(folder / TABLE), command=["t2ialign", *words])  # without the folder's place
+    STORED.write_text(to_text(found), encoding="utf-8")
+    save_forest(found, STORED.with_suffix(".png"))
     first = found.families[0].model
     copyfile(folder / f"{first}.png", STORED.with_name(f"all-methods_{first}.png"))
     README.write_text(written(README.read_text(encoding="utf-8"), found), encoding="utf-8")
