@@ -292,7 +292,9 @@ def parse_spec(spec: str) -> tuple[str, float]:
     try:
         scale = float(text)
     except ValueError as error:
-        if "/" in text or Path(path).expanduser().exists() is False:
+        from align_cli import index  # what fetches over the network costs time to import
+
+        if "/" in text or not (Path(path).expanduser().exists() or index.knows(path)):
             return spec, 1.0  # an @ inside a path that does not exist: loading names it
         raise UserError(f"adapter {spec}: the scale after @ must be a number, got {text!r}") from error
     if not (math.isfinite(scale) and scale >= 0):

@@ -18,6 +18,7 @@ from typing import Any
 
 from align_cli import registry
 from align_cli.errors import UserError, unknown
+from align_cli.methods.applies import why_not_alias
 from align_cli.packaged import list_presets, read_preset, read_toml
 from align_cli.settings import (
     DataSettings,
@@ -452,6 +453,8 @@ def _preset_name(method: str, preset: str | None, user: _User) -> str | None:
     for name in names:
         if name in known:
             return name
+    if reason := why_not_alias(method, aliases):
+        raise UserError(f"{method} does not train {model}: {reason}")
     own = [name for name in known if name.startswith(f"{method}/")]
     raise UserError(
         f"{method} has no preset for the model {model!r}"

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -172,15 +173,22 @@ def locate(name: str) -> Path | None:
     return entry.folder
 
 
+def knows(name: str) -> bool:
+    """Whether a packaged or a published adapter has this name."""
+    return name in packaged_adapters() or name in read_index()
+
+
 def names_near(name: str) -> str:
     """What to add to "does not exist" for something that may be meant as a name of an adapter."""
     if not NAME.fullmatch(name):
         return ""
+    near = get_close_matches(name, [*packaged_adapters(), *read_index()], n=1, cutoff=0.8)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
     first = name.partition("/")[0]
     if first in registry.METHODS:
-        return f"; nor has the index of published adapters such a name ({', '.join(read_index())})"
+        return f"; nor has the index of published adapters such a name ({', '.join(read_index())}){meant}"
     own = [one for one in packaged_adapters() if one.startswith(f"{first}/")]
-    return f"; nor is there a packaged adapter of that name ({', '.join(own)})" if own else ""
+    return f"; nor is there a packaged adapter of that name ({', '.join(own)}){meant}" if own else meant
 
 
 def _bring(entry: Entry) -> None:

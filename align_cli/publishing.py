@@ -65,8 +65,8 @@ def card(path: Path | str, *, licence: str = "") -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {info.method}{stage} for {info.model_id}",
-        f"An adapter of [t2ialign](https://pypi.org/project/t2ialign/) that was made with {info.method}"
-        f"{stage}; it works on models of the family {info.family}.",
+        f"An adapter of t2ialign that was made with {info.method}{stage} for {info.model_id}; it works "
+        f"on models of the family {info.family} that have the same shapes.",
         _use(info, hub),
         _facts(info, len(content)),
         _settings(info),

@@ -132,6 +132,8 @@ def test_specs(folder):
             parse_spec(bad)
     with pytest.raises(UserError, match="scale after @ must be a number, got 'strong'"):
         parse_spec(f"{named}@strong")
+    with pytest.raises(UserError, match="scale after @ must be a number, got 'abc'"):
+        parse_spec("tiny-sd15/comat@abc")
 
 
 # ---------------------------------------------------------------- writing

@@ -106,7 +106,11 @@ def test_what_lies_beyond_the_plain_encoder_changes_the_picture(options, tmp_pat
         (["--stage", "final", "--preset", "none"], "longalign.stage must be one of align, reward, lcm"),
         (["--stage", "reward"], "stage reward stands on an earlier one: give its adapter with --from"),
         (["--from", "x"], "stage align stands on no other"),
-        (["--model", "tiny-sd3"], "longalign has no preset for the model 'tiny-sd3' and stage 'align'"),
+        (
+            ["--model", "tiny-sd3"],
+            "longalign does not train tiny-sd3: SD3 reads T5 with up to 512 tokens already",
+        ),
+        (["--model", "sd35-medium"], "longalign does not train sd35-medium: SD3 reads T5"),
         (["--model", "tiny-sd3", "--preset", "none"], "does not train models of the family sd3"),
         (["--set", "longalign.t5=nowhere"], "no T5 'nowhere': there is no such folder; get it with"),
         (["--data", "prompts", "--data-path", "list.txt"], "trains on pictures with captions"),

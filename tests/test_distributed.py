@@ -14,7 +14,7 @@ import pytest
 import torch
 from cli_helpers import refused
 from training_helpers import LinearMap, Points, scripted, settings
-from two_processes import GRADIENTS, LONGALIGN, comat, dpt, longalign, softrepa, textcraftor
+from two_processes import GRADIENTS, LONGALIGN, comat, dpt, longalign, shown, softrepa, textcraftor
 
 from align_cli.errors import UserError
 from align_cli.launched import is_main
@@ -85,6 +85,11 @@ def test_processes_that_see_another_folder_say_so(two):
 def test_a_tracker_leaves_the_processes_together(two):
     """What comes after it in two_processes.py works, too: averages, the end."""
     assert [report["tracked"] for report in two[1]] == [[1, 2, 3], []]
+
+
+def test_the_loss_that_is_shown_is_that_of_one_process(two):
+    alone = shown(Ranks(torch.device("cpu")))
+    assert [report["shown"] for report in two[1]] == pytest.approx([alone, alone], rel=1e-6)
 
 
 def test_two_processes_give_the_result_of_one(two, tmp_path):

@@ -318,6 +318,8 @@ def test_the_packaged_index():
 def test_a_name_that_the_index_lacks():
     with pytest.raises(UserError, match=r"does not exist .*; nor has the index .* \(softrepa/sd15, "):
         read_adapter("softrepa/sd2")
+    with pytest.raises(UserError, match=r"packaged adapter of that name .*did you mean 'tiny-sd15/comat'\?"):
+        read_adapter("tiny-sd15/comaat")
     with pytest.raises(UserError, match=r"does not exist \(adapter.json and adapter.safetensors\)$"):
         read_adapter("runs/one")
 

@@ -13,7 +13,9 @@ from training_helpers import LinearMap, Points, scripted, settings
 from align_cli.errors import UserError
 from align_cli.launched import is_main
 from align_cli.training.distributed import Ranks, leave_group, rank_device
+from align_cli.training.learner import Learner
 from align_cli.training.loop import train
+from align_cli.training.order import SliceOrder, batches
 
 CONFIG = {"method": "linear", "train": {"lr": 0.05}}
 GRADIENTS = "gradients.pt"
@@ -69,6 +71,16 @@ def failing(ranks: Ranks) -> str:
     except UserError as error:
         return str(error)
     return "no error"
+
+
+def shown(ranks: Ranks) -> float:
+    """The loss of a first step, as the display shows it."""
+    run, data = settings(), Points()
+    order = SliceOrder(
+        len(data), batch_size=run.batch_size, seed=run.seed, start=0, stop=1, rank=ranks.rank,
+        world_size=ranks.world_size,
+    )  # fmt: skip
+    return Learner(LinearMap(), run).step(0, batches(data, order, num_workers=0, pin=False))[1]
 
 
 def disagreeing(ranks: Ranks) -> dict[str, object]:
@@ -310,6 +322,7 @@ def main(out: Path, model_folder: str) -> None:
         found["bad"] = str(error)
     found["tracked"] = tracked(out / "tracked")
     found["agreed"] = disagreeing(ranks)
+    found["shown"] = shown(ranks)
     found["guarded"] = guarded(out / "guarded")
     found["softrepa"] = softrepa(model_folder, out / "softrepa")
     found["textcraftor"] = textcraftor(model_folder, out / "textcraftor")

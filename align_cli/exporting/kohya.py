@@ -54,7 +54,7 @@ def write_kohya(job: Job) -> Report:
 
 def _save(job: Job, parts: Sequence[Part], modules: Modules) -> dict[str, str]:
     said = save_kohya(job, parts, modules)
-    return {FILE: f"{said} in kohya's layout; AUTOMATIC1111, Forge, ComfyUI and diffusers open it"}
+    return {FILE: f"{said} in kohya's layout, for AUTOMATIC1111, Forge, ComfyUI and diffusers"}
 
 
 def save_kohya(job: Job, parts: Sequence[Part], modules: Modules) -> str:

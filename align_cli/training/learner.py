@@ -16,7 +16,7 @@ from align_cli.settings import TrainSettings
 from align_cli.training.checkpoint import Checkpoint
 from align_cli.training.distributed import Ranks
 from align_cli.training.ema import Ema
-from align_cli.training.log import Meter, is_loss
+from align_cli.training.log import Meter, is_loss, shown_loss
 from align_cli.training.order import step_seed
 from align_cli.training.schedule import lr_at
 
@@ -71,10 +71,11 @@ class Learner:
 
     def step(
         self, step: int, stream: Iterator[Batch], asked: Callable[[], bool] = lambda: False
-    ) -> tuple[dict[str, float], bool]:
+    ) -> tuple[dict[str, float], float, bool]:
         """One optimiser step on the next batches of `stream`.
 
-        Returns what the method reports, and whether any rank was `asked` to stop.
+        Returns what the method reports, the loss to show, which is the mean over ranks, and whether any rank
+        was `asked` to stop.
 
         Raises:
             UserError: a loss or a gradient is not finite; what the data or the method says.
@@ -100,12 +101,12 @@ class Learner:
                 slices.add(self.method.step(batch, ctx))
         values = slices.means()
         reported = any(not math.isfinite(v) for k, v in values.items() if is_loss(k))
-        flags = [float(reported or bool(self.bad_loss)), float(asked())]
-        bad, stop = self.ranks.average_gradients(self.parameters, flags)
+        flags = [float(reported or bool(self.bad_loss)), float(asked()), shown_loss(values)]
+        bad, stop, shown = self.ranks.average_gradients(self.parameters, flags)
         if bad:
             raise self._not_finite("loss", step)
         values |= self._update(step, rate)
-        return values, stop > 0
+        return values, shown / self.ranks.world_size, stop > 0
 
     @contextmanager
     def _told(self, step: int) -> Iterator[None]:

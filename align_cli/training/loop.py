@@ -27,7 +27,7 @@ from align_cli.training import run_folder
 from align_cli.training.checkpoint import Checkpoint, clean, load_newest, save_checkpoint
 from align_cli.training.guard import Guard, Guarded, Keeper
 from align_cli.training.learner import Learner
-from align_cli.training.log import Display, Meter, MetricsFile, duration_text, shown_loss
+from align_cli.training.log import Display, Meter, MetricsFile, duration_text
 from align_cli.training.order import SliceOrder, batches
 from align_cli.training.schedule import lr_at
 from align_cli.training.signals import StopSignals
@@ -194,13 +194,13 @@ class Run:
         self._make_up_grid(start)
         for step in range(start, s.steps):
             began = time.perf_counter()
-            values, stop = self.learner.step(step, stream, lambda: signals.received > 0)
+            values, shown, stop = self.learner.step(step, stream, lambda: signals.received > 0)
             self.meter.add(values)
             self.seconds += time.perf_counter() - began
             done = step + 1
             if done % s.log_every == 0:
                 self._log(done)
-            self.display.step(done, shown_loss(values))
+            self.display.step(done, shown)
             if done % s.save_every == 0 or done == s.steps or stop:
                 self._save(done)
             if self.keeper is not None and not stop:
