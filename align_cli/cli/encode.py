@@ -177,8 +177,8 @@ def encode(
         )
     check_folder(folder, resume=resume, overwrite=overwrite)
     if dry_run:
-        typer.echo(encode_work.settings_text(request, origin, otherwise))
-        encode_work.dry_run(request, folder, gpu, mfu, costs=not no_costs)
+        settings = encode_work.settings_text(request, origin, otherwise)
+        encode_work.dry_run(request, settings, folder, gpu, mfu, costs=not no_costs)
         return
     encode_work.fill(request, folder, resume=resume, overwrite=overwrite, content=verify)
 

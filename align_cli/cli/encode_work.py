@@ -103,14 +103,15 @@ def plan_text(work: Work, shapes: Shapes, index: Index, items: int) -> str:
 
 
 def dry_run(
-    request: Request, folder: Path, gpu: str | None, mfu: float | None, *, costs: bool = True
+    request: Request, settings: str, folder: Path, gpu: str | None, mfu: float | None, *, costs: bool = True
 ) -> None:
-    """Print it, and what the work costs; write nothing."""
+    """Print the settings, the plan, and what the work costs; write nothing."""
     from align_cli.cli.planned import say_encode
     from align_cli.data.filling import free_bytes, size_text
 
     work = work_of(request)
     shapes, index, items = work.outline()
+    typer.echo(settings)
     typer.echo(plan_text(work, shapes, index, items))
     typer.echo(f"output folder: {folder}, {size_text(free_bytes(folder))} free")
     if costs:
