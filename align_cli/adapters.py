@@ -226,9 +226,10 @@ def read_adapter(path: Path | str) -> tuple[Path, AdapterInfo, bytes]:
     if not folder.exists():
         from align_cli import index  # what fetches over the network costs time to import
 
-        near = index.names_near(str(path))
         if located := index.locate(str(path)):
             folder, path = located, f"{path} ({located})"
+        else:
+            near = index.names_near(str(path))
     if not folder.is_dir():
         what = "is a file; an adapter is a folder" if folder.exists() else "does not exist"
         raise UserError(f"adapter {path} {what} ({INFO} and {TENSORS}){near}")

@@ -16,7 +16,7 @@ from align_cli.adapters import AdapterInfo
 from align_cli.errors import UserError
 from align_cli.evaluation.arms import BASE
 from align_cli.evaluation.outcome import plain
-from align_cli.evaluation.stats import ALPHA, GAIN, LOSS, NO_CHANGE, TOO_FEW, holm
+from align_cli.evaluation.stats import GAIN, LOSS, NO_CHANGE, TOO_FEW, holm, verdict_of
 
 FORMAT = 1
 HEADLINE = "shapes/all"
@@ -175,8 +175,7 @@ def _judged(gains: Sequence[Gain]) -> list[Gain]:
     found = list(gains)
     for i, p in zip(known, holm(list(known.values())), strict=True):
         low, high = gains[i].low, gains[i].high
-        beyond = p <= ALPHA and low is not None and high is not None and not low <= 0 <= high
-        verdict = (GAIN if gains[i].difference > 0 else LOSS) if beyond else NO_CHANGE
+        verdict = NO_CHANGE if low is None or high is None else verdict_of(low, high, p)
         found[i] = replace(gains[i], verdict=verdict)
     return found
 

@@ -15,12 +15,19 @@ from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 INTERVALS = ("t", "bootstrap")
 MIN_CLUSTERS = 10
 """With fewer prompts than this no difference is called a gain or a loss: the interval cannot be trusted."""
-ALPHA = 0.05
-"""A corrected p above this says nothing."""
 RESAMPLES = 4000
 """Bootstrap resamples."""
 
 GAIN, LOSS, NO_CHANGE, TOO_FEW = "gain", "loss", "no significant change", "too few prompts"
+
+
+def verdict_of(low: float, high: float, p_adjusted: float, level: float = 0.95) -> str:
+    """Of enough prompts: gain or loss only where the interval excludes 0 and the corrected p is at most
+    1 - level.
+    """
+    if p_adjusted > 1 - level or low <= 0 <= high:
+        return NO_CHANGE
+    return GAIN if low > 0 else LOSS
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,7 @@ class Paired:
         """
         if self.clusters < MIN_CLUSTERS:
             return TOO_FEW
-        if p_adjusted > 1 - level or self.low <= 0 <= self.high:
-            return NO_CHANGE
-        return GAIN if self.low > 0 else LOSS
+        return verdict_of(self.low, self.high, p_adjusted, level)
 
     @property
     def win_rate(self) -> float:
