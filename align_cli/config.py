@@ -99,7 +99,7 @@ class Resolved:
 
     def to_toml(self) -> str:
         """The same layout as a preset, every line followed by its origin; `--config` reads it back."""
-        lines = [f"method = {_toml(self.method)}"]
+        lines = [f"method = {toml_text(self.method)}"]
         section = ""
         for key, value, origin in self.values():
             head, _, name = key.partition(".")
@@ -107,7 +107,7 @@ class Resolved:
                 section = head
                 lines += ["", f"[{section}]"]
             if value is not None:
-                lines.append(f"{name} = {_toml(value)}  # {origin}")
+                lines.append(f"{name} = {toml_text(value)}  # {origin}")
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -473,13 +473,15 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _toml(value: object) -> str:
+def toml_text(value: object) -> str:
+    """A value as a preset writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml_text, value))}]"
     if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{json.dumps(name)} = {_toml(item)}' for name, item in value.items())} }}"
+        items = ", ".join(f"{json.dumps(name)} = {toml_text(item)}" for name, item in value.items())
+        return f"{{ {items} }}" if items else "{}"
     return repr(value)

@@ -49,7 +49,7 @@ def card(path: Path | str, *, licence: str = "") -> str:
     from huggingface_hub import ModelCardData
 
     folder, info, content = read_adapter(path)
-    info, result = _public_info(info), public(_result(folder, info))
+    info, result = _public_info(info), publishable(_result(folder, info))
     hub = _hub_id(info.model_id)
     tags = ["t2ialign", info.method, "text-to-image", "diffusion"]
     rows = _rows(result)
@@ -102,12 +102,12 @@ def _hub_id(model: str) -> str:
     return "" if local or name.count("/") != 1 else name
 
 
-def public(value: Any) -> Any:
+def publishable(value: Any) -> Any:
     """The same, lists and tables to their ends, with the last word alone of every place on this machine."""
     if isinstance(value, Mapping):
-        return {public(name): public(item) for name, item in value.items()}
+        return {publishable(name): publishable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [public(item) for item in value]
+        return [publishable(item) for item in value]
     if not isinstance(value, str):
         return value
     kind, _, rest = value.partition(" ")
@@ -120,7 +120,7 @@ def public(value: Any) -> Any:
 
 def _public_info(info: AdapterInfo) -> AdapterInfo:
     """What adapter.json says to others: also without the settings that say something of the machine alone."""
-    facts = public(asdict(info))
+    facts = publishable(asdict(info))
     for key in LOCAL:
         section, _, name = key.partition(".")
         facts["config"].get(section, {}).pop(name, None)
@@ -259,7 +259,7 @@ def check(repo: str) -> Target:
 
 def push(path: Path | str, target: Target, *, public: bool = False, licence: str = "") -> str:
     """Upload an adapter with its card; returns the address of the commit. The folder stays as it is; of
-    adapter.json goes what `public` leaves of it.
+    adapter.json goes what `publishable` leaves of it.
 
     public: of a repository that does not exist yet; it is private otherwise.
     Raises:
@@ -291,7 +291,7 @@ def _of_public_things(result: Mapping[str, Any]) -> bool:
     if not found:
         return False
     named = [result.get("model", ""), found["benchmark"]["source"]]
-    return bool(public(named) == named)
+    return bool(publishable(named) == named)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 
 from typer.testing import CliRunner
 
@@ -25,3 +26,10 @@ def refused(*args: object) -> str:
     said = re.sub(r"^loading .* \.\.\.\n", "", result.stderr)
     assert said.startswith("error: ") and said.count("\n") == 1, result.stderr
     return said
+
+
+def free_port() -> str:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from cli_helpers import ok, refused
+from safetensors.torch import load_file, save_file
 from training_helpers import LinearMap, Points, settings, trace
 
 from align_cli.errors import UserError
@@ -112,6 +114,19 @@ def test_another_adapter_in_the_folder_that_a_run_started_from(tmp_path):
     check_allowed(["start", "data"], {"train.lr"})
 
 
+def test_other_weights_of_the_base_model(tmp_path):
+    """A part is named, `weights` stands for all; a run of a version that did not note them goes on."""
+    saved, now = ({"weights": {"denoiser": x, "vae": "c"}} for x in "ab")
+    assert check_same({}, now, "d", "d", tmp_path) == []
+    said = (
+        r"weights.denoiser \(sha256 of that part of the base model\): 'a' -> 'b'; .* --allow-change weights$"
+    )
+    with pytest.raises(UserError, match=said):
+        check_same(saved, now, "d", "d", tmp_path, ["weights.denoiser"])
+    assert check_same(saved, now, "d", "d", tmp_path, ["weights"]) == [("weights.denoiser", "a", "b")]
+    check_allowed(["weights"], {"train.lr"})
+
+
 def test_no_change_changes_nothing(tmp_path):
     run(tmp_path / "a", steps=8)
     run(tmp_path / "b", steps=4)
@@ -163,3 +178,29 @@ def test_the_command(tmp_path, tiny_sd15_folder):
     (out / "config.toml").unlink()  # killed between the two files that a run begins with
     ok(*on, "--steps", 7)
     assert f"lr = 0.5  # {text}" in (out / "config.toml").read_text()
+
+
+@pytest.mark.slow
+def test_a_base_model_that_was_trained_on_between_two_halves_of_a_run(tmp_path, tiny_sd15_folder):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd15_folder, model)
+    out = tmp_path / "run"
+    sets = {"data.num_workers": 0, "data.num_examples": 16, "train.num_threads": 1}
+    given = [
+        "--preset",
+        "none",
+        "--batch-size",
+        2,
+        *(w for k, v in sets.items() for w in ("--set", f"{k}={v}")),
+    ]
+    ok("train", "softrepa", "--model", model, *given, "--steps", 2, "--no-eval", "--out", out)
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.bias"][0] += 0.5
+    save_file(weights, path, {"format": "pt"})
+    on = ["train", "softrepa", "--resume", "--out", out, "--steps", 3]
+    assert "other settings: weights.denoiser (sha256 of that part of the base model)" in refused(*on)
+    ok(*on, "--allow-change", "weights")
+    changes = json.loads((out / "run.json").read_text())["changes"]
+    assert [(row["step"], row["key"]) for row in changes] == [(2, "weights.denoiser")]
+    ok(*on[:-1], 4)

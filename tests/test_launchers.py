@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_helpers import ok
+from cli_helpers import free_port, ok
 
 from align_cli.training.log import read_metrics
 
@@ -24,20 +23,15 @@ STEPS, NUM = 4, 5
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*have no caption")]
 
 
-def port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 STARTS: dict[str, Callable[[], list[str]]] = {
     "num-processes": lambda: ["-m", "align_cli"],
     "torchrun": lambda: [
-        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port(), "-m", "align_cli",
+        "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--master_port", free_port(), "-m", "align_cli",
     ],
     "accelerate": lambda: [
         "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--main_process_port", port(), "-m", "align_cli",
+        "--main_process_port", free_port(), "-m", "align_cli",
     ],
 }  # fmt: skip
 

@@ -17,19 +17,21 @@ PAGE = (Path(__file__).resolve().parent.parent / "docs" / "processes.md").read_t
 LINES = [line.strip() for line in PAGE.splitlines() if line.startswith("    ")]
 COMMANDS = [line for line in LINES if line.split()[0] in ("t2ialign", "torchrun", "accelerate")]
 FILES = dict(re.findall(r"`(\w+\.yaml)`[^\n]*\n\n```yaml\n(.*?)```", PAGE, re.DOTALL))
+KINDS = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
 
 
 def test_the_page_is_short():
-    assert PAGE.count("\n") < 150 and len(COMMANDS) == 9 and set(FILES) == {"ddp.yaml", "fsdp.yaml"}
+    assert PAGE.count("\n") < 170 and len(COMMANDS) == 10 and set(FILES) == {f"{name}.yaml" for name in KINDS}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ddp.yaml", "MULTI_GPU"), ("fsdp.yaml", "FSDP")])
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_files_are_configurations_of_accelerate(name, kind, tmp_path):
-    path = tmp_path / name
-    path.write_text(FILES[name])
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(FILES[path.name])
     found = load_config_from_file(str(path))
     assert found.distributed_type == kind and found.num_processes == 8
     assert found.fsdp_config == ({"fsdp_version": 2} if kind == "FSDP" else {})
+    assert found.deepspeed_config == ({"zero_stage": 3} if kind == "DEEPSPEED" else {})
 
 
 @pytest.mark.parametrize("line", COMMANDS)

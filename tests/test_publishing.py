@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData, constants
 from softrepa_helpers import save_random_adapter
 
 from align_cli.adapters import INFO, TENSORS, AdapterInfo, load_adapter, write_adapter
-from align_cli.publishing import PAPERS, card, public
+from align_cli.publishing import PAPERS, card, publishable
 from align_cli.registry import METHODS
 
 ROW = {"arm": "a", "metric": "all", "group": None, "base": 0.316, "aligned": 0.332, "difference": 0.016,
@@ -136,7 +136,7 @@ def test_a_picture_whose_title_names_a_place_stays_here(run, hub):
 
 def test_addresses_are_no_places():
     kept = ["https://host.org/a/b", "someone/red", "a 1/2 b", "preset softrepa/sd15", "embedded:tiny-t5", 3]
-    assert public(kept) == kept
+    assert publishable(kept) == kept
 
 
 def test_every_method_has_its_paper():

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import call, ok, refused
+from cli_helpers import call, free_port, ok, refused
 from test_distributed import run_two
 from two_processes import LONGALIGN, SHARDED, dpt, longalign, softrepa, textcraftor
 
+from align_cli.cli.sharding import KEY, Wish, wished
+from align_cli.errors import UserError
 from align_cli.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,33 +62,72 @@ def test_what_needs_whole_weights_is_refused(monkeypatch):
     assert "train.shard must be one of none, frozen" in refused("train", "softrepa", "--set", "train.shard=x")
 
 
+def shard_of(said) -> list[str]:
+    """Value and origin of train.shard in what --dry-run says."""
+    return next(line for line in said.stdout.splitlines() if line.startswith(KEY)).split()[1:]
+
+
 @pytest.mark.slow
-def test_what_accelerate_asks_for(monkeypatch):
+def test_accelerate_asks_for_fsdp(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with monkeypatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_FSDP", "true")
-        said = ok("train", "softrepa", "--dry-run")
-        assert said.stderr.count("note: accelerate asks for FSDP") == 1
-        row = next(line for line in said.stdout.splitlines() if line.startswith("train.shard"))
-        assert row.split() == ["train.shard", '"frozen"', "accelerate"]
-        comat = call("train", "comat", "--dry-run")
-        assert comat.exit_code == 2 and "leave it away (with accelerate" in comat.stderr
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    for words in (["train", "softrepa"], ["encode"], ["eval", "shapes"], ["sample", "--prompt", "x"]):
-        assert "DeepSpeed is not supported" in refused(*words)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    said = ok("train", "softrepa", "--dry-run")
+    assert said.stderr.count("note: accelerate asks for FSDP: the frozen weights are spread") == 1
+    assert shard_of(said) == ['"frozen"', "accelerate"]
+    comat = call("train", "comat", "--dry-run")
+    assert comat.exit_code == 2 and "leave it away (with accelerate" in comat.stderr
+    said = ok("train", "softrepa", "--dry-run", "--set", "train.shard=none")
+    assert "note: " not in said.stderr and shard_of(said)[0] == '"none"'
 
 
 @pytest.mark.slow
-def test_the_real_command_evaluates_and_saves_as_ever(tiny_sd15_folder, tmp_path):
+def test_accelerate_asks_for_deepspeed(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for stage in ("2", "3"):
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+        said = ok("train", "softrepa", "--dry-run")
+        does = "every process holds" if stage == "2" else "the frozen weights are spread"
+        text = f"note: accelerate asks for DeepSpeed's ZeRO-{stage} (its engine is not used): {does}"
+        assert said.stderr.count(text) == 1
+        assert shard_of(said) == (['"none"', "default"] if stage == "2" else ['"frozen"', "accelerate"])
+        assert "mixed_precision bf16 has no effect: train.precision is fp32\n" in said.stderr
+
+
+def test_the_stage_of_deepspeed(monkeypatch, tmp_path):
+    assert wished() is None
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert wished() == Wish("DeepSpeed's ZeRO-0 (its engine is not used)", False)
+    path = tmp_path / "ds.json"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # the file comes first
+    path.write_text('{"zero_optimization": {"stage": 3}}')
+    assert wished().spread
+    path.write_text('{"optimizer": {}}')
+    assert not wished().spread
+    path.write_text('{"zero_optimization": {"stage": "auto"}}')
+    with pytest.raises(UserError, match=r"zero_optimization.stage of .* must be one of .*, not 'auto'"):
+        wished()
+    for text in ("{", "[]", '{"zero_optimization": 3}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"configuration of DeepSpeed .*ds.json cannot be read: .*; mend"):
+            wished()
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_fsdp_evaluates_and_saves_as_ever(tiny_sd15_folder, tmp_path):
     sets = ["data.num_workers=0", "data.num_examples=16", "train.log_every=1", "softrepa.temperature=0.3"]
     sets += ["eval.num_prompts=4", "sample.steps=2", "sample.guidance=1.0"]
     words = ["train", "softrepa", "--model", str(tiny_sd15_folder), "--preset", "none", "--steps", "2"]
     words += [w for value in sets for w in ("--set", value)] + ["--batch-size", "4", "--device", "cpu"]
-    more = ["--num-processes", "2", "--set", "train.shard=frozen", "--out", str(tmp_path / "two")]
+    launch = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--main_process_port", free_port()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "align_cli", *words]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "align_cli", *words, *more]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+    out = ["--out", str(tmp_path / "two")]
+    done = subprocess.run([*command, *out], env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("note: accelerate asks for FSDP") == 1 and "returned a view" not in done.stderr
     ok(*words, "--out", tmp_path / "one")
     found = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert found[0]["evaluation"]["arms"][0] == found[1]["evaluation"]["arms"][0]

@@ -38,15 +38,9 @@ def launched_several(count: int) -> bool:
     terminal does not reach). The first process has the terminal.
 
     Raises:
-        UserError: the processes of a launcher are not started once more; accelerate with DeepSpeed.
+        UserError: the processes of a launcher are not started once more.
         typer.Exit: with the code of the process that failed first.
     """
-    if asked("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "DeepSpeed is not supported: its engine takes over the backward passes and the optimiser of one "
-            "model, and here small adapters are trained in several groups, with many backward passes a step; "
-            "give accelerate distributed_type MULTI_GPU, or FSDP, which spreads the frozen weights"
-        )
     _note_single()
     if count == 1 or FOLDER in os.environ:
         return False
@@ -65,17 +59,12 @@ def launched_several(count: int) -> bool:
 def _note_single() -> None:
     """`accelerate launch` starts one process on CPUs, however many are asked for: told, as it does not."""
     asked_for_several = "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ
-    if asked_for_several and asked("ACCELERATE_USE_CPU"):
+    if asked_for_several and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         typer.echo(
             "note: accelerate launch --cpu has started a single process; for several on CPUs give "
             "--num-processes N to t2ialign, in place of accelerate launch",
             err=True,
         )
-
-
-def asked(variable: str) -> bool:
-    """Whether accelerate launch has set this variable of the environment to true."""
-    return os.environ.get(variable, "").lower() == "true"
 
 
 class _Group:

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 import align_cli
 from align_cli import launched
 from align_cli.cli import doctor, edit, encode, eval, manage, sample, train
+from align_cli.cli.help import MethodHelp, SectionedHelp
 from align_cli.errors import UserError, first_line
 
 LESS_MEMORY = (
@@ -79,11 +80,11 @@ def _root(
         typer.echo(context.get_help())
 
 
-app.command("train")(train.train)
-app.command("sample")(sample.sample)
-app.command("edit")(edit.edit)
-app.command("encode")(encode.encode)
-app.command("eval")(eval.evaluate)
+app.command("train", cls=MethodHelp)(train.train)
+app.command("sample", cls=SectionedHelp)(sample.sample)
+app.command("edit", cls=SectionedHelp)(edit.edit)
+app.command("encode", cls=SectionedHelp)(encode.encode)
+app.command("eval", cls=SectionedHelp)(eval.evaluate)
 app.add_typer(manage.presets_app, name="presets")
 app.add_typer(manage.adapters_app, name="adapters")
 app.command("doctor")(doctor.doctor)

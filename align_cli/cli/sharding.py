@@ -1,36 +1,50 @@
-"""Whether the frozen weights of a training are spread over its processes. No torch."""
+"""What a training takes from the configuration of `accelerate launch`: whether the frozen weights are spread
+over the processes. No torch.
+
+accelerate hands its configuration on in variables of the environment.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import typer
 
-from align_cli.cli.launching import asked
 from align_cli.config import Resolved
-from align_cli.errors import UserError
+from align_cli.errors import UserError, first_line
 from align_cli.launched import is_main, world_size
 
 KEY = "train.shard"
+SPREAD = "the frozen weights are spread over the processes, what is trained stays whole (train.shard frozen)"
+WHOLE = "every process holds the whole model, what is trained and its optimiser (train.shard none)"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What accelerate asks for. name: in its words; spread: whether the frozen weights are to be spread."""
+
+    name: str
+    spread: bool
 
 
 def with_sharding(resolved: Resolved) -> Resolved:
     """The configuration with train.shard as accelerate's asks for it, where no layer says it.
 
     Raises:
-        UserError: sharded weights where a process needs them whole.
+        UserError: sharded weights where a process needs them whole; an unreadable configuration of DeepSpeed.
     """
-    wanted = resolved.train.shard
-    if wanted == "none" and resolved.origin[KEY] == "default" and asked("ACCELERATE_USE_FSDP"):
+    _note_precision(resolved)
+    wish = wished()
+    if wish is not None and resolved.train.shard == "none" and resolved.origin[KEY] == "default":
         if is_main():
-            typer.echo(
-                "note: accelerate asks for FSDP: the frozen weights are spread over the processes, what is "
-                "trained stays whole (train.shard frozen)",
-                err=True,
-            )
-        train = replace(resolved.train, shard="frozen")
-        resolved = replace(resolved, train=train, origin=resolved.origin | {KEY: "accelerate"})
+            typer.echo(f"note: accelerate asks for {wish.name}: {SPREAD if wish.spread else WHOLE}", err=True)
+        if wish.spread:
+            train = replace(resolved.train, shard="frozen")
+            resolved = replace(resolved, train=train, origin=resolved.origin | {KEY: "accelerate"})
     if resolved.train.shard == "none":
         return resolved
     alone = {"train.grid_every": resolved.train.grid_every, "guard.every": resolved.guard.every}
@@ -44,3 +58,51 @@ def with_sharding(resolved: Resolved) -> Resolved:
     if world_size() == 1:
         warnings.warn(f"{KEY} frozen has no effect in one process", stacklevel=2)
     return resolved
+
+
+def wished() -> Wish | None:
+    """FSDP or a stage of DeepSpeed's ZeRO, of which only what it spreads is taken; None for neither.
+
+    Raises:
+        UserError: the configuration file of DeepSpeed cannot be read, or its stage is none.
+    """
+    if _true("ACCELERATE_USE_FSDP"):
+        return Wish("FSDP", True)
+    if not _true("ACCELERATE_USE_DEEPSPEED"):
+        return None
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
+    where = "accelerate's zero_stage"
+    if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""):
+        where = f"zero_optimization.stage of {file}"
+        stage = _stage_in(Path(file))
+    if stage not in ("0", "1", "2", "3"):
+        raise UserError(f"{where} must be one of 0, 1, 2, 3, not {stage!r}; mend accelerate's configuration")
+    return Wish(f"DeepSpeed's ZeRO-{stage} (its engine is not used)", stage == "3")
+
+
+def _stage_in(path: Path) -> str:
+    """The stage of ZeRO in a configuration file of DeepSpeed; "0", its default, where it says none."""
+    try:
+        zero = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
+        return str(zero.get("stage", 0))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the configuration of DeepSpeed {path} cannot be read: {first_line(error)}; mend it, or give "
+            "accelerate zero_stage in its place"
+        ) from error
+
+
+def _note_precision(resolved: Resolved) -> None:
+    """accelerate's mixed_precision is not train.precision: told where they differ."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in ("no", resolved.train.precision) and is_main():
+        typer.echo(
+            f"note: accelerate's mixed_precision {asked} has no effect: train.precision is "
+            f"{resolved.train.precision}",
+            err=True,
+        )
+
+
+def _true(variable: str) -> bool:
+    """Whether accelerate launch has set this variable of the environment to true."""
+    return os.environ.get(variable, "").lower() == "true"

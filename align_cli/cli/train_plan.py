@@ -64,7 +64,7 @@ class Layers:
     def _resumed(self, folder: Path) -> config.Resolved:
         saved = run_folder.read_run(folder)
         where = str(folder / run_folder.RUN)
-        settings = {key: part for key, part in saved["config"].items() if key != run_folder.START}
+        settings = {key: part for key, part in saved["config"].items() if key not in run_folder.CONTENTS}
         old = config.Resolved.from_dict(settings, saved.get("origin"), where=where)
         if old.method != self.method:
             raise UserError(

@@ -37,6 +37,7 @@ def run(
     from rich.console import Console
 
     from align_cli.data.base import Fitted
+    from align_cli.data.cache import drawing_identity
     from align_cli.methods.applies import why_not
     from align_cli.models.loading import load_model
     from align_cli.models.sharding import shard_frozen
@@ -62,6 +63,7 @@ def run(
     resolved = with_own_sampling(resolved, model)
     if isinstance(dataset, Fitted):
         dataset.check_model(model)
+    weights = drawing_identity(model)  # before a method changes any
     method: Method = method_class(model, resolved.method_config, seed=resolved.train.seed)
     method.check(resolved.train)
     sharded = resolved.train.shard != "none" and world_size() > 1
@@ -73,7 +75,7 @@ def run(
         dataset,
         resolved.train,
         folder,
-        config=resolved.to_dict() | _start(resolved),
+        config=resolved.to_dict() | {run_folder.WEIGHTS: weights} | _start(resolved),
         origin=resolved.origin,
         config_text=lambda origin: replace(resolved, origin=dict(origin)).to_toml(),
         resume=resume,

@@ -33,12 +33,14 @@ def shard_frozen(model: BaseModel) -> None:
 
 
 def _blocks(module: nn.Module) -> Sequence[nn.Module]:
-    """What repeats: the entries of the module lists that hold weights, outermost first come last."""
+    """What repeats: the entries of the module lists that hold weights, outermost first come last. A single
+    layer in such a list (`to_out` of an attention) stays with the block that it is a part of.
+    """
     found = [
         child
         for part in module.modules()
         if isinstance(part, nn.ModuleList)
         for child in part
-        if any(True for _ in child.parameters())
+        if any(child.children()) and any(True for _ in child.parameters())
     ]
     return found[::-1]

@@ -51,8 +51,11 @@ FREE = frozenset(
     }
 )
 """Settings that may differ when a run goes on; data of another path or cache need the same fingerprint."""
-ALLOW, DATA, START = "--allow-change", "data", "start"
-"""The flag that lets settings differ, its words for the content of the data and of the adapter of --from."""
+ALLOW, DATA, START, WEIGHTS = "--allow-change", "data", "start", "weights"
+"""The flag that lets settings differ, its words for the content of the data, of the adapter of --from and of
+the base model."""
+CONTENTS = frozenset({START, WEIGHTS})
+"""Keys of run.json's configuration that are no settings: hashes of what the settings name."""
 FREE_SECTIONS = ("sample", "edit", "eval")
 WATCHED = ("sample.", "eval.kinds")
 """Beginnings of free settings that the guard measures with: measurements of two settings are not compared."""
@@ -204,11 +207,11 @@ def changes_in(raw: Mapping[str, Any], start: int) -> list[Change]:
 def check_allowed(allowed: Sequence[str], known: Collection[str]) -> None:
     """UserError for a KEY of --allow-change that is no setting, with the nearest one."""
     for key in allowed:
-        if key not in known and key not in (DATA, START):
+        if key not in known and key not in (DATA, START, WEIGHTS):
             ends = sorted(k for k in known if k.rpartition(".")[2] == key)
             if ends:
                 raise UserError(f"{ALLOW}: unknown key {key!r}; did you mean {' or '.join(map(repr, ends))}?")
-            raise unknown("key", key, [*known, DATA, START], where=ALLOW)
+            raise unknown("key", key, [*known, DATA, START, WEIGHTS], where=ALLOW)
 
 
 def check_same(
@@ -223,7 +226,7 @@ def check_same(
     began it did not have are free, single settings that it did not have are at their defaults.
 
     Args:
-        allowed: settings that may differ; DATA for the content of the data.
+        allowed: settings that may differ; DATA, START and WEIGHTS for contents.
     Returns:
         (key, before, now) of the allowed ones that do.
     Raises:
@@ -244,19 +247,28 @@ def check_same(
             found.append((key, first, after.get(key)))
     if saved_data != data:
         found.append((DATA, saved_data, data))
-    if refused := [(key, first, then) for key, first, then in found if key not in allowed]:
+    if refused := [change for change in found if _allowed_as(change[0]) not in allowed]:
         pairs = "; ".join(f"{_word(key)}: {first!r} -> {then!r}" for key, first, then in refused)
         raise UserError(
             f"{out} was begun with other settings: {pairs}; a resumed run keeps its settings: give those it "
             f"was begun with, start a new run with another --out, or let one differ with --allow-change "
-            f"{refused[0][0]}"
+            f"{_allowed_as(refused[0][0])}"
         )
     return found
 
 
+def _allowed_as(key: str) -> str:
+    """What --allow-change calls a key: whichever part of the base model differs, it is `weights`."""
+    return WEIGHTS if key.startswith(f"{WEIGHTS}.") else key
+
+
 def _word(key: str) -> str:
-    words = {DATA: "data (fingerprint of its content)", START: "start (sha256 of the adapter of --from)"}
-    return words.get(key, key)
+    words = {
+        DATA: "data (fingerprint of its content)",
+        START: "start (sha256 of the adapter of --from)",
+        WEIGHTS: f"{key} (sha256 of that part of the base model)",
+    }
+    return words.get(_allowed_as(key), key)
 
 
 def resume_command(method: str, out: Path) -> str:
