@@ -332,6 +332,11 @@ def test_a_model_of_the_shapes_world_is_measured_whatever_it_was_trained_on(tmp_
 # ------------------------------------------------------------------ bad input
 
 
+def test_a_batch_that_cannot_be_is_refused_before_the_model_is_loaded(tmp_path, options, monkeypatch):
+    monkeypatch.setattr("align_cli.models.loading.load_model", lambda *_: pytest.fail("loaded"))
+    assert "fewer than one batch of 33" in refused(*options, "--out", tmp_path / "run", "--batch-size", "33")
+
+
 def test_user_errors_leave_nothing_behind(tmp_path, options):
     out = tmp_path / "run"
 

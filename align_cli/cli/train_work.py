@@ -45,8 +45,10 @@ def run(
     from align_cli.training.distributed import Ranks, leave_group, on_rank
     from align_cli.training.loop import tracker_available
     from align_cli.training.loop import train as train_loop
+    from align_cli.training.order import check_batch
 
     tracker_available(resolved.train.tracker)
+    check_batch(len(dataset), resolved.train.batch_size, world_size())
     resolved = with_idle_encoders(resolved, dataset)
     model = load_model(on_rank(resolved.model))
     if model.family not in method_class.families:

@@ -35,6 +35,20 @@ def item_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, index, ITEM])
 
 
+def check_batch(n: int, batch_size: int, world_size: int) -> None:
+    """UserError for a global batch of more than the `n` examples, or that the processes cannot share."""
+    if n < batch_size:
+        raise UserError(
+            f"the dataset has {n} examples, fewer than one batch of {batch_size}; "
+            f"lower --batch-size to at most {n} or give more data"
+        )
+    if batch_size % world_size:
+        raise UserError(
+            f"train.batch_size {batch_size} cannot be split over {world_size} processes; "
+            f"take a multiple of {world_size} (it counts the pairs of all processes together)"
+        )
+
+
 class SliceOrder(Sampler[list[tuple[int, int]]]):
     """This rank's (epoch, index) keys of every slice of the run.
 
@@ -45,16 +59,7 @@ class SliceOrder(Sampler[list[tuple[int, int]]]):
     def __init__(
         self, n: int, *, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        if n < batch_size:
-            raise UserError(
-                f"the dataset has {n} examples, fewer than one batch of {batch_size}; "
-                f"lower --batch-size to at most {n} or give more data"
-            )
-        if batch_size % world_size:
-            raise UserError(
-                f"train.batch_size {batch_size} cannot be split over {world_size} processes; "
-                f"take a multiple of {world_size} (it counts the pairs of all processes together)"
-            )
+        check_batch(n, batch_size, world_size)
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.start, self.stop = start, stop
         self.rank, self.share = rank, batch_size // world_size
