@@ -209,8 +209,8 @@ def test_its_numbers_are_those_of_its_pictures(stored):
 
 @pytest.mark.slow
 def test_the_packaged_adapters_draw_what_the_table_says(stored):
-    """The first batch of pictures, drawn anew. Another kind of machine may round otherwise, and a picture
-    that is nearly right may fall on the other side: two of a batch may differ.
+    """The first pictures, drawn anew. Another kind of machine may round otherwise, and a picture that is
+    nearly right may fall on the other side: one of sixteen may differ.
     """
     prompts = load_set("shapes", SetOptions(num=stored.num, seed=stored.seed))
     for family in stored.families:
@@ -218,14 +218,14 @@ def test_the_packaged_adapters_draw_what_the_table_says(stored):
             load_model(ModelSettings(name=family.model, device="cpu")),
             SampleSettings(**family.sample),
         )
-        items = make_items(prompts, 1, stored.seed)[: settings.batch_size]
+        items = make_items(prompts, 1, stored.seed)[:16]
         texts, seeds = [item.row.text for item in items], [item.seed for item in items]
         stacks = {row.adapter: ([str(packaged_adapters()[row.adapter])], row.right) for row in family.rows}
         for name, (stack, right) in {"base": ([], family.right), **stacks}.items():
             with attach(model, stack):
                 pictures = to_uint8(sample(model, texts, settings, seeds))
             found = ShapesBenchmark().judge(pictures, list(prompts.scenes[: len(items)]))["all"]
-            assert sum(int(x) != int(old) for x, old in zip(found, right, strict=False)) <= 2, (name, found)
+            assert sum(int(x) != int(old) for x, old in zip(found, right, strict=False)) <= 1, (name, found)
 
 
 @pytest.mark.slow
@@ -237,7 +237,7 @@ def test_the_command(tmp_path):
     assert [family.model for family in found.families] == ["tiny-sd15"] and found.num == 6
     names = [row.adapter for row in found.families[0].rows]
     assert names == [name for name in packaged_adapters() if name.startswith("tiny-sd15/")]
-    assert all(row.overhead > 0.3 for row in found.families[0].rows)
+    assert all(row.overhead > 0 for row in found.families[0].rows)
     assert "SoftREPA" in said and (tmp_path / "t" / "table.png").is_file()
     assert markdown(found) in (tmp_path / "t" / "table.md").read_text()
     again = ok(
