@@ -123,6 +123,10 @@ def test_other_weights_of_the_base_model(tmp_path):
     )
     with pytest.raises(UserError, match=said):
         check_same(saved, now, "d", "d", tmp_path, ["weights.denoiser"])
+    saved["model"], now["model"] = {"dtype": "float32"}, {"dtype": "float16"}
+    with pytest.raises(UserError, match=r"with --allow-change model.dtype --allow-change weights$"):
+        check_same(saved, now | {"weights": {"denoiser": "b", "vae": "d"}}, "d", "d", tmp_path)
+    now["model"] = saved["model"]
     assert check_same(saved, now, "d", "d", tmp_path, ["weights"]) == [("weights.denoiser", "a", "b")]
     check_allowed(["weights"], {"train.lr"})
 

@@ -15,6 +15,9 @@ from two_processes import LONGALIGN, SHARDED, dpt, longalign, softrepa, textcraf
 
 from align_cli.cli.sharding import KEY, Wish, wished
 from align_cli.errors import UserError
+from align_cli.models.loading import load_model
+from align_cli.models.sharding import blocks
+from align_cli.settings import ModelSettings
 from align_cli.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +65,14 @@ def test_what_needs_whole_weights_is_refused(monkeypatch):
     assert "train.shard must be one of none, frozen" in refused("train", "softrepa", "--set", "train.shard=x")
 
 
+@pytest.mark.parametrize("name", ["tiny-sd15", "tiny-sd3", "tiny-sdxl"])
+def test_no_single_layer_is_a_block(name):
+    found = blocks(load_model(ModelSettings(name=name, device="cpu")).denoiser)
+    kinds = {type(block).__name__ for block in found}
+    assert kinds & {"BasicTransformerBlock", "JointTransformerBlock"}
+    assert not kinds & {"Linear", "GEGLU", "GELU", "Upsample2D", "Downsample2D"}
+
+
 def shard_of(said) -> list[str]:
     """Value and origin of train.shard in what --dry-run says."""
     return next(line for line in said.stdout.splitlines() if line.startswith(KEY)).split()[1:]
@@ -98,7 +109,7 @@ def test_accelerate_asks_for_deepspeed(monkeypatch):
 def test_the_stage_of_deepspeed(monkeypatch, tmp_path):
     assert wished() is None
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert wished() == Wish("DeepSpeed's ZeRO-0 (its engine is not used)", False)
+    assert wished() == Wish("DeepSpeed's ZeRO-2 (its engine is not used)", False)  # accelerate's default
     path = tmp_path / "ds.json"
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # the file comes first
@@ -106,13 +117,25 @@ def test_the_stage_of_deepspeed(monkeypatch, tmp_path):
     assert wished().spread
     path.write_text('{"optimizer": {}}')
     assert not wished().spread
-    path.write_text('{"zero_optimization": {"stage": "auto"}}')
-    with pytest.raises(UserError, match=r"zero_optimization.stage of .* must be one of .*, not 'auto'"):
+    path.write_text('{"zero_optimization": {"stage": 4}}')
+    with pytest.raises(UserError, match=r"zero_optimization.stage of .* must be one of .*, not '4'"):
         wished()
+    path.write_text('{"zero_optimization": {"stage": "auto"}}')  # accelerate fills in its own
+    assert wished() == Wish("DeepSpeed's ZeRO-2 (its engine is not used)", False)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert wished().spread
     for text in ("{", "[]", '{"zero_optimization": 3}'):
         path.write_text(text)
         with pytest.raises(UserError, match=r"configuration of DeepSpeed .*ds.json cannot be read: .*; mend"):
             wished()
+
+
+@pytest.mark.parametrize(("version", "spread"), [("1", False), ("2", True)])
+def test_fsdp_that_is_not_to_shard(version, spread, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setenv("FSDP_SHARDING_STRATEGY", "NO_SHARD")
+    assert wished().spread is spread
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from training_helpers import FullDisk, LinearMap, Points, settings, trace
 
@@ -420,6 +422,24 @@ def test_run_files_that_cannot_be_read(tmp_path):
 def test_a_broken_example_ends_the_run_with_its_name(tmp_path):
     with pytest.raises(UserError, match=r"image 11\.jpg is broken"):
         run(tmp_path, dataset=Points(broken=11))
+
+
+def test_a_tracker_beside_deepspeed_of_accelerate_launch(tmp_path, monkeypatch):
+    """Its plugin would want the package, and have transformers load the model of the evaluation in parts."""
+    steps: list[int] = []
+
+    class Told(GeneralTracker):
+        name, requires_logging_directory, tracker = "told", False, None
+
+        def log(self, values, step=None, **options):
+            steps.append(step)
+
+    for name in ("USE_DEEPSPEED", "USE_FSDP"):
+        monkeypatch.setenv(f"ACCELERATE_{name}", "true")
+    monkeypatch.setattr(loop, "tracker_available", lambda _name: None)  # none is installed
+    monkeypatch.setattr(loop, "Accelerator", lambda **_options: Accelerator(log_with=Told()))
+    run(tmp_path / "run", changes={"steps": 2, "tracker": "tensorboard"})
+    assert steps == [1, 2] and os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"
 
 
 def test_a_missing_tracker_is_told_before_anything_is_written(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ class MethodHelp(SectionedHelp):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Presets and settings of the method, or how to see them."""
-        method = ctx.meta[METHOD]
+        method = ctx.meta.get(METHOD)
         if method not in registry.METHOD_CONFIGS:
             formatter.write_paragraph()
             formatter.write_text("'t2ialign train METHOD --help' shows a method's own settings, too.")

@@ -21,6 +21,8 @@ from align_cli.launched import is_main, world_size
 KEY = "train.shard"
 SPREAD = "the frozen weights are spread over the processes, what is trained stays whole (train.shard frozen)"
 WHOLE = "every process holds the whole model, what is trained and its optimiser (train.shard none)"
+NO_SHARD = ("NO_SHARD", "3")
+"""As accelerate writes that strategy of FSDP's first version: every process holds the whole model."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,25 @@ def wished() -> Wish | None:
         UserError: the configuration file of DeepSpeed cannot be read, or its stage is none.
     """
     if _true("ACCELERATE_USE_FSDP"):
-        return Wish("FSDP", True)
+        whole = os.environ.get("FSDP_SHARDING_STRATEGY", "").upper() in NO_SHARD
+        whole = whole and os.environ.get("FSDP_VERSION", "1") == "1"  # the second has no such setting
+        return Wish("FSDP without sharding" if whole else "FSDP", not whole)
     if not _true("ACCELERATE_USE_DEEPSPEED"):
         return None
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # as in accelerate
     where = "accelerate's zero_stage"
-    if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""):
-        where = f"zero_optimization.stage of {file}"
-        stage = _stage_in(Path(file))
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none" and (said := _stage_in(Path(file))) != "auto":
+        stage, where = said, f"zero_optimization.stage of {file}"
     if stage not in ("0", "1", "2", "3"):
         raise UserError(f"{where} must be one of 0, 1, 2, 3, not {stage!r}; mend accelerate's configuration")
     return Wish(f"DeepSpeed's ZeRO-{stage} (its engine is not used)", stage == "3")
 
 
 def _stage_in(path: Path) -> str:
-    """The stage of ZeRO in a configuration file of DeepSpeed; "0", its default, where it says none."""
+    """The stage of ZeRO in a configuration file of DeepSpeed; "0", its default, where it says none. "auto":
+    accelerate's.
+    """
     try:
         zero = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
         return str(zero.get("stage", 0))

@@ -98,7 +98,8 @@ def train(
         typer.Option(
             "--allow-change",
             metavar="KEY",
-            help="--resume: this setting may differ from now on (data: the content of the data); repeatable.",
+            help="--resume: this setting may differ from now on; repeatable. Also data (its content), start "
+            "(the adapter of --from), weights (those of the base model).",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,

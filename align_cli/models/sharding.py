@@ -27,20 +27,21 @@ def shard_frozen(model: BaseModel) -> None:
     for module in modules:
         for p in module.parameters():
             p.data = p.data.contiguous()  # FSDP takes no other memory format; models here are channels-last
-        for block in _blocks(module):
+        for block in blocks(module):
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
 
 
-def _blocks(module: nn.Module) -> Sequence[nn.Module]:
+def blocks(module: nn.Module) -> Sequence[nn.Module]:
     """What repeats: the entries of the module lists that hold weights, outermost first come last. A single
-    layer in such a list (`to_out` of an attention) stays with the block that it is a part of.
+    layer in such a list, bare or wrapped (`to_out` of an attention, the GEGLU of a feed-forward), stays with
+    the block that it is a part of.
     """
     found = [
         child
         for part in module.modules()
         if isinstance(part, nn.ModuleList)
         for child in part
-        if any(child.children()) and any(True for _ in child.parameters())
+        if sum(any(True for _ in layer.parameters(recurse=False)) for layer in child.modules()) > 1
     ]
     return found[::-1]

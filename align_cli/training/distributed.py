@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 
 from align_cli.errors import UserError
@@ -50,6 +52,17 @@ def on_rank(model: ModelSettings) -> ModelSettings:
     return replace(model, device=rank_device(model.device), encoder_device=rank_device(model.encoder_device))
 
 
+def without_plugins() -> AbstractContextManager[None]:
+    """Inside, accelerate sets up neither DeepSpeed nor FSDP nor a precision, whatever `accelerate launch` was
+    told: it would want the package deepspeed, and have transformers load later models in parts.
+    """
+    names = ("accelerate_use_deepspeed", "accelerate_use_fsdp")
+    plugins: AbstractContextManager[None] = patch_environment(
+        **dict.fromkeys(names, "false"), accelerate_mixed_precision="no"
+    )
+    return plugins
+
+
 class Ranks:
     """This process among all processes of the run."""
 
@@ -61,7 +74,8 @@ class Ranks:
         several = {"timeout": PATIENCE} if world_size() > 1 else {}
         if several and device.type == "cpu":
             PartialState(cpu=True, **several)  # gloo, on a machine with GPUs too
-        state = PartialState(**several)
+        with without_plugins():
+            state = PartialState(**several)
         self.device = device
         self.rank, self.world_size = int(state.process_index), int(state.num_processes)
         self.main = self.rank == 0

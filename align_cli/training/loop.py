@@ -25,6 +25,7 @@ from align_cli.methods.base import Method
 from align_cli.settings import TrainSettings
 from align_cli.training import run_folder
 from align_cli.training.checkpoint import Checkpoint, clean, load_newest, save_checkpoint
+from align_cli.training.distributed import without_plugins
 from align_cli.training.guard import Guard, Guarded, Keeper
 from align_cli.training.learner import Learner
 from align_cli.training.log import Display, Meter, MetricsFile, duration_text
@@ -361,7 +362,8 @@ class Run:
         folder = self.out / run_folder.TRACKER
         with file_errors(f"cannot write to {folder}"):
             folder.mkdir(exist_ok=True)
-        self.tracker = Accelerator(log_with=self.settings.tracker, project_dir=folder)
+        with without_plugins():
+            self.tracker = Accelerator(log_with=self.settings.tracker, project_dir=folder)
         values = {k: v for k, v in run_folder.flat(self.config).items() if isinstance(v, int | float | str)}
         self.tracker.init_trackers("t2ialign", config=values)
 

@@ -249,10 +249,10 @@ def check_same(
         found.append((DATA, saved_data, data))
     if refused := [change for change in found if _allowed_as(change[0]) not in allowed]:
         pairs = "; ".join(f"{_word(key)}: {first!r} -> {then!r}" for key, first, then in refused)
+        flags = " ".join(f"{ALLOW} {name}" for name in dict.fromkeys(_allowed_as(key) for key, *_ in refused))
         raise UserError(
             f"{out} was begun with other settings: {pairs}; a resumed run keeps its settings: give those it "
-            f"was begun with, start a new run with another --out, or let one differ with --allow-change "
-            f"{_allowed_as(refused[0][0])}"
+            f"was begun with, start a new run with another --out, or let them differ with {flags}"
         )
     return found
 
