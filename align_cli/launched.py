@@ -32,6 +32,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def asked(variable: str) -> bool:
+    """Whether `accelerate launch` has set this variable of the environment to true."""
+    return os.environ.get(variable, "").lower() == "true"
+
+
 def tell(text: str) -> None:
     """A line on stderr, by the first process alone."""
     if is_main():

@@ -149,6 +149,8 @@ def test_help_loads_no_heavy_package(command):
         (["doctor", "--jsno"], "No such option"),
         (["presets", "show"], "Missing argument 'NAME'"),
         (["--nothing"], "No such option"),
+        (["sample", "--n"], "Option '--n' requires an argument (see t2ialign sample --help)"),
+        (["train", "softrepa", "--set"], "Option '--set' requires an argument (see t2ialign train --help)"),
         (["presets"], "Missing command (see t2ialign presets --help)"),
     ],
 )

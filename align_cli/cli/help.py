@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
 from align_cli import registry
@@ -49,12 +50,26 @@ ELSEWHERE = {
     "eval": {"--weights": MEASURING, "--json": OUTPUT},
 }
 """Command -> option -> section, where the same option is about something else."""
+UsageError: Any = typer.BadParameter.__mro__[1]
+"""Typer's own usage error (unknown option, missing argument, ...), a class that Typer does not export."""
 METHOD = "align_cli.method"
 """Where the context keeps the method that the help is asked for."""
 
 
 class SectionedHelp(TyperCommand):
-    """A command whose options are shown by what they are about."""
+    """A command whose options are shown by what they are about, and each mistake in them names its help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Some errors of Typer's parser say no command."""
+        try:
+            return self.parsed(ctx, args)
+        except UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
+    def parsed(self, ctx: Any, args: list[str]) -> list[str]:
+        """What is left of the arguments."""
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments, then the options section by section, one column for all."""
@@ -74,10 +89,10 @@ class SectionedHelp(TyperCommand):
 class MethodHelp(SectionedHelp):
     """The same, and under it the settings of the method that stands in the command line."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parsed(self, ctx: Any, args: list[str]) -> list[str]:
         """--help is answered before the arguments are looked at: the method is noted here."""
         ctx.meta[METHOD] = self.make_parser(ctx).parse_args(args=list(args))[0].get("method")
-        return super().parse_args(ctx, args)
+        return super().parsed(ctx, args)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Presets and settings of the method, or how to see them."""

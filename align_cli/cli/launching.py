@@ -22,7 +22,7 @@ from types import FrameType
 import typer
 
 from align_cli.errors import UserError
-from align_cli.launched import FOLDER, note_path, world_size
+from align_cli.launched import FOLDER, asked, note_path, world_size
 
 LEAVE_SECONDS, STOP_SECONDS = 3.0, 5.0
 """After the failure of one process: until the others are told to stop, and then until they are killed."""
@@ -59,7 +59,7 @@ def launched_several(count: int) -> bool:
 def _note_single() -> None:
     """`accelerate launch` starts one process on CPUs, however many are asked for: told, as it does not."""
     asked_for_several = "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ
-    if asked_for_several and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    if asked_for_several and asked("ACCELERATE_USE_CPU"):
         typer.echo(
             "note: accelerate launch --cpu has started a single process; for several on CPUs give "
             "--num-processes N to t2ialign, in place of accelerate launch",

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 import align_cli
 from align_cli import launched
 from align_cli.cli import doctor, edit, encode, eval, manage, sample, train
-from align_cli.cli.help import MethodHelp, SectionedHelp
+from align_cli.cli.help import MethodHelp, SectionedHelp, UsageError
 from align_cli.errors import UserError, first_line
 
 LESS_MEMORY = (
@@ -22,8 +22,6 @@ LESS_MEMORY = (
     "also --set train.gradient_checkpointing=true; what is finished is kept, see docs/troubleshooting.md"
 )
 """What a user may do."""
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-"""Typer's own usage error (unknown option, missing argument, ...), a class that Typer does not export."""
 
 
 class OneLineErrors(TyperGroup):
@@ -49,7 +47,7 @@ class OneLineErrors(TyperGroup):
             if not _memory_lacks(error):
                 raise
             sys.exit(_fail(f"not enough memory ({first_line(error).rstrip('.')}); {LESS_MEMORY}"))
-        except _UsageError as error:
+        except UsageError as error:
             sys.exit(_fail(_usage_text(error)))
         except typer.Abort:
             sys.exit(_fail("stopped", 1))

@@ -16,7 +16,7 @@ import typer
 
 from align_cli.config import Resolved
 from align_cli.errors import UserError, first_line
-from align_cli.launched import is_main, world_size
+from align_cli.launched import asked, is_main, world_size
 
 KEY = "train.shard"
 SPREAD = "the frozen weights are spread over the processes, what is trained stays whole (train.shard frozen)"
@@ -68,11 +68,11 @@ def wished() -> Wish | None:
     Raises:
         UserError: the configuration file of DeepSpeed cannot be read, or its stage is none.
     """
-    if _true("ACCELERATE_USE_FSDP"):
+    if asked("ACCELERATE_USE_FSDP"):
         whole = os.environ.get("FSDP_SHARDING_STRATEGY", "").upper() in NO_SHARD
         whole = whole and os.environ.get("FSDP_VERSION", "1") == "1"  # the second has no such setting
         return Wish("FSDP without sharding" if whole else "FSDP", not whole)
-    if not _true("ACCELERATE_USE_DEEPSPEED"):
+    if not asked("ACCELERATE_USE_DEEPSPEED"):
         return None
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # as in accelerate
     where = "accelerate's zero_stage"
@@ -100,15 +100,10 @@ def _stage_in(path: Path) -> str:
 
 def _note_precision(resolved: Resolved) -> None:
     """accelerate's mixed_precision is not train.precision: told where they differ."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if asked not in ("no", resolved.train.precision) and is_main():
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if wanted not in ("no", resolved.train.precision) and is_main():
         typer.echo(
-            f"note: accelerate's mixed_precision {asked} has no effect: train.precision is "
+            f"note: accelerate's mixed_precision {wanted} has no effect: train.precision is "
             f"{resolved.train.precision}",
             err=True,
         )
-
-
-def _true(variable: str) -> bool:
-    """Whether accelerate launch has set this variable of the environment to true."""
-    return os.environ.get(variable, "").lower() == "true"
