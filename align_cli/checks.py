@@ -23,3 +23,12 @@ def require_multiple(key: str, side: int, factor: int, model: str) -> None:
         side % factor == 0,
         f"{key} must be a multiple of {factor} pixels for {model}, got {side}; try {near}",
     )
+
+
+def require_shares(batch_size: int, processes: int) -> None:
+    """Raise `UserError` unless every process gets an equal share of a global batch."""
+    require(
+        batch_size % processes == 0,
+        f"train.batch_size {batch_size} cannot be split over {processes} processes; take a multiple of "
+        f"{processes} (it counts the pairs of all processes together)",
+    )

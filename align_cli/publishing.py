@@ -175,6 +175,8 @@ def _settings(info: AdapterInfo) -> str:
         chosen = not origin.startswith(("default", "preset", "the model", "official"))
         if chosen and name in info.config.get(section, {}):
             lines.append(f"| `{key}` | {_shown(info.config[section][name])} | {origin} |")
+        elif key in (run_folder.DATA, run_folder.START) or section == run_folder.WEIGHTS:
+            lines.append(f"| content of `{key}` | another one | {origin} |")
     presets = sorted({origin for origin in info.origin.values() if origin.startswith("preset")})
     base = f"On top of {', '.join(presets)}" if presets else "On top of the defaults"
     if not info.origin:

@@ -192,7 +192,7 @@ def _scorer(name: str) -> dict[str, Any]:
 
 def _audit(what: str, name: str, cut: int, n: int, prompts: Sequence[Prompt]) -> dict[str, Any]:
     examples = [{"id": f"p{i:04d}", "lost": " ".join(prompts[i].text.split()[-3:])} for i in range(cut)]
-    return {"what": what, "name": name, "limit": 77, "cut": cut, "of": n, "examples": examples}
+    return {"what": what, "name": name, "arms": [], "limit": 77, "cut": cut, "of": n, "examples": examples}
 
 
 def _drift(arm: str, base: np.ndarray, aligned: np.ndarray) -> dict[str, Any]:

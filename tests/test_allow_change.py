@@ -207,4 +207,7 @@ def test_a_base_model_that_was_trained_on_between_two_halves_of_a_run(tmp_path, 
     ok(*on, "--allow-change", "weights")
     changes = json.loads((out / "run.json").read_text())["changes"]
     assert [(row["step"], row["key"]) for row in changes] == [(2, "weights.denoiser")]
+    for said in (ok("adapters", "info", out).stdout, ok("adapters", "card", out).stdout):
+        line = next(line for line in said.splitlines() if "weights.denoiser" in line)
+        assert "changed at step 2 from '" in line and line.startswith(("content  ", "| content of `"))
     ok(*on[:-1], 4)

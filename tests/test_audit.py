@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from align_cli.cuts import Cut, cuts
-from align_cli.evaluation.audit import audit, audit_words
+from align_cli.evaluation.audit import audit, audit_words, by_arm
 from align_cli.evaluation.prompts import PromptRow, PromptSet
 from align_cli.models.frozen import token_ids
 
@@ -89,3 +89,15 @@ def test_audit_counts_and_shows_the_worst():
     assert audit_words(found) == ["text encoder text_encoder reads 10 tokens and cuts 3 of 4 prompts"]
     with pytest.raises(ValueError, match="4 prompts but 1 cuts"):
         audit(prompts, {"x": [Cut(1, 1, "")]}, "scorer")
+
+
+def test_arms_that_read_in_different_ways_are_named():
+    prompts = prompt_set(*("x" * n for n in (3, 20, 30, 12)))
+    short, long = (audit(prompts, {"e": cuts(Letters(), n, prompts.texts)}, "reader") for n in (10, 25))
+    assert by_arm({"base": short, "aligned": short}) == short and short[0]["arms"] == []
+    found = by_arm({"base": short, "aligned": long, "half": short})
+    assert [(e["arms"], e["cut"]) for e in found] == [(["base", "half"], 3), (["aligned"], 1)]
+    assert audit_words(found) == [
+        "base, half: reader e reads 10 tokens and cuts 3 of 4 prompts",
+        "aligned: reader e reads 25 tokens and cuts 1 of 4 prompts",
+    ]

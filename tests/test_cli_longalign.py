@@ -97,6 +97,13 @@ def test_what_lies_beyond_the_plain_encoder_changes_the_picture(options, tmp_pat
     long = pictures("long", "--adapter", tmp_path / "run")
     assert len(long) == 2 and long[0] != long[1]
     assert "its end is not seen" not in said[1] and "read as a whole it would lose" in said[1]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(texts))
+    given = [file, "--model", options[1], "--steps", 1, "--guidance", 1, "--scorers", "tiny-clip"]
+    ok("eval", *given, "--adapter", tmp_path / "run", "--out", tmp_path / "eval")
+    audit = json.loads((tmp_path / "eval" / "results.json").read_text())["audit"]
+    read = {(tuple(entry["arms"]), entry["what"]): entry["cut"] for entry in audit}
+    assert read[("base",), "text encoder"] == 2 and read[("aligned",), "text encoder, by sentence"] == 0
 
 
 @pytest.mark.parametrize(

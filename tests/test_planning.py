@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from cli_helpers import ok, refused
 
 from align_cli import config
-from align_cli.cli.planned import gpu_rows, on_gpu, precision_of
+from align_cli.cli.planned import gpu_rows, on_gpu, precision_of, time_text
 from align_cli.models.empty import fake_tensor
 from align_cli.models.loading import load_model
 from align_cli.planning.counting import BACKWARD, OTHER, Counting, WithoutNumbers
@@ -121,6 +121,12 @@ def test_a_real_step_of_tiny_models_needs_what_was_planned(case, monkeypatch):
         assert sum(planned.flops.values()) == pytest.approx(flops, rel=0.05)
 
 
+def test_a_batch_that_processes_cannot_share_is_refused_as_in_the_real_run():
+    words = ["train", "softrepa", "--dry-run", "--no-costs", "--num-processes", 2, "--batch-size"]
+    assert "train.batch_size 7 cannot be split over 2 processes" in refused(*words, 7)
+    ok(*words, 8)
+
+
 # ---------------------------------------------------------------- hours
 
 
@@ -128,6 +134,13 @@ def test_hours_by_hand():
     gpu = gpu_named("a100-80gb")
     found = on_gpu(gpu, 312e12 * 3600, "fp16", 0.5, 10)
     assert found["hours"] == 2.0 and found["fits"]
+    assert gpu_rows(found)[0][1].startswith("2 hours (assumes 50% of 312 TFLOPs")
+    assert [time_text(hours) for hours in (0.000323, 0.2, 1.5, 1234)] == [
+        "1.2 s",
+        "12 min",
+        "1.5 hours",
+        "1,234 hours",
+    ]
     assert not on_gpu(gpu, 1, "fp16", 0.5, 80 * 2**30)["fits"]
     rows = [gpu_rows(on_gpu(gpu, 1, "fp16", 0.5, n * 2**30))[1][1] for n in (71, 73, 81)]
     assert [row.partition(": ")[2] for row in rows] == [
@@ -155,7 +168,7 @@ def test_half_weights_compute_in_half():
 def test_dry_run_says_the_costs_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = ok("train", "softrepa", "--batch-size", 2, "--dry-run", "--gpu", "T4").stdout
-    for words in ("group softrepa", "FLOPs per step of 2", "memory at the peak, on a GPU", "hours on one T4"):
+    for words in ("group softrepa", "FLOPs per step of 2", "memory at the peak, on a GPU", "time on one T4"):
         assert words in text
     assert "assumes 35% of 8.1 TFLOPs in fp32" in text and "16.00 GiB: fits" in text
     assert not list(tmp_path.iterdir())

@@ -84,7 +84,10 @@ def adapters_info(
     for section, content in saved.items():
         for key, value in content.items() if isinstance(content, dict) else ():
             name = f"{section}.{key}"
-            rows.append(("config", name, str(value), origin.get(name, "")))
+            rows.append(("config", name, str(value), origin.pop(name, "")))
+    rows += [
+        ("content", name, said) for name, said in origin.items()
+    ]  # of data, weights, the adapter of --from
     typer.echo(columns(rows))
 
 

@@ -129,7 +129,7 @@ NumProcesses = Annotated[
         "--num-processes",
         metavar="N",
         min=1,
-        help="Share the work among N processes of this machine; on GPUs one each. Default: 1.",
+        help="Share the work among N processes of this machine; on GPUs one each.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")]

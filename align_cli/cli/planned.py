@@ -180,16 +180,25 @@ def memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def gpu_rows(gpu: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Hours, and whether it fits."""
+    """How long it takes, and whether it fits."""
     if gpu is None:
         return [("  hours", "name a GPU with --gpu")]
     said = (
-        f"{gpu['hours']:.3g} (assumes {gpu['assumed_mfu']:.0%} of {gpu['peak_tflops']:g} TFLOPs in "
+        f"{time_text(gpu['hours'])} (assumes {gpu['assumed_mfu']:.0%} of {gpu['peak_tflops']:g} TFLOPs in "
         f"{gpu['precision']})"
     )
     fits = "fits" if gpu["fits"] else "WARNING: does not fit"
     fits = "WARNING: tight, a tenth should stay free" if gpu["tight"] else fits
-    return [(f"  hours on one {gpu['name']}", said), ("  its memory", f"{size(gpu['memory'])}: {fits}")]
+    return [(f"  time on one {gpu['name']}", said), ("  its memory", f"{size(gpu['memory'])}: {fits}")]
+
+
+def time_text(hours: float) -> str:
+    """9.1 s, 12 min, 3.25 hours."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.2g} s"
+    if hours < 1:
+        return f"{hours * 60:.2g} min"
+    return f"{hours:.3g} hours" if hours < 100 else f"{hours:,.0f} hours"
 
 
 def disk_rows(disk: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from align_cli import registry
+from align_cli.checks import require_shares
 from align_cli.cli import options, planned
 from align_cli.cli.launching import launched_several
 from align_cli.cli.sharding import with_sharding
@@ -171,6 +172,7 @@ def train(
     if lack and not dry_run:
         raise UserError(lack)
     if dry_run:
+        require_shares(resolved.train.batch_size, num_processes)
         if not as_json:
             typer.echo(describe(resolved))
             typer.echo(f"\noutput folder: {folder}")

@@ -28,10 +28,10 @@ def run(
     resolved: config.Resolved, folder: Path, allowed: list[str], *, resume: bool, overwrite: bool
 ) -> None:
     """Load, train, save, evaluate. allowed: settings that may differ from those of a run that goes on."""
-    say_loading(resolved.model.name)
-    dataset = open_data(resolved)
     if is_main():  # the others would meet its traces
         run_folder.check(folder, resume=resume, overwrite=overwrite)
+    say_loading(resolved.model.name)
+    dataset = open_data(resolved)
     method_class = registry.load(registry.METHODS, resolved.method)
 
     from rich.console import Console

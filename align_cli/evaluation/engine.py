@@ -206,17 +206,25 @@ def clusters_of(prompts: PromptSet, items: Sequence[Item]) -> list[Hashable]:
 
 
 def audit(job: Evaluation, model: BaseModel | None) -> list[dict[str, object]]:
-    """What every text encoder and every scorer cuts from the prompts; of a model that reads them sentence by
-    sentence also what its plain encoders would have cut.
+    """What every text encoder, arm by arm, and every scorer cuts from the prompts."""
+    found = {}
+    if model is not None:
+        for arm in job.arms:
+            with arm.at_work(model):
+                found[arm.name] = _reading(job.prompts, model)
+    scorers = {reward.name: reward.audit(job.prompts.texts) for reward in job.rewards}
+    return [*auditing.by_arm(found), *auditing.audit(job.prompts, scorers, "scorer")]
+
+
+def _reading(prompts: PromptSet, model: BaseModel) -> list[dict[str, object]]:
+    """What the model's text encoders cut; where it reads sentence by sentence also what they alone would have
+    cut.
     """
-    texts, found = job.prompts.texts, []
-    if model is not None and model.reader is not None:
-        found += auditing.audit(job.prompts, model.plain_audit(texts), auditing.NOT_USED)
-        found += auditing.audit(job.prompts, model.audit_text(texts), auditing.BY_SENTENCE)
-    elif model is not None:
-        found += auditing.audit(job.prompts, model.audit_text(texts), "text encoder")
-    scorers = {reward.name: reward.audit(texts) for reward in job.rewards}
-    return [*found, *auditing.audit(job.prompts, scorers, "scorer")]
+    now = model.audit_text(prompts.texts)
+    if model.reader is None:
+        return auditing.audit(prompts, now, "text encoder")
+    plain = auditing.audit(prompts, model.plain_audit(prompts.texts), auditing.NOT_USED)
+    return [*plain, *auditing.audit(prompts, now, auditing.BY_SENTENCE)]
 
 
 def floor_of(job: Evaluation, pictures: Mapping[str, Sequence[Path | None]]) -> dict[str, float]:

@@ -367,7 +367,7 @@ def audit(results: Mapping[str, Any]) -> Html | None:
         tag(
             "tr",
             row_head(row["name"]),
-            tag("td", row["what"]),
+            tag("td", _reads_as(row)),
             nums(count(row["limit"]), count(row["cut"]), count(row["of"]), percent(part, 1)),
             tag("td", charts.share(part), class_="plot"),
         )
@@ -386,6 +386,11 @@ def audit(results: Mapping[str, Any]) -> Html | None:
     return section("tokens", "Token audit", shown, tag("p", words, class_="small"), lists)
 
 
+def _reads_as(row: Mapping[str, Any]) -> str:
+    """As what one reads, and for which arms if not for all."""
+    return ", ".join([row["what"], *row["arms"]])
+
+
 def _lost(row: Mapping[str, Any]) -> Html:
     """The words that one tokenizer lost, folded away."""
     examples = row["examples"][:EXAMPLES]
@@ -394,7 +399,8 @@ def _lost(row: Mapping[str, Any]) -> Html:
         tag("tr", row_head(e["id"]), tag("td", _shorten(str(e["lost"])), class_="lost")) for e in examples
     ]
     note = tag("p", f"and {plural(more, 'more prompt')}", class_="small") if more > 0 else None
-    title = f"Words that {row['name']} did not read ({plural(row['cut'], 'prompt')})"
+    reader = f"{row['name']} ({_reads_as(row)})" if row["arms"] else row["name"]
+    title = f"Words that {reader} did not read ({plural(row['cut'], 'prompt')})"
     words = table(["Prompt", "Lost"], tag("tbody", body), caption=title)
     return tag("details", tag("summary", title), words, note)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-
+from align_cli.exporting.compare import silent
 from align_cli.models.base import BaseModel
 from align_cli.models.sd3 import SD3Model
 from align_cli.models.sdxl import SDXLModel
 from align_cli.models.unet import UNetModel
+
+with silent():  # they ask for torchvision, which nothing here needs
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 
 def stock_pipeline(model: BaseModel, scheduler: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from align_cli.checks import require_shares
 from align_cli.data.base import Dataset, Example, collate
 from align_cli.errors import UserError
 from align_cli.methods.base import Batch
@@ -42,11 +43,7 @@ def check_batch(n: int, batch_size: int, world_size: int) -> None:
             f"the dataset has {n} examples, fewer than one batch of {batch_size}; "
             f"lower --batch-size to at most {n} or give more data"
         )
-    if batch_size % world_size:
-        raise UserError(
-            f"train.batch_size {batch_size} cannot be split over {world_size} processes; "
-            f"take a multiple of {world_size} (it counts the pairs of all processes together)"
-        )
+    require_shares(batch_size, world_size)
 
 
 class SliceOrder(Sampler[list[tuple[int, int]]]):
