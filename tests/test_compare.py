@@ -166,7 +166,8 @@ def test_results_are_plain_json_and_csv(tmp_path):
     assert raw["format"] == 1 and raw["baseline"] == "base" and raw["command"] == ["t2ialign", "eval", "made"]
     assert raw["scorers"][0]["metrics"] == ["red/side", "red"]
     assert raw["audit"][0] | {"share": 0} == {
-        "what": "scorer", "name": "red", "limit": 0, "cut": 0, "of": N, "share": 0, "examples": [],
+        "what": "scorer", "name": "red", "arms": [], "limit": 0, "cut": 0, "of": N, "share": 0,
+        "examples": [],
     }  # fmt: skip
     item = raw["items"][1]
     assert item["scores"]["red/side"] == {"base": None, "aligned": None}
