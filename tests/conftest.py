@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from model_helpers import load
 from tiny_models import build_tiny_sd3, build_tiny_sd15, build_tiny_sdxl
 from training_helpers import make_coco
 
+from align_cli.models.base import BaseModel
 from align_cli.models.loading import load_model
 from align_cli.settings import DataSettings, ModelSettings
 
@@ -75,6 +77,18 @@ def tiny_sd3_no_t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("models") / "tiny-sd3-no-t5"
     return build_tiny_sd3(folder, t5=False, latent_channels=16, dual=True)
+
+
+@pytest.fixture
+def sd15(tiny_sd15_folder: Path) -> BaseModel:
+    """A fresh SD1.5-type model."""
+    return load(tiny_sd15_folder)
+
+
+@pytest.fixture(params=["sd15", "sd3"])
+def unet_or_sd3(request: pytest.FixtureRequest, tiny_sd15_folder: Path, tiny_sd3_folder: Path) -> BaseModel:
+    """A fresh model: a UNet, and a transformer on the path of a flow."""
+    return load({"sd15": tiny_sd15_folder, "sd3": tiny_sd3_folder}[request.param])
 
 
 @pytest.fixture(scope="session")

@@ -23,17 +23,6 @@ def model(request, tiny_sd15_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_sd3
     return load((folders | {"sd35": tiny_sd3_no_t5_folder})[request.param])
 
 
-@pytest.fixture(params=["sd15", "sd3"])
-def unet_or_sd3(request, tiny_sd15_folder, tiny_sd3_folder):
-    """A UNet, and a transformer on the path of a flow."""
-    return load({"sd15": tiny_sd15_folder, "sd3": tiny_sd3_folder}[request.param])
-
-
-@pytest.fixture
-def sd15(tiny_sd15_folder):
-    return load(tiny_sd15_folder)
-
-
 # ---------------------------------------------------------------- a step
 
 

@@ -18,17 +18,6 @@ from align_cli.models.base import Posterior
 from align_cli.settings import TrainSettings
 
 
-@pytest.fixture(params=["sd15", "sd3"])
-def unet_or_sd3(request, tiny_sd15_folder, tiny_sd3_folder):
-    """A UNet, and a transformer on the path of a flow."""
-    return load({"sd15": tiny_sd15_folder, "sd3": tiny_sd3_folder}[request.param])
-
-
-@pytest.fixture
-def sd15(tiny_sd15_folder):
-    return load(tiny_sd15_folder)
-
-
 def test_stored_latents_reach_the_discriminator(sd15):
     method = make(sd15, real="stored")
     batch = Batch(list(PROMPTS), latents=Posterior(field(3, 3, 4, 8, 8), None, 1.0))

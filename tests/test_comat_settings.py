@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from comat_helpers import PROMPTS, gradient, make, run, stir
-from model_helpers import field, load
+from model_helpers import field
 
 from align_cli.errors import UserError
 from align_cli.grounding.entities import Entity
@@ -15,12 +15,6 @@ from align_cli.methods.comat.concentration import Words
 from align_cli.methods.comat.config import CoMatConfig
 from align_cli.methods.comat.method import CoMat
 from align_cli.settings import TrainSettings
-
-
-@pytest.fixture
-def sd15(tiny_sd15_folder):
-    return load(tiny_sd15_folder)
-
 
 # ---------------------------------------------------------------- words
 

@@ -35,11 +35,6 @@ def model(request, tiny_sd15_folder, tiny_sdxl_folder):
     return load({"sd15": tiny_sd15_folder, "sdxl": tiny_sdxl_folder}[request.param])
 
 
-@pytest.fixture
-def sd15(tiny_sd15_folder):
-    return load(tiny_sd15_folder)
-
-
 def make(model, stage: str = "align", **options) -> LongAlign:
     settings = {
         "t5": "embedded:tiny-t5",

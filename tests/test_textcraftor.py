@@ -34,11 +34,6 @@ def model(request, tiny_sd15_folder, tiny_sdxl_folder, tiny_sd3_folder):
     return load(folders[request.param])
 
 
-@pytest.fixture
-def sd15(tiny_sd15_folder):
-    return load(tiny_sd15_folder)
-
-
 class Brightness(Reward):
     """Mean of the picture, whatever the prompt: what it wants is known."""
 

@@ -85,9 +85,8 @@ def adapters_info(
         for key, value in content.items() if isinstance(content, dict) else ():
             name = f"{section}.{key}"
             rows.append(("config", name, str(value), origin.pop(name, "")))
-    rows += [
-        ("content", name, said) for name, said in origin.items()
-    ]  # of data, weights, the adapter of --from
+    # what is left is of no setting: other content of data, weights or the adapter of --from
+    rows += [("content", name, said) for name, said in origin.items()]
     typer.echo(columns(rows))
 
 
